@@ -1,0 +1,3 @@
+"""emosteer: find emotion circuits in language models and write with them."""
+
+__version__ = "0.1.0"

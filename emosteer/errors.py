@@ -1,0 +1,44 @@
+"""Errors that reach the user as one line: what was expected, what was found, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EmosteerError(Exception):
+    """Any failure that the user can act on. Shown as one line; `--debug` shows the traceback."""
+
+    exit_code = 1
+
+
+class UsageError(EmosteerError):
+    """The command line or an argument is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(EmosteerError):
+    """A dataset or reply file is missing, malformed or inconsistent."""
+
+
+class ModelError(EmosteerError):
+    """A model cannot be found, loaded or trusted."""
+
+
+class ArtifactError(EmosteerError):
+    """An artefact is missing, damaged, of another kind or made for another model."""
+
+
+class DegenerateDirection(EmosteerError):
+    """A direction has no length: the data does not tell this emotion from the others."""
+
+
+class OutOfMemory(EmosteerError):
+    """Not even a batch of one fits in memory."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the known word nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""

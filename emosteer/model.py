@@ -1,0 +1,491 @@
+"""The model adapter: one loaded model, its sites by name, and hooks that are gone when their block ends.
+
+A model is held as two module trees over the same weights. The *plain* tree is the Hugging Face model as loaded: generation
+runs on it. The *bridge* is TransformerLens' `TransformerBridge` on a copy of the module tree (parameters shared, no memory
+spent): analysis runs on it, and its hook names are what the field knows. Both are proved to agree before they are used.
+This is the only module that imports transformer_lens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emosteer.errors import ModelError, UsageError
+from emosteer.files import sha256_text
+from emosteer.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
+
+#: An edit receives the activation [batch, pos, width] (heads of `z` side by side) and returns its replacement, or None
+#: to leave it as it is.
+Edit = Callable[[Tensor], Tensor | None]
+
+_BRIDGE_NAMES = {
+    RESID_MID: "hook_resid_mid",
+    RESID_POST: "hook_resid_post",
+    Z: "attn.hook_z",
+    MLP_POST: "mlp.hook_post",
+    ATTN_OUT: "attn.o.hook_out",
+    MLP_OUT: "mlp.out.hook_out",
+}
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+#: Chat templates that print today's date (Llama 3.2) would make results depend on the day: the date is fixed.
+_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. `d_head` may differ from `d_model / n_heads`; `n_kv_heads` is below `n_heads` with grouped queries."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    context: int
+
+
+class Model:
+    """A causal language model whose sites can be read and edited.
+
+    Use `Model.load` (name, folder or file) or `Model.from_hf` (a model already in memory). All weights are frozen.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str, weights_sha256: str) -> None:
+        """Wraps a loaded Hugging Face causal LM; prefer `load` or `from_hf`."""
+        self.hf = hf.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.sha256 = weights_sha256
+        self.body: nn.Module = _body(hf)
+        self.layers: nn.ModuleList = self.body.layers  # type: ignore[assignment]
+        self.shape = _shape(hf, self.layers)
+        self.post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
+        self._prove(bridge=False)
+
+    # ---- loading -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, reference: str, *, device: str = "auto", dtype: str = "auto") -> Model:
+        """Loads a model by hub id, local folder, GGUF file or packaged name (see `emosteer models list`).
+
+        Args:
+            device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+
+        Raises:
+            ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as hf_logging
+
+        from emosteer import weights
+
+        target, kind = resolve_device(device), resolve_dtype(dtype, device)
+        found = weights.resolve(reference)
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
+            hf = AutoModelForCausalLM.from_pretrained(found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if _is_oom(error):
+                raise
+            raise ModelError(f"cannot load {found.name} from {found.path}: {_first_line(error)}") from error
+        try:
+            hf = hf.to(target)
+        except RuntimeError as error:
+            if _is_oom(error):
+                raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
+            raise
+        return cls(hf, tokenizer, found.name, found.sha256)
+
+    @classmethod
+    def from_hf(cls, hf: Any, tokenizer: Any, name: str = "in-memory") -> Model:
+        """Wraps a model already in memory; its hash is taken over the state dict."""
+        digest = hashlib.sha256()
+        for key, value in sorted(hf.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return cls(hf, tokenizer, name, digest.hexdigest())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights and activations."""
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def template_sha256(self) -> str:
+        """Hash of the chat template's text (of the empty text where the model has none)."""
+        return sha256_text(self.tokenizer.chat_template or "")
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The TransformerBridge over a copy of the module tree that shares every parameter; made and proved on first use."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformer_lens.model_bridge import TransformerBridge
+
+            shared = {id(tensor): tensor for tensor in itertools.chain(self.hf.parameters(), self.hf.buffers())}
+            tree = copy.deepcopy(self.hf, shared)
+            architecture = type(self.hf).__name__
+            if not getattr(tree.config, "architectures", None):  # GGUF files do not carry it
+                tree.config.architectures = [architecture]
+            # The bridge would load the tokenizer once more to make it add a BOS; it is told that this is done. The texts that
+            # reach the bridge are token ids already.
+            tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer.init_kwargs.update(name_or_path=self.name, add_bos_token=True)
+            try:
+                bridge = TransformerBridge.boot_transformers(self.name, hf_model=tree, tokenizer=tokenizer, device=str(self.device))
+            except Exception as error:
+                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {_first_line(error)}") from error
+        bridge.original_model.requires_grad_(False)
+        self.__dict__["bridge"] = bridge  # _prove below reads it
+        try:
+            self._prove(bridge=True)
+        except ModelError:
+            del self.__dict__["bridge"]
+            raise
+        return bridge
+
+    # ---- weights by name -----------------------------------------------------------------------------------------
+
+    def w_o(self, layer: int) -> Tensor:
+        """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
+        weight: Tensor = self.layers[layer].self_attn.o_proj.weight
+        return weight.T.reshape(self.shape.n_heads, self.shape.d_head, self.shape.d_model)
+
+    def w_down(self, layer: int) -> Tensor:
+        """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
+        return self.layers[layer].mlp.down_proj.weight.T
+
+    def width(self, kind: str) -> int:
+        """Size of the last dimension of a site kind."""
+        sizes = {Z: self.shape.n_heads * self.shape.d_head, MLP_POST: self.shape.d_mlp}
+        return sizes.get(kind, self.shape.d_model)
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the reply begins. The template's text already holds its BOS.
+
+        Models without a system role get the system line at the head of the user turn; base models without a chat
+        template get the turns as plain paragraphs.
+        """
+        turns = [dict(message) for message in messages]
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            text = "".join(turn["content"] + "\n\n" for turn in turns)
+            bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+            return bos + self.text_ids(text)
+        render = {"tokenize": False, "add_generation_prompt": True, **_TEMPLATE_VARIABLES}
+        try:
+            text = tokenizer.apply_chat_template(turns, **render)
+        except Exception:
+            if turns[0]["role"] != "system" or len(turns) < 2:
+                raise
+            merged = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
+            text = tokenizer.apply_chat_template([merged, *turns[2:]], **render)
+        return self.text_ids(text)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: the declared ones and the usual end-of-turn tokens that the vocabulary holds."""
+        declared = [self.hf.generation_config.eos_token_id, self.tokenizer.eos_token_id]
+        found = {i for item in declared if item is not None for i in (item if isinstance(item, (list, tuple)) else [item])}
+        vocabulary = self.tokenizer.get_vocab()
+        return frozenset(found | {vocabulary[token] for token in _END_OF_TURN if token in vocabulary})
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill rows with; what it is does not matter, it is masked everywhere."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else min(self.stop_ids, default=0)
+
+    # ---- running and hooking -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hooks(self, edits: Mapping[Site, Edit], *, bridge: bool = True) -> Iterator[nn.Module]:
+        """Hooks `edits` into one of the two trees for the length of the block and yields the tree's body (no unembedding).
+
+        Whatever happens inside, no hook is left when the block ends.
+
+        Args:
+            edits: site -> function of the activation [batch, pos, width].
+            bridge: hook the TransformerBridge (analysis) or the plain model (generation).
+        """
+        if bridge:
+            named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", _flat(edit)) for site, edit in edits.items()]
+            with self.bridge.hooks(fwd_hooks=named):
+                yield _body(self.bridge.original_model)
+            return
+        with contextlib.ExitStack() as stack:
+            for site, edit in edits.items():
+                module, before = self._tap(site)
+                handle = (
+                    module.register_forward_pre_hook(_before(edit), with_kwargs=True)
+                    if before
+                    else module.register_forward_hook(_after(edit))
+                )
+                stack.callback(handle.remove)
+            yield self.body
+
+    def run(
+        self,
+        ids: Tensor,
+        edits: Mapping[Site, Edit] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bridge: bool = True,
+    ) -> Tensor:
+        """One forward pass without unembedding.
+
+        Args:
+            ids: token ids [batch, pos].
+            attention_mask: [batch, pos] of ones and zeros, or an additive mask [batch, 1, pos, pos].
+
+        Returns:
+            The final-normed hidden states [batch, pos, d_model] (`logits` takes them). For the raw last residual, read
+            the last layer's `resid_post`.
+        """
+        with self.hooks(edits or {}, bridge=bridge) as body:
+            out = body(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
+        logits = self.hf.lm_head(hidden)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def read(self, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[Site, Tensor]:
+        """Activations [batch, pos, width] of the given sites in one forward pass; options as for `run`."""
+        store: dict[Site, Tensor] = {}
+        edits = dict(options.pop("edits", None) or {})
+        for site in sites:
+            edits[site] = _reading(store, site, edits.get(site))
+        self.run(ids, edits, **options)
+        return store
+
+    def _tap(self, site: Site) -> tuple[nn.Module, bool]:
+        """The plain module whose input (True) or output (False) is the site."""
+        layer = self.layers[site.layer]
+        if site.kind == Z:
+            return layer.self_attn.o_proj, True
+        if site.kind == MLP_POST:
+            return layer.mlp.down_proj, True
+        if site.kind == ATTN_OUT:
+            return layer.self_attn.o_proj, False
+        if site.kind == MLP_OUT:
+            return layer.mlp.down_proj, False
+        if site.kind == RESID_POST:
+            return layer, False
+        return (layer.pre_feedforward_layernorm if self.post_norms else layer.post_attention_layernorm), True
+
+    # ---- proof ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prove(self, *, bridge: bool) -> None:
+        """Proves on a short input that every site fires and that the residual identities hold; a no-op hook is the field's
+        most common bug. The bridge must also give the plain model's output.
+
+        Raises:
+            ModelError: naming the architecture and what failed.
+        """
+        ids = torch.arange(1, 9, device=self.device).remainder(self.shape.d_vocab)[None]
+        sites = [Site(layer, kind) for layer in range(self.shape.n_layers) for kind in KINDS]
+        where = f"{type(self.hf).__name__} ({self.name}, {'TransformerBridge' if bridge else 'plain model'})"
+        try:
+            seen = self.read(ids, sites, bridge=bridge)
+        except (KeyError, AttributeError, ValueError) as error:
+            raise ModelError(f"{where}: a site cannot be hooked ({_first_line(error)}); this architecture is not supported") from error
+        silent = [str(site) for site in sites if site not in seen]
+        if silent:
+            raise ModelError(f"{where}: {len(silent)} sites never fired ({', '.join(silent[:3])} ...); this architecture is not supported")
+        wrong = [(str(s), seen[s].shape[-1]) for s in sites if seen[s].shape != (1, 8, self.width(s.kind))]
+        if wrong:
+            raise ModelError(f"{where}: site {wrong[0][0]} has width {wrong[0][1]}; this architecture is not supported")
+        for layer in range(self.shape.n_layers):
+            self._prove_layer(layer, seen, where)
+        if bridge:
+            plain = self.read(ids, [Site(self.shape.n_layers - 1, RESID_POST)], bridge=False)
+            for site, value in plain.items():
+                self._close(seen[site], value, f"{where}: the bridge's {site} differs from the plain model's")
+
+    def _prove_layer(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
+        block = self.layers[layer]
+        here = {kind: seen[Site(layer, kind)] for kind in KINDS}
+        o_proj, down_proj = block.self_attn.o_proj, block.mlp.down_proj
+        self._close(o_proj(here[Z]), here[ATTN_OUT], f"{where}: attn_out of layer {layer} is not z W_O")
+        self._close(down_proj(here[MLP_POST]), here[MLP_OUT], f"{where}: mlp_out of layer {layer} is not mlp_post W_down")
+        attn, mlp = here[ATTN_OUT], here[MLP_OUT]
+        if self.post_norms:
+            attn, mlp = block.post_attention_layernorm(attn), block.post_feedforward_layernorm(mlp)
+        if layer > 0:
+            before = seen[Site(layer - 1, RESID_POST)]
+            self._close(before + attn, here[RESID_MID], f"{where}: resid_mid of layer {layer} is not resid_pre + attention output")
+        self._close(here[RESID_MID] + mlp, here[RESID_POST], f"{where}: resid_post of layer {layer} is not resid_mid + MLP output")
+
+    def _close(self, found: Tensor, expected: Tensor, message: str) -> None:
+        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
+        scale = expected.abs().max().clamp_min(1e-6)
+        error = ((found - expected).abs().max() / scale).item()
+        if not error <= tolerance:
+            raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
+
+
+# ---- helpers -----------------------------------------------------------------------------------------------------
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
+
+    Raises:
+        UsageError: if the name is unknown or the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{device}'; expected auto, cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' is not supported; expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto")
+    return found
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Turns "auto" or a dtype's name into a torch dtype.
+
+    Raises:
+        UsageError: if the name is unknown.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _body(hf: Any) -> Any:
+    """The decoder stack of a causal LM of the Llama shape.
+
+    Raises:
+        ModelError: naming the architecture, if it is built in another way.
+    """
+    body = getattr(hf, "model", None)
+    layers = getattr(body, "layers", None)
+    first = layers[0] if layers is not None and len(layers) else None
+    needed = ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm")
+    try:
+        for path in needed:
+            _getattr(first, path)
+    except AttributeError as error:
+        raise ModelError(
+            f"architecture {type(hf).__name__} is not supported: expected decoder layers with {', '.join(needed)} "
+            "(Llama, Qwen2/2.5, Gemma 3 and their like)"
+        ) from error
+    return body
+
+
+def _getattr(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner
+
+
+def _shape(hf: Any, layers: nn.ModuleList) -> Shape:
+    config = hf.config
+    o_proj, down_proj = layers[0].self_attn.o_proj, layers[0].mlp.down_proj
+    n_heads = config.num_attention_heads
+    return Shape(
+        n_layers=len(layers),
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        d_model=o_proj.out_features,
+        d_head=o_proj.in_features // n_heads,
+        d_mlp=down_proj.in_features,
+        d_vocab=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", 0) or 2**20,
+    )
+
+
+def _flat(edit: Edit) -> Callable[..., Tensor | None]:
+    """Gives a bridge hook the flat view of `z` and takes its replacement back in the bridge's shape."""
+
+    def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        new = edit(activation.flatten(2) if activation.dim() == 4 else activation)
+        return None if new is None else new.reshape(activation.shape)
+
+    return hook
+
+
+def _before(edit: Edit) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = edit(args[0])
+        return None if new is None else ((new, *args[1:]), kwargs)
+
+    return hook
+
+
+def _after(edit: Edit) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # decoder layers of some families return (hidden, ...)
+            new = edit(output[0])
+            return None if new is None else (new, *output[1:])
+        return edit(output)
+
+    return hook
+
+
+def _reading(store: dict[Site, Tensor], site: Site, edit: Edit | None) -> Edit:
+    def read(activation: Tensor) -> Tensor | None:
+        new = edit(activation) if edit else None
+        store[site] = activation if new is None else new
+        return new
+
+    return read
+
+
+def _is_oom(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a batch did not fit (CUDA or host memory)."""
+    return _is_oom(error)
+
+
+def slug(name: str) -> str:
+    """A file-system name for a model: `meta-llama/Llama-3.2-3B` -> `meta-llama--Llama-3.2-3B`."""
+    return Path(name.replace("/", "--")).name
