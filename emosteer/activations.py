@@ -7,8 +7,9 @@ computed once. Where emotions have prompts of their own (`tone`, `system`), each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from emosteer.model import Edit, Model, is_out_of_memory
 from emosteer.prompts import elicit
 from emosteer.scenarios import Group, GroupKey
 from emosteer.sites import Site
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def rows_of(sample: Sample, packed: bool = True) -> list[Row]:
 class Batch:
     """Rows as tensors; every row reads the same number of states, and states are numbered row by row.
 
-    ids, positions: [row, pos]; mask: additive [row, 1, pos, pos]; weights: [row, state of the row, pos], which averages over the
-    read positions.
+    ids, positions: [row, pos]; mask: additive [row, 1, pos, pos] where rows are packed, else ones and zeros [row, pos]; weights:
+    [row, state of the row, pos], which averages over the read positions.
     """
 
     ids: Tensor
@@ -125,7 +128,11 @@ class Batch:
 
 
 def make_batch(model: Model, rows: Sequence[Row]) -> Batch:
-    """Pads rows on the right and builds the mask that keeps the segments of a row apart."""
+    """Pads rows on the right and builds the mask that keeps the segments of a row apart.
+
+    Rows of one segment get a plain padding mask instead: models take an additive mask as it is, sliding-window layers too, which
+    would then see further back than their window.
+    """
     size = max(len(row.ids) for row in rows)
 
     def padded(values: Sequence[int], fill: int) -> list[int]:
@@ -134,15 +141,21 @@ def make_batch(model: Model, rows: Sequence[Row]) -> Batch:
     ids = torch.tensor([padded(row.ids, model.pad_id) for row in rows])
     positions = torch.tensor([padded(row.positions, 0) for row in rows])
     segments = torch.tensor([padded(row.segments, -1) for row in rows])
-    same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-    visible = same & torch.ones(size, size, dtype=torch.bool).tril()
-    mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
+    mask = _segment_mask(segments, model.dtype) if (segments > 0).any() else (segments == 0).long()
     weights = torch.zeros(len(rows), len(rows[0].reads), size)
     for index, row in enumerate(rows):
         for state, where in enumerate(row.reads):
             weights[index, state, list(where)] = 1 / len(where)
     device = model.device
-    return Batch(ids.to(device), positions.to(device), mask[:, None].to(device), weights.to(device))
+    return Batch(ids.to(device), positions.to(device), mask.to(device), weights.to(device))
+
+
+def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [row, 1, pos, pos]: a token sees the prompt and its own segment, up to itself."""
+    size = segments.shape[1]
+    same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+    visible = same & torch.ones(size, size, dtype=torch.bool).tril()
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def read_states(
@@ -153,6 +166,7 @@ def read_states(
     Args:
         sites: where to read.
         packed: share each group's prompt (the fast path); False computes every emotion's sequence on its own (the simple path).
+        edits: changes on the way, at any site; they see the rows as they are computed. A site is read behind its own edit.
 
     Returns:
         site -> [group, emotion, width], averaged over the read positions, float32.
@@ -162,9 +176,9 @@ def read_states(
     rows = [row for sample in samples for row in rows_of(sample, fits and all(s.packs for s in samples))]
     batch = make_batch(model, rows)
     states: dict[Site, Tensor] = {}
-    hooks: dict[Site, Edit] = {}
+    hooks: dict[Site, Edit] = dict(edits or {})
     for site in sites:
-        hooks[site] = _averaging(states, site, batch, (edits or {}).get(site))
+        hooks[site] = _averaging(states, site, batch, hooks.get(site))
     with torch.no_grad():
         model.run(batch.ids, hooks, attention_mask=batch.mask, position_ids=batch.positions)
     return {site: state.unflatten(0, (len(samples), n_emotions)) for site, state in states.items()}
@@ -202,24 +216,27 @@ def batches_by_cost(samples: Iterable[Sample], budget: int) -> list[list[Sample]
     return batches
 
 
-def halving(samples: list[Sample], compute: object, warn: object) -> Iterator[object]:
-    """Runs `compute(samples)`; where the batch does not fit in memory, runs its halves instead and says so once.
+def halve_on_oom(
+    items: list[Item], compute: Callable[[list[Item]], Result], warn: Callable[[str], None], what: str = "groups"
+) -> Iterator[Result]:
+    """Runs `compute(items)`; where the batch does not fit in memory, runs its halves instead and says so.
 
     Raises:
-        OutOfMemory: if a single group does not fit.
+        OutOfMemory: if a single item does not fit.
     """
-    assert callable(compute) and callable(warn)
     try:
-        yield compute(samples)
+        yield compute(items)
         return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(samples) == 1:
-            raise OutOfMemory("out of memory with a single group in the batch; try --dtype bfloat16, a smaller model or --device cpu") from error
+        if len(items) == 1:
+            raise OutOfMemory(
+                "out of memory with a single item in the batch; try --dtype bfloat16, a smaller model or --device cpu"
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    middle = len(samples) // 2
-    warn(f"out of memory: the batch of {len(samples)} groups is halved")
-    yield from halving(samples[:middle], compute, warn)
-    yield from halving(samples[middle:], compute, warn)
+    middle = len(items) // 2
+    warn(f"out of memory: the batch of {len(items)} {what} is halved")
+    yield from halve_on_oom(items[:middle], compute, warn, what)
+    yield from halve_on_oom(items[middle:], compute, warn, what)

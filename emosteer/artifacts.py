@@ -91,8 +91,11 @@ def load(path: Path, kind: str | None = None) -> Artifact:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"artefact {path} does not exist" + ("; it is a directory" if path.is_dir() else "; check the path"))
-    with path.open("rb") as file:
-        magic = file.read(2)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise ArtifactError(f"{path} is a pickle (torch.save or the like); emosteer reads only safetensors, because a pickle can run code")
     try:
@@ -113,6 +116,8 @@ def _checked(path: Path, text: str, tensors: dict[str, Tensor], kind: str | None
         schema, version = header["schema"], header["schema_version"]
         provenance = Provenance(**header["provenance"])
         fields = header["fields"]
+        if not isinstance(fields, dict):
+            raise TypeError(f"'fields' is a {type(fields).__name__}")
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has a malformed emosteer header ({error}); make it again") from error
     found = str(schema).removeprefix("emosteer/")

@@ -121,8 +121,8 @@ def stable_band(directions: Directions, threshold: float = BAND_COSINE) -> tuple
         start = layer
     if best is None or len(best) < 2:
         late = n_layers // 2
-        pair = late + int(cosines[late:].argmax()) if n_layers - 1 > late else n_layers - 2
-        best = range(pair, pair + 2)
+        pair = late + int(cosines[late:].argmax()) if n_layers - 1 > late else max(n_layers - 2, 0)
+        best = range(pair, min(pair + 2, n_layers))
     return tuple(best)
 
 
@@ -240,9 +240,7 @@ def attribution_patching(model: Model, samples: Sequence[Sample], v_ref: Tensor)
 
 
 @torch.no_grad()
-def true_patches(
-    model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion: int, units: Sequence[Unit], rows: int = 16
-) -> Tensor:
+def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion: int, units: Sequence[Unit], rows: int = 16) -> Tensor:
     """The truth that `attribution_patching` estimates: each unit really patched, one row per unit. Shape [unit], mean over groups."""
     drops = torch.zeros(len(units))
     last = Site(model.shape.n_layers - 1, RESID_POST)

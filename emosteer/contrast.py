@@ -157,7 +157,9 @@ def unit_vectors(means: Tensor) -> Tensor:
     """
     norms = means.norm(dim=-1, keepdim=True)
     if not (norms > 0).all():
-        raise DegenerateDirection("an emotion equals the mean of all emotions at some site: the data do not tell them apart; check the replies or the prompts")
+        raise DegenerateDirection(
+            "an emotion equals the mean of all emotions at some site: the data do not tell them apart; check the replies or the prompts"
+        )
     return means / norms
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from emosteer import artifacts
 from emosteer.artifacts import Provenance
 from emosteer.contrast import HALVES, HELDOUT, SHUFFLED, Contrasts, unit_vectors
-from emosteer.errors import UsageError, suggest
+from emosteer.errors import ArtifactError, UsageError, suggest
 from emosteer.sites import MLP_POST, Site, Z, parse_site
 
 KIND = "directions"
@@ -119,7 +119,18 @@ class Directions:
 
     @classmethod
     def from_artifact(cls, found: artifacts.Artifact) -> Directions:
-        """Makes the value from a loaded artefact of kind "directions"."""
+        """Makes the value from a loaded artefact of kind "directions".
+
+        Raises:
+            ArtifactError: if a part is missing.
+        """
+        try:
+            return cls._from_parts(found)
+        except KeyError as error:
+            raise ArtifactError(f"{found.path} lacks {error}; make it again") from error
+
+    @classmethod
+    def _from_parts(cls, found: artifacts.Artifact) -> Directions:
         fields, tensors = found.fields, found.tensors
         names = Evidence.__dataclass_fields__
         evidence = Evidence(**{n: tensors[f"evidence.{n}"] for n in names}) if "evidence.halves" in tensors else None

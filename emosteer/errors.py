@@ -42,3 +42,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the known word nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, short enough for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

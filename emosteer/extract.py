@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from emosteer import artifacts
-from emosteer.activations import Sample, batches_by_cost, halving, read_states, tokenize_group
+from emosteer.activations import Sample, batches_by_cost, halve_on_oom, read_states, tokenize_group
 from emosteer.artifacts import Provenance
 from emosteer.contrast import Contrasts, Plan, as_json, make_plan
 from emosteer.directions import Directions, from_contrasts
-from emosteer.errors import ArtifactError, DataError
+from emosteer.errors import ArtifactError, DataError, DegenerateDirection, EmosteerError
 from emosteer.files import sha256_text
 from emosteer.model import Model
 from emosteer.progress import bar, note
@@ -60,7 +60,8 @@ def extract(
     Args:
         bank: replies by group and emotion; needed by the `reply` elicitation.
         data: file name -> sha256, for the provenance.
-        checkpoint: where progress is kept; a rerun with the same settings goes on from it, and it is gone at the end.
+        checkpoint: where progress is kept; a rerun with the same settings goes on from it. It stays when this returns: call
+            `finish_checkpoint` once the directions are saved, so that a process that dies in between loses nothing.
         fresh: start over even if there is a checkpoint.
         on_batch: called with the number of batches done (for tests).
 
@@ -90,6 +91,18 @@ def extract(
     )
 
 
+def finish_checkpoint(checkpoint: Path) -> None:
+    """Removes the progress of an extraction whose result has been saved; does nothing where there is none.
+
+    Raises:
+        EmosteerError: if it cannot be removed.
+    """
+    try:
+        checkpoint.unlink(missing_ok=True)
+    except OSError as error:
+        raise EmosteerError(f"cannot remove the finished checkpoint {checkpoint}: {error.strerror or error}; remove it by hand") from error
+
+
 def _samples(model: Model, groups: Sequence[Group], settings: Settings, bank: Bank | None) -> tuple[list[Sample], dict[str, int]]:
     """Token ids of every complete group; what was dropped is counted by reason."""
     dropped: Counter[str] = Counter()
@@ -105,7 +118,13 @@ def _samples(model: Model, groups: Sequence[Group], settings: Settings, bank: Ba
         samples.append(tokenize_group(model, group, settings.elicitation, settings.emotions, replies, settings.instruction))
     if not samples:
         raise DataError(
-            f"none of the {len(groups)} scenario-events has a reply for every emotion ({', '.join(settings.emotions)}); check that the bank's skeleton_id and valence fit the scenarios"
+            f"none of the {len(groups)} scenario-events has a reply for every emotion ({', '.join(settings.emotions)}); "
+            "check that the bank's skeleton_id and valence fit the scenarios"
+        )
+    if all(len(set(zip(s.prompts, s.replies, strict=True))) == 1 for s in samples):
+        # Found here and not by the norm: rounding in a packed pass would leave a tiny contrast, and scale it up to a direction.
+        raise DegenerateDirection(
+            "the emotions of every group have the same tokens, so that nothing tells them apart; check the replies or the prompts"
         )
     return samples, dict(dropped)
 
@@ -136,7 +155,7 @@ def _run(
     total = sum(map(len, batches))
     with bar("extract (groups)", total, sum(map(len, batches[:done]))) as advance:
         for index in range(done, len(batches)):
-            for samples, states in halving(batches[index], compute, note):
+            for samples, states in halve_on_oom(batches[index], compute, note):
                 contrasts.update(samples, states)
             advance(len(batches[index]))
             if checkpoint is not None and time.monotonic() - saved >= pause and index + 1 < len(batches):
@@ -172,7 +191,7 @@ def _resume(path: Path, fingerprint: str, contrasts: Contrasts) -> int:
     except ArtifactError as error:
         note(f"starting over: {error}")
         return 0
-    if found.fields["fingerprint"] != fingerprint:
+    if found.fields.get("fingerprint") != fingerprint:
         note(f"starting over: {path} is from other settings, data or weights")
         return 0
     contrasts.restore(found.tensors)

@@ -88,32 +88,31 @@ def read_text(path: Path, what: str = "file") -> str:
         raise DataError(f"{path}:{line}: expected UTF-8 text, found byte 0x{data[error.start]:02x}; save it as UTF-8") from error
 
 
-def read_jsonl(path: Path, what: str = "file", *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, what: str = "file", *, may_be_empty: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) for every non-empty line.
 
     Args:
-        torn_tail: accept a last line cut off by a kill (used for files that are appended to) by leaving it out.
+        may_be_empty: accept a file without any line.
 
     Raises:
         DataError: naming file and line, if a line is not a JSON object or the file holds no line at all.
     """
     text = read_text(path, what)
-    lines = text.split("\n")
     seen = False
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if torn_tail and number == len(lines):
-                return
-            raise DataError(f"{path}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})") from error
+            raise DataError(
+                f"{path}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
+            ) from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, found a {type(row).__name__}")
         seen = True
         yield number, row
-    if not seen and not torn_tail:
+    if not seen and not may_be_empty:
         raise DataError(f"{what} {path} is empty; expected one JSON object a line")
 
 
@@ -126,3 +125,8 @@ def sha256_file(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """SHA-256 of a text's UTF-8 bytes, as hex."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def slug(name: str) -> str:
+    """A file-system name for a model: `meta-llama/Llama-3.2-3B` -> `meta-llama--Llama-3.2-3B`."""
+    return Path(name.replace("/", "--")).name

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emosteer.cache import growing_cache
 from emosteer.errors import DataError, UsageError
+from emosteer.interventions import RowEdits
 from emosteer.model import Edit, Model
 from emosteer.sites import Site
 from emosteer.steering import Injector, SteeringPlan
@@ -77,14 +79,14 @@ def generate(
     plan: SteeringPlan | None = None,
     decoding: Decoding | None = None,
     *,
-    edits: Mapping[Site, Edit] | None = None,
+    row_edits: RowEdits | None = None,
     on_token: OnToken | None = None,
 ) -> list[Reply]:
     """Writes one batch of replies.
 
     Args:
         plan: what is added per row; None adds nothing.
-        edits: further edits of the plain model's sites (ablation curves); they see [row, pos, width].
+        row_edits: unit edits on top (ablation and enhancement curves).
         on_token: for a batch of one, receives each piece of text as it is written.
 
     Raises:
@@ -94,15 +96,17 @@ def generate(
     plan = plan or SteeringPlan.none(len(requests))
     if plan.n_rows != len(requests):
         raise ValueError(f"the plan has {plan.n_rows} rows, the batch {len(requests)}")
+    if not requests:
+        return []
     for request in requests:
         if len(request.ids) + decoding.max_new_tokens > model.shape.context:
             raise DataError(
-                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the context of "
-                f"{model.name} ({model.shape.context}); shorten it or lower --max-new-tokens"
+                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
+                f"context of {model.name} ({model.shape.context}); shorten it or lower --max-new-tokens"
             )
     batch = _Batch(model, requests, decoding)
     injector = Injector(plan, model.device, model.dtype)
-    combined = _combine(injector.edits(), edits or {})
+    combined = _combine(injector.edits(), row_edits.edits() if row_edits else {})
     stream = _Stream(model, on_token) if on_token and len(requests) == 1 else None
     with model.hooks(combined, bridge=False):
         for _ in range(decoding.max_new_tokens):
@@ -113,6 +117,8 @@ def generate(
             if kept is None:
                 break
             injector.keep(kept)
+            if row_edits:
+                row_edits.keep(kept)
     if stream:
         stream.flush(batch.written[0])
     return batch.replies()
@@ -138,8 +144,6 @@ class _Batch:
     """The state of one batch while it is written. Rows that end leave the batch, so that the others go on faster."""
 
     def __init__(self, model: Model, requests: Sequence[Request], decoding: Decoding) -> None:
-        from transformers import DynamicCache
-
         self.model, self.requests, self.decoding = model, requests, decoding
         device = model.device
         width = max(len(request.ids) for request in requests)
@@ -153,7 +157,7 @@ class _Batch:
         self.ids, self.mask, self.seen = ids.to(device), mask.to(device), seen.to(device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         self.noise = _noise(requests, decoding).to(device) if decoding.temperature > 0 else None
-        self.cache = DynamicCache(config=model.hf.config)
+        self.cache = growing_cache(model.hf.config)
         self.alive = torch.arange(len(requests), device=device)
         self.written: list[list[int]] = [[] for _ in requests]
         self.reason = ["length"] * len(requests)
@@ -166,7 +170,8 @@ class _Batch:
             input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
         logits = self.model.logits(hidden[:, -1]).float()
-        tokens = self._choose(logits)
+        noise = None if self.noise is None else self.noise[self.alive, self.steps]
+        tokens = choose(logits, self.seen, noise, self.decoding)
         self.seen.scatter_(1, tokens[:, None], True)
         self.ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
@@ -191,26 +196,32 @@ class _Batch:
         self.cache.batch_select_indices(keep)
         return self.alive
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        decoding = self.decoding
-        if decoding.repetition_penalty != 1:
-            punished = torch.where(logits > 0, logits / decoding.repetition_penalty, logits * decoding.repetition_penalty)
-            logits = torch.where(self.seen, punished, logits)
-        if self.noise is None:
-            return logits.argmax(-1)
-        probabilities, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)  # the first token always stays
-        heaped = probabilities.cumsum(-1)
-        target = self.noise[self.alive, self.steps][:, None] * heaped[:, -1:]
-        return order.gather(1, torch.searchsorted(heaped, target, right=True).clamp_max(order.shape[1] - 1))[:, 0]
-
     def replies(self) -> list[Reply]:
         decode = self.model.tokenizer.decode
         return [
             Reply(request.key, decode(ids, skip_special_tokens=True).strip(), tuple(ids), reason)
             for request, ids, reason in zip(self.requests, self.written, self.reason, strict=True)
         ]
+
+
+def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decoding) -> Tensor:
+    """The next token of every row: repetition penalty, temperature and nucleus in Hugging Face's order. Shape [row].
+
+    Args:
+        logits: [row, d_vocab], float32; seen: [row, d_vocab], the tokens of prompt and reply so far.
+        noise: [row], a uniform number in [0, 1) per row; None is greedy.
+    """
+    if decoding.repetition_penalty != 1:
+        punished = torch.where(logits > 0, logits / decoding.repetition_penalty, logits * decoding.repetition_penalty)
+        logits = torch.where(seen, punished, logits)
+    if noise is None:
+        return logits.argmax(-1)
+    probabilities, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)  # the first token always stays
+    heaped = probabilities.cumsum(-1)
+    target = noise[:, None] * heaped[:, -1:]
+    return order.gather(1, torch.searchsorted(heaped, target, right=True).clamp_max(order.shape[1] - 1))[:, 0]
 
 
 def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:
@@ -226,13 +237,13 @@ def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:
 
 
 class _Stream:
-    """Turns growing token lists into text pieces; a piece is held back while its last character is incomplete."""
+    """Turns growing token lists into text pieces that join to the reply's text; incomplete last characters are held back."""
 
     def __init__(self, model: Model, on_token: OnToken) -> None:
         self.decode, self.on_token, self.sent = model.tokenizer.decode, on_token, ""
 
     def push(self, ids: Sequence[int]) -> None:
-        text = self.decode(ids, skip_special_tokens=True).lstrip()
+        text = self.decode(ids, skip_special_tokens=True).strip()  # white space at the end waits: the reply's text may end before it
         if not text.endswith("\ufffd"):
             self._send(text)
 

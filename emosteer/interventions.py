@@ -47,9 +47,7 @@ def replace_units(
         values: site -> [width], [row, width] or [row, pos, width]; None is zero ablation.
         positions: [row, pos], where to act; None acts everywhere. Absolute positions of this very pass.
     """
-    return {
-        site: _replacing(mask, None if values is None else values[site], positions) for site, mask in unit_masks(model, rows).items()
-    }
+    return {site: _replacing(mask, None if values is None else values[site], positions) for site, mask in unit_masks(model, rows).items()}
 
 
 def _replacing(mask: Tensor, value: Tensor | None, positions: Tensor | None) -> Edit:

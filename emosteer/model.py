@@ -13,22 +13,21 @@ import copy
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emosteer.errors import ModelError, UsageError
-from emosteer.files import sha256_text
+from emosteer.devices import is_out_of_memory, resolve_device, resolve_dtype
+from emosteer.errors import ModelError, first_line
+from emosteer.files import sha256_text, slug
+from emosteer.shapes import Shape, decoder_body, shape_of
 from emosteer.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
+from emosteer.taps import Edit, after, before, flat, reading
 
-#: An edit receives the activation [batch, pos, width] (heads of `z` side by side) and returns its replacement, or None
-#: to leave it as it is.
-Edit = Callable[[Tensor], Tensor | None]
+__all__ = ["Edit", "Model", "Shape", "is_out_of_memory", "resolve_device", "resolve_dtype", "slug"]
 
 _BRIDGE_NAMES = {
     RESID_MID: "hook_resid_mid",
@@ -41,21 +40,6 @@ _BRIDGE_NAMES = {
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 #: Chat templates that print today's date (Llama 3.2) would make results depend on the day: the date is fixed.
 _TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model. `d_head` may differ from `d_model / n_heads`; `n_kv_heads` is below `n_heads` with grouped queries."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    context: int
 
 
 class Model:
@@ -70,9 +54,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.sha256 = weights_sha256
-        self.body: nn.Module = _body(hf)
-        self.layers: nn.ModuleList = self.body.layers  # type: ignore[assignment]
-        self.shape = _shape(hf, self.layers)
+        self.body: Any = decoder_body(hf)
+        self.layers: Any = self.body.layers
+        self.shape = shape_of(hf)
         self.post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
         self._prove(bridge=False)
 
@@ -90,25 +74,26 @@ class Model:
             ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as hf_logging
+        from transformers.utils import logging as untyped
 
         from emosteer import weights
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
         found = weights.resolve(reference)
+        hf_logging: Any = untyped
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
-            hf = AutoModelForCausalLM.from_pretrained(found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa")
+            tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
+            hf: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if _is_oom(error):
+            if is_out_of_memory(error):
                 raise
-            raise ModelError(f"cannot load {found.name} from {found.path}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
         try:
             hf = hf.to(target)
         except RuntimeError as error:
-            if _is_oom(error):
+            if is_out_of_memory(error):
                 raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
             raise
         return cls(hf, tokenizer, found.name, found.sha256)
@@ -125,12 +110,14 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.hf.parameters()).device
+        device: torch.device = next(self.hf.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights and activations."""
-        return next(self.hf.parameters()).dtype
+        dtype: torch.dtype = next(self.hf.parameters()).dtype
+        return dtype
 
     @property
     def template_sha256(self) -> str:
@@ -156,7 +143,7 @@ class Model:
             try:
                 bridge = TransformerBridge.boot_transformers(self.name, hf_model=tree, tokenizer=tokenizer, device=str(self.device))
             except Exception as error:
-                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {_first_line(error)}") from error
+                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {first_line(error)}") from error
         bridge.original_model.requires_grad_(False)
         self.__dict__["bridge"] = bridge  # _prove below reads it
         try:
@@ -175,7 +162,8 @@ class Model:
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
-        return self.layers[layer].mlp.down_proj.weight.T
+        weight: Tensor = self.layers[layer].mlp.down_proj.weight
+        return weight.T
 
     def width(self, kind: str) -> int:
         """Size of the last dimension of a site kind."""
@@ -237,17 +225,17 @@ class Model:
             bridge: hook the TransformerBridge (analysis) or the plain model (generation).
         """
         if bridge:
-            named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", _flat(edit)) for site, edit in edits.items()]
+            named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
             with self.bridge.hooks(fwd_hooks=named):
-                yield _body(self.bridge.original_model)
+                yield decoder_body(self.bridge.original_model)
             return
         with contextlib.ExitStack() as stack:
             for site, edit in edits.items():
-                module, before = self._tap(site)
+                module, is_input = self._tap(site)
                 handle = (
-                    module.register_forward_pre_hook(_before(edit), with_kwargs=True)
-                    if before
-                    else module.register_forward_hook(_after(edit))
+                    module.register_forward_pre_hook(before(edit), with_kwargs=True)
+                    if is_input
+                    else module.register_forward_hook(after(edit))
                 )
                 stack.callback(handle.remove)
             yield self.body
@@ -273,20 +261,21 @@ class Model:
         """
         with self.hooks(edits or {}, bridge=bridge) as body:
             out = body(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return out.last_hidden_state
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
-        logits = self.hf.lm_head(hidden)
+        logits: Tensor = self.hf.lm_head(hidden)
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     def read(self, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[Site, Tensor]:
         """Activations [batch, pos, width] of the given sites in one forward pass; options as for `run`."""
         store: dict[Site, Tensor] = {}
         edits = dict(options.pop("edits", None) or {})
         for site in sites:
-            edits[site] = _reading(store, site, edits.get(site))
+            edits[site] = reading(store, site, edits.get(site))
         self.run(ids, edits, **options)
         return store
 
@@ -321,7 +310,7 @@ class Model:
         try:
             seen = self.read(ids, sites, bridge=bridge)
         except (KeyError, AttributeError, ValueError) as error:
-            raise ModelError(f"{where}: a site cannot be hooked ({_first_line(error)}); this architecture is not supported") from error
+            raise ModelError(f"{where}: a site cannot be hooked ({first_line(error)}); this architecture is not supported") from error
         silent = [str(site) for site in sites if site not in seen]
         if silent:
             raise ModelError(f"{where}: {len(silent)} sites never fired ({', '.join(silent[:3])} ...); this architecture is not supported")
@@ -355,137 +344,3 @@ class Model:
         error = ((found - expected).abs().max() / scale).item()
         if not error <= tolerance:
             raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
-
-
-# ---- helpers -----------------------------------------------------------------------------------------------------
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
-
-    Raises:
-        UsageError: if the name is unknown or the device is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device '{device}'; expected auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise UsageError(f"device '{device}' is not supported; expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto")
-    return found
-
-
-def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Turns "auto" or a dtype's name into a torch dtype.
-
-    Raises:
-        UsageError: if the name is unknown.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
-
-
-def _body(hf: Any) -> Any:
-    """The decoder stack of a causal LM of the Llama shape.
-
-    Raises:
-        ModelError: naming the architecture, if it is built in another way.
-    """
-    body = getattr(hf, "model", None)
-    layers = getattr(body, "layers", None)
-    first = layers[0] if layers is not None and len(layers) else None
-    needed = ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm")
-    try:
-        for path in needed:
-            _getattr(first, path)
-    except AttributeError as error:
-        raise ModelError(
-            f"architecture {type(hf).__name__} is not supported: expected decoder layers with {', '.join(needed)} "
-            "(Llama, Qwen2/2.5, Gemma 3 and their like)"
-        ) from error
-    return body
-
-
-def _getattr(owner: Any, path: str) -> Any:
-    for name in path.split("."):
-        owner = getattr(owner, name)
-    return owner
-
-
-def _shape(hf: Any, layers: nn.ModuleList) -> Shape:
-    config = hf.config
-    o_proj, down_proj = layers[0].self_attn.o_proj, layers[0].mlp.down_proj
-    n_heads = config.num_attention_heads
-    return Shape(
-        n_layers=len(layers),
-        n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        d_model=o_proj.out_features,
-        d_head=o_proj.in_features // n_heads,
-        d_mlp=down_proj.in_features,
-        d_vocab=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", 0) or 2**20,
-    )
-
-
-def _flat(edit: Edit) -> Callable[..., Tensor | None]:
-    """Gives a bridge hook the flat view of `z` and takes its replacement back in the bridge's shape."""
-
-    def hook(activation: Tensor, hook: Any) -> Tensor | None:
-        new = edit(activation.flatten(2) if activation.dim() == 4 else activation)
-        return None if new is None else new.reshape(activation.shape)
-
-    return hook
-
-
-def _before(edit: Edit) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = edit(args[0])
-        return None if new is None else ((new, *args[1:]), kwargs)
-
-    return hook
-
-
-def _after(edit: Edit) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):  # decoder layers of some families return (hidden, ...)
-            new = edit(output[0])
-            return None if new is None else (new, *output[1:])
-        return edit(output)
-
-    return hook
-
-
-def _reading(store: dict[Site, Tensor], site: Site, edit: Edit | None) -> Edit:
-    def read(activation: Tensor) -> Tensor | None:
-        new = edit(activation) if edit else None
-        store[site] = activation if new is None else new
-        return new
-
-    return read
-
-
-def _is_oom(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a batch did not fit (CUDA or host memory)."""
-    return _is_oom(error)
-
-
-def slug(name: str) -> str:
-    """A file-system name for a model: `meta-llama/Llama-3.2-3B` -> `meta-llama--Llama-3.2-3B`."""
-    return Path(name.replace("/", "--")).name

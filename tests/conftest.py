@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -16,12 +18,17 @@ from transformers import (
 )
 
 from emosteer.model import Model
+from emosteer.scenarios import EMOTIONS, VALENCES, Bank, Group, GroupKey
 
-WORDS = (
-    "i you we it the a my our is was in on at of to and but not what why how this that they waited nine weeks permit office desk came back went home "
-    "said told door late train flat landlord boss call never ever again please stop laugh sing dance cry alone hide run shake slam spit filth wait "
-    "really blink no yes keep reply two sentences . , ! ? anger sadness happiness fear surprise disgust feeling express emotion always"
-).split()
+torch.set_num_threads(1)  # tensors this small are slowed down by threads, eightfold on a busy machine
+
+_TEXT = (
+    "i you we it the a my our is was in on at of to and but not what why how this that they waited nine weeks permit office desk came "
+    "back went home said told door late train flat landlord boss call never ever again please stop laugh sing dance cry alone hide "
+    "run shake slam spit filth wait really blink no yes keep reply two sentences . , ! ? anger sadness happiness fear surprise "
+    "disgust feeling express emotion always"
+)
+WORDS = _TEXT.split()
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
@@ -33,8 +40,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system"]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(special + WORDS))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("!", "isolated")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[.!]"), "isolated")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -82,3 +91,14 @@ def tiny() -> Model:
 def family(request: pytest.FixtureRequest) -> Model:
     """One random model of each supported family."""
     return build(request.param)
+
+
+def small_data(scenarios: int = 6, emotions: tuple[str, ...] = EMOTIONS, seed: int = 0, words: int = 7) -> tuple[list[Group], Bank]:
+    """Groups of random words over three themes and three valences, and a complete reply bank of replies of unequal length."""
+    draw = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(low, high)))
+
+    groups = [Group(GroupKey(f"s{index}", valence), f"theme{index % 3}", text(4, 9)) for index in range(scenarios) for valence in VALENCES]
+    return groups, {group.key: {emotion: text(2, words) for emotion in emotions} for group in groups}

@@ -22,7 +22,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from emosteer import authoring
+from emosteer import openai
 from emosteer.authoring import ANGLES, PATIENCE, AuthorEvent, AuthorRequest, LocalAuthor, OpenAIAuthor, author_scenarios, parse_answer
 from emosteer.cli_build import build
 from emosteer.errors import DataError, EmosteerError, UsageError
@@ -163,7 +163,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     found: list[float] = []
-    monkeypatch.setattr(authoring, "time", SimpleNamespace(sleep=found.append, time=authoring.time.time))
+    monkeypatch.setattr(openai, "time", SimpleNamespace(sleep=found.append, time=openai.time.time))
     return found
 
 
@@ -208,7 +208,7 @@ def test_what_may_pass_is_asked_again(serve: Callable[..., Endpoint], waits: lis
 
 
 def test_retry_after_is_honoured_up_to_a_cap(serve: Callable[..., Endpoint], waits: list[float]) -> None:
-    date = formatdate(authoring.time.time() + 30, usegmt=True)
+    date = formatdate(openai.time.time() + 30, usegmt=True)
     headers = ("7", date, "9999", "soon", "nan", "-5")
     notes: list[str] = []
     endpoint = serve(*(fail(429, "slow down", Retry_After=value) for value in headers), say("hi"))

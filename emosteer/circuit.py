@@ -1,0 +1,141 @@
+"""The Circuit: which heads and neurons, what they add, at what strength, and how well it stands for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer import artifacts
+from emosteer.artifacts import Provenance
+from emosteer.errors import ArtifactError, UsageError, suggest
+from emosteer.model import Model
+from emosteer.sites import Head, Neuron, Site, Unit
+from emosteer.steering import compile_units, residual_vectors
+
+KIND = "circuit"
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """The product of `circuit`: enough to steer, without any other file.
+
+    heads: [emotion, layer, head], bool; z_delta: [emotion, layer, n_heads * d_head], mean contrast of the circuit's heads, zero
+    elsewhere; neuron_index: [n, 3] (emotion, layer, neuron) and neuron_delta: [n]; strength: [emotion], the default; importance:
+    [emotion, layer, 2], of the attention and MLP sublayers. For residual steering, the comparison: vectors [emotion, layer,
+    d_model] (v_post, unit length), rms [layer], residual_layers and residual_strength. metrics: what `circuit` measured.
+    """
+
+    emotions: tuple[str, ...]
+    heads: Tensor
+    z_delta: Tensor
+    neuron_index: Tensor
+    neuron_delta: Tensor
+    strength: Tensor
+    importance: Tensor
+    vectors: Tensor
+    rms: Tensor
+    residual_layers: tuple[int, ...]
+    residual_strength: float
+    d_mlp: int
+    preset: str
+    instruction: str
+    metrics: Mapping[str, Any]
+    provenance: Provenance
+
+    def index(self, emotion: str) -> int:
+        """Position of an emotion.
+
+        Raises:
+            UsageError: if the circuit has none for it.
+        """
+        if emotion not in self.emotions:
+            raise UsageError(f"unknown emotion '{emotion}'{suggest(emotion, self.emotions)}; this circuit knows {', '.join(self.emotions)}")
+        return self.emotions.index(emotion)
+
+    def units(self, emotion: str) -> tuple[Unit, ...]:
+        """The heads and neurons of an emotion, in the order of the model."""
+        e = self.index(emotion)
+        heads: list[Unit] = [Head(layer, head) for layer, head in self.heads[e].nonzero().tolist()]
+        mine = self.neuron_index[self.neuron_index[:, 0] == e]
+        return tuple(sorted(heads, key=str_order) + sorted((Neuron(layer, n) for _, layer, n in mine.tolist()), key=str_order))
+
+    def mlp_delta(self) -> Tensor:
+        """Mean contrast of the circuit's neurons, zero elsewhere. Shape [emotion, layer, d_mlp]."""
+        dense = torch.zeros(len(self.emotions), self.z_delta.shape[1], self.d_mlp)
+        if len(self.neuron_index):
+            e, layer, neuron = self.neuron_index.T
+            dense[e, layer, neuron] = self.neuron_delta
+        return dense
+
+    def steering(self, model: Model) -> dict[Site, Tensor]:
+        """The circuit compiled to constant vectors: site -> [emotion, d_model], at strength 1."""
+        return {site: value.cpu() for site, value in compile_units(model, self.z_delta, self.mlp_delta()).items()}
+
+    def residual(self) -> dict[Site, Tensor]:
+        """Residual steering with the same directions: site -> [emotion, d_model], at strength 1 (one rms per layer)."""
+        return residual_vectors(self.vectors, self.rms, self.residual_layers)
+
+    def with_strength(self, strength: Sequence[float], residual_strength: float | None = None) -> Circuit:
+        """The same circuit with other default strengths."""
+        kept = self.residual_strength if residual_strength is None else residual_strength
+        return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
+
+    def save(self, path: Path) -> None:
+        """Writes the artefact."""
+        names = ("heads", "z_delta", "neuron_index", "neuron_delta", "strength", "importance", "vectors", "rms")
+        fields = {
+            "emotions": list(self.emotions),
+            "residual_layers": list(self.residual_layers),
+            "residual_strength": self.residual_strength,
+            "d_mlp": self.d_mlp,
+            "preset": self.preset,
+            "instruction": self.instruction,
+            "metrics": dict(self.metrics),
+        }
+        artifacts.save(path, KIND, fields, {name: getattr(self, name) for name in names}, self.provenance)
+
+    @classmethod
+    def load(cls, path: Path, model: Model | None = None) -> Circuit:
+        """Reads the artefact back.
+
+        Args:
+            model: refuse a circuit that was made for other weights.
+
+        Raises:
+            ArtifactError: if it is not a circuit, is damaged, or is another model's.
+        """
+        found = artifacts.load(path, KIND)
+        if model is not None:
+            artifacts.require_model(found.provenance, model.sha256, model.name, path)
+        return cls.from_artifact(found)
+
+    @classmethod
+    def from_artifact(cls, found: artifacts.Artifact) -> Circuit:
+        """Makes the value from a loaded artefact of kind "circuit"."""
+        fields = dict(found.fields)
+        try:
+            return cls(
+                **found.tensors,
+                emotions=tuple(fields.pop("emotions")),
+                residual_layers=tuple(fields.pop("residual_layers")),
+                **fields,
+                provenance=found.provenance,
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error
+
+
+def str_order(unit: Unit) -> tuple[int, int]:
+    """Sort key: the order of the model."""
+    return unit.layer, unit.index
+
+
+def overlap(circuit: Circuit) -> dict[str, dict[str, float]]:
+    """Jaccard overlap of the units of every pair of emotions: emotion -> emotion -> share."""
+    sets = {emotion: {str(unit) for unit in circuit.units(emotion)} for emotion in circuit.emotions}
+    return {a: {b: len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for b in sets} for a in sets}

@@ -1,0 +1,95 @@
+"""The command line: thin. torch is imported inside commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from emosteer import __version__
+from emosteer.cli_build import build
+from emosteer.cli_generate import generate
+from emosteer.cli_models import models
+from emosteer.cli_stages import ablate, circuit, extract, inspect
+from emosteer.errors import EmosteerError
+
+app = typer.Typer(
+    name="emosteer",
+    help="Find emotion circuits in language models and write with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(build)
+app.add_typer(models, name="models")
+app.command()(extract)
+app.command()(ablate)
+app.command()(circuit)
+app.command()(inspect)
+app.command()(generate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emosteer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Find emotion circuits in language models and write with them."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Errors are one line on stderr: exit code 2 for usage, 1 for failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    # accepted anywhere on the line, as people add it after the command that failed
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = app(arguments, standalone_mode=False)
+    except EmosteerError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.ctx.get_help())
+        sys.exit(2)
+    except click.ClickException as error:
+        if debug:
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        _fail(error.format_message() + hint, 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; what was finished is kept, the same command goes on from there", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads any more, as with `| head`
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(_unforeseen(error), 1)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _unforeseen(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error).lower():
+        return "out of memory; try a smaller --batch-size or --batch-tokens, --dtype bfloat16, or a smaller model"
+    if isinstance(error, OSError):
+        place = f" {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}; check the path, its permissions and the space left"
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {text}; run it again with --debug for the traceback"
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"emosteer: {message}", err=True)
+    sys.exit(code)

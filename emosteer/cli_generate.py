@@ -1,0 +1,175 @@
+"""`emosteer generate`: replies that carry an emotion."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.errors import DataError, UsageError, suggest
+from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
+from emosteer.prompts import INSTRUCTION
+from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario
+
+if TYPE_CHECKING:
+    from emosteer.circuit import Circuit
+    from emosteer.writing import Job, Writer
+
+_METHODS = ("circuit", "residual", "prompt", "none")
+
+
+def generate(
+    text: Annotated[str | None, typer.Argument(help="What the user says; '-' or nothing reads stdin.", show_default=False)] = None,
+    emotion: Annotated[str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = "circuit",
+    strength: Annotated[float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)] = None,
+    source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
+    instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
+    seed: SeedOption = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
+    if method not in _METHODS:
+        raise UsageError(f"unknown method '{method}'{suggest(method, _METHODS)}; expected {', '.join(_METHODS)}")
+    if method != "none" and emotion is None:
+        raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
+    strength = finite(strength, "--strength")
+    if method in ("prompt", "none") and strength is not None:
+        raise UsageError(f"--strength has no meaning with --method {method}")
+    inputs = _inputs(text, source)
+    from emosteer.generation import Decoding
+
+    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
+    from emosteer.model import Model
+    from emosteer.pipeline import find_circuit, make_circuit, require_circuit
+    from emosteer.writing import Writer
+
+    if method == "prompt" and emotion is not None and circuit is None:
+        parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
+    loaded = Model.load(model, device=device, dtype=dtype)
+    found: tuple[Circuit, Path] | None = None
+    if method in ("circuit", "residual"):
+        if auto and find_circuit(loaded, circuit, root) is None:
+            make_circuit(loaded, root)
+        found = require_circuit(loaded, circuit, root)
+    elif method == "prompt" and circuit is not None:
+        found = require_circuit(loaded, circuit, root)
+    known = found[0].emotions if found else EMOTIONS
+    wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
+    jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None)]
+    writer = Writer(loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size)
+    _write(writer, jobs, out, found[1] if found else None, fresh, as_json)
+
+
+def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
+    """(id, scenario-event or text) for everything to be answered.
+
+    Raises:
+        UsageError: if there is nothing, or both a text and a file. DataError: naming file and line, for a malformed file.
+    """
+    from emosteer.scenarios import GroupKey
+
+    if source is not None:
+        if text is not None:
+            raise UsageError("expected a text or --input, found both")
+        return _read_inputs(source)
+    if text is None or text == "-":
+        if text is None and sys.stdin.isatty():
+            raise UsageError("expected a text to answer, --input FILE.jsonl, or text on stdin")
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise DataError("stdin is not UTF-8 text; convert it first") from error
+    if not text.strip():
+        raise UsageError("the text to answer is empty")
+    return [("text", Group(GroupKey("", ""), "", text.strip()))]
+
+
+def _read_inputs(source: Path) -> list[tuple[str, Group]]:
+    from emosteer.files import read_jsonl
+    from emosteer.scenarios import GroupKey
+
+    found: list[tuple[str, Group]] = []
+    for number, row in read_jsonl(source, "input file"):
+        where = f"{source}:{number}"
+        if "event" in row or "scenario" in row:
+            scenario = parse_scenario(row, where)
+            for valence in VALENCES:
+                key = GroupKey(scenario.id, valence)
+                found.append((str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
+        elif isinstance(row.get("text"), str) and row["text"].strip():
+            identity = str(row.get("id", f"line-{number}"))
+            found.append((identity, Group(GroupKey("", ""), "", row["text"].strip())))
+        else:
+            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text' that is not empty")
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{source}: the id '{twice}' is there twice; ids must be unique")
+    return found
+
+
+def _jobs(name: str, group: Group, emotions: Sequence[str], method: str, strength: float | None, circuit: Circuit | None) -> list[Job]:
+    from emosteer.writing import Job
+
+    jobs = []
+    for emotion in emotions:
+        how = strength
+        if how is None and circuit is not None and method == "circuit":
+            how = round(circuit.strength[circuit.index(emotion)].item(), 6)
+        elif how is None and circuit is not None and method == "residual":
+            how = circuit.residual_strength
+        key = group.key
+        jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, group.text, emotion, method, how))
+    return jobs
+
+
+def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool) -> None:
+    from emosteer.files import sha256_file
+    from emosteer.writing import row_of, write_file
+
+    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
+    if out is not None:
+        rows = write_file(writer, jobs, out, sha256, fresh=fresh)
+        if as_json:
+            _print_json(rows)
+        else:
+            finished = sum(row["finish_reason"] == "stop" for row in rows)
+            typer.echo(f"{len(rows)} replies -> {out} ({finished} ended by the model, {len(rows) - finished} cut off at {writer.decoding.max_new_tokens} tokens)")
+        return
+    run = writer.run_key(sha256)
+    if len(jobs) == 1 and not as_json:
+        for _ in writer.write(jobs, on_token=lambda piece: typer.echo(piece, nl=False)):
+            typer.echo("")
+        return
+    rows = {job.id: (job, row_of(job, reply, run)) for job, reply in writer.write(jobs)}
+    ordered = [rows[job.id] for job in jobs]
+    if as_json:
+        _print_json([row for _, row in ordered])
+        return
+    several = len({job.text for job in jobs}) > 1
+    for job, row in ordered:
+        label = f"{job.id}" if several else job.emotion
+        typer.echo(f"{label}: {row['text']}")
+
+
+def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        typer.echo(json.dumps(row, ensure_ascii=False))

@@ -1,0 +1,237 @@
+"""`emosteer extract`, `ablate`, `circuit` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emosteer.errors import ArtifactError, UsageError
+from emosteer.options import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    ModelOption,
+    RepliesOption,
+    RootOption,
+    ScenariosOption,
+    SeedOption,
+    finite,
+)
+from emosteer.prompts import ELICITATIONS, INSTRUCTION
+from emosteer.scenarios import EMOTIONS, parse_emotions
+
+if TYPE_CHECKING:
+    from emosteer.directions import Directions
+    from emosteer.model import Model
+    from emosteer.pipeline import Data, Places
+
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
+DirectionsOption = Annotated[Path | None, typer.Option("--directions", help="What `extract` wrote; artifacts/MODEL/ if not given.", metavar="FILE")]
+
+
+def extract(
+    model: ModelOption = DEFAULT_MODEL,
+    scenarios: ScenariosOption = None,
+    replies: RepliesOption = None,
+    elicitation: Annotated[str, typer.Option(help="reply (states while a reply is written), tone or system (state before it).")] = "reply",
+    emotions: Annotated[str, typer.Option(help="Names with commas, any set; 'all' is the six.")] = "all",
+    out: OutOption = None,
+    instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = INSTRUCTION,
+    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of scenarios that evidence is measured on.")] = 0.1,
+    limit: LimitOption = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2048,
+    packed: Annotated[bool, typer.Option(help="Compute each group's shared prompt once.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Extract context-agnostic emotion directions, and contrast statistics of every head and neuron."""
+    from emosteer.pipeline import Places, read_data
+
+    wanted = parse_emotions(emotions, EMOTIONS, closed=False)
+    if len(wanted) < 2:
+        raise UsageError(f"expected at least two emotions to tell apart, found '{emotions}'")
+    if elicitation not in ELICITATIONS:
+        raise UsageError(f"unknown elicitation '{elicitation}'; expected {', '.join(ELICITATIONS)}")
+    own = replies == "self"
+    if own and elicitation != "reply":
+        raise UsageError("--replies self belongs to --elicitation reply")
+    data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
+    from emosteer.extract import Settings, finish_checkpoint
+    from emosteer.extract import extract as run
+    from emosteer.model import Model
+
+    loaded = Model.load(model, device=device, dtype=dtype)
+    places = Places.of(loaded.name, root)
+    target = out or places.directions
+    bank = _own_bank(loaded, data, wanted, target, instruction, seed) if own else data.bank
+    settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens, packed)
+    checkpoint = target.with_name(target.name + ".partial")
+    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh)
+    found.save(target)
+    finish_checkpoint(checkpoint)
+    from emosteer.summaries import directions_summary, print_directions
+
+    summary = {"file": str(target), **directions_summary(found)}
+    typer.echo(json.dumps(summary, indent=2)) if as_json else print_directions(summary)
+
+
+def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, instruction: str, seed: int):  # type: ignore[no-untyped-def]
+    from emosteer.files import sha256_file
+    from emosteer.own_replies import own_bank
+    from emosteer.progress import note
+
+    file = target.with_name("own-replies.jsonl")
+    bank, reasons = own_bank(model, data.groups, emotions, file, instruction, seed=seed)
+    data.hashes[file.name] = sha256_file(file)
+    kept = sum(map(len, bank.values()))
+    note(f"own replies: {kept} kept, {sum(reasons.values())} left out ({', '.join(f'{n} {why}' for why, n in reasons.most_common())})")
+    return bank
+
+
+def _directions(model: Model, given: Path | None, places: Places) -> tuple[Directions, Path]:
+    """The directions to work from.
+
+    Raises:
+        ArtifactError: with the command that makes them, if they are not there, or if they are another model's.
+    """
+    from emosteer import artifacts
+    from emosteer.directions import Directions
+
+    path = given or places.directions
+    if given is None and not path.exists():
+        raise ArtifactError(f"there are no directions for {model.name} at {path}; run `emosteer extract --model {model.name}` first")
+    found = Directions.load(path)
+    artifacts.require_model(found.provenance, model.sha256, model.name, path)
+    return found, path
+
+
+def ablate(
+    model: ModelOption = DEFAULT_MODEL,
+    directions: DirectionsOption = None,
+    scenarios: ScenariosOption = None,
+    replies: Annotated[Path | None, typer.Option(help="The bank that the directions were made with.", metavar="FILE")] = None,
+    out: OutOption = None,
+    curves: Annotated[bool, typer.Option(help="Measure ablation and enhancement curves.")] = True,
+    shares: Annotated[str, typer.Option(help="Shares of heads on the curves.")] = "0.02,0.05,0.1,0.25",
+    kinds: Annotated[str, typer.Option(help="zero, mean, resample, enhance.")] = "zero,mean,resample,enhance",
+    randoms: Annotated[int, typer.Option(min=0, help="Random sets of equal size per point.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per point and emotion.")] = 4,
+    strength: Annotated[float, typer.Option(help="Multiplier of the enhancement curves.")] = 2.0,
+    neuron_shares: Annotated[str, typer.Option(help="Shares of neurons on the curves; '' for none.")] = "0.01",
+    patch_groups: Annotated[int, typer.Option(min=0, help="Groups for attribution patching.")] = 6,
+    true_units: Annotated[int, typer.Option(min=0, help="Units patched for real, half of them random.")] = 32,
+    verify_prompts: Annotated[int, typer.Option(min=0, help="Prompts for the check of contributions against real ablation.")] = 1,
+    verify_neurons: Annotated[int, typer.Option(min=0, help="Random neurons in that check (every head is in it).")] = 100,
+    top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Score every head and neuron, check the scores by intervening, and draw ablation and enhancement curves."""
+    from emosteer.ablation import ABLATIONS, ENHANCE, CurveSettings
+
+    chosen = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    for name in chosen:
+        if name not in (*ABLATIONS, ENHANCE):
+            raise UsageError(f"unknown kind '{name}'; expected {', '.join((*ABLATIONS, ENHANCE))}")
+    finite(strength, "--strength")
+    settings = CurveSettings(_shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed)
+    from emosteer.files import sha256_file
+    from emosteer.model import Model
+    from emosteer.pipeline import Places, read_data
+    from emosteer.scores import AblateSettings
+    from emosteer.scores import ablate as run
+
+    data = read_data(scenarios, replies)
+    loaded = Model.load(model, device=device, dtype=dtype)
+    places = Places.of(loaded.name, root)
+    found, path = _directions(loaded, directions, places)
+    target = out or places.scores
+    wanted = AblateSettings(
+        patch_groups, true_units=true_units, verify_prompts=verify_prompts, verify_neurons=verify_neurons, seed=seed, curves=settings if curves else None
+    )
+    partial = target.with_name(target.name + ".partial.jsonl")
+    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, parents={"directions": sha256_file(path)})
+    scores.save(target)
+    partial.unlink(missing_ok=True)
+    from emosteer.summaries import print_scores, scores_summary
+
+    summary = {"file": str(target), **scores_summary(scores, top)}
+    typer.echo(json.dumps(summary, indent=2)) if as_json else print_scores(summary)
+
+
+def _shares(text: str, name: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"expected {name} to be numbers with commas, found '{text}'") from error
+    if any(not 0 < share <= 1 for share in found):
+        raise UsageError(f"expected {name} to lie above 0 and up to 1, found '{text}'")
+    return found
+
+
+def circuit(
+    model: ModelOption = DEFAULT_MODEL,
+    directions: DirectionsOption = None,
+    scenarios: ScenariosOption = None,
+    preset: Annotated[str, typer.Option(help="auto (smallest head circuit that keeps --share of the effect) or paper.")] = "auto",
+    ranking: Annotated[str, typer.Option(help="contrast, raw or effect.")] = "contrast",
+    heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
+    neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
+    share: Annotated[float, typer.Option(help="Share of the whole effect that 'auto' keeps.")] = 0.5,
+    strength: Annotated[float | None, typer.Option(help="Default strength for every emotion; tuned if not given.", show_default=False)] = None,
+    tune: Annotated[bool, typer.Option(help="Tune the default strength on training prompts.")] = True,
+    out: OutOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Assemble the circuits and measure how faithful they are."""
+    from emosteer.assembly import CircuitSettings, assemble
+
+    settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
+    finite(strength, "--strength")
+    from emosteer.files import sha256_file
+    from emosteer.model import Model
+    from emosteer.pipeline import Places, read_data
+    from emosteer.summaries import circuit_summary, print_circuit
+    from emosteer.tuning import TuneSettings, tune_strength
+
+    data = read_data(scenarios, None, "self")
+    loaded = Model.load(model, device=device, dtype=dtype)
+    places = Places.of(loaded.name, root)
+    found, path = _directions(loaded, directions, places)
+    made = assemble(loaded, found, data.groups, settings, parents={"directions": sha256_file(path)})
+    if strength is not None:
+        made = made.with_strength([strength] * len(made.emotions))
+    elif tune:
+        made = tune_strength(loaded, made, data.groups, TuneSettings(seed=seed))
+    target = out or places.circuit
+    made.save(target)
+    summary = {"file": str(target), **circuit_summary(made)}
+    typer.echo(json.dumps(summary, indent=2)) if as_json else print_circuit(summary)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Any artefact.", metavar="FILE")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print what an artefact holds and where it came from."""
+    from emosteer import artifacts
+    from emosteer.summaries import artifact_summary, print_artifact
+
+    summary = artifact_summary(artifacts.load(file))
+    typer.echo(json.dumps(summary, indent=2)) if as_json else print_artifact(summary)

@@ -1,0 +1,47 @@
+"""Devices and precisions by name, and telling a lack of memory from other errors."""
+
+from __future__ import annotations
+
+import torch
+
+from emosteer.errors import UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
+
+    Raises:
+        UsageError: if the name is unknown or the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{device}'; expected auto, cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' is not supported; expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto")
+    return found
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Turns "auto" or a dtype's name into a torch dtype.
+
+    Raises:
+        UsageError: if the name is unknown.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a batch did not fit (CUDA or host memory)."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text

@@ -1,0 +1,94 @@
+"""A JSON-lines file that grows line by line and survives being killed at any moment. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from emosteer.errors import EmosteerError, UsageError
+from emosteer.files import read_jsonl, write_error
+
+
+class JsonlLog:
+    """Appends JSON objects, each on disk before `append` returns. Opening it again cuts off a line that a kill left torn.
+
+    rows: what the file held when it was opened.
+    """
+
+    def __init__(self, path: Path, *, first_key: str | None = None) -> None:
+        """Opens or creates the file.
+
+        Args:
+            first_key: the key that every line starts with. A torn line that starts otherwise is then not ours: the file is refused
+                as one of another kind, and stays as it is.
+
+        Raises:
+            EmosteerError: if it cannot be written. UsageError: if the path is none of a file. DataError: if it holds something
+                other than JSON lines; it stays as it is.
+        """
+        self.path = Path(path)
+        try:
+            self._created = not self.path.exists()
+            if not self._created and not self.path.is_file():
+                raise UsageError(f"expected --out to name a file, found {self.path}, which is none")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()  # no permission? say so before anything is computed or paid for
+            _mend(self.path, b"{" if first_key is None else b"{" + json.dumps(first_key, ensure_ascii=False).encode())
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        self.rows: list[dict[str, Any]] = [row for _, row in read_jsonl(self.path, "output file", may_be_empty=True)]
+        self._size = self.path.stat().st_size
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds one object.
+
+        Raises:
+            EmosteerError: if the disk is full or somebody else wrote to the file; what was accepted before stays.
+        """
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if not self.path.exists() or self.path.stat().st_size != self._size:
+            raise EmosteerError(f"{self.path} was changed by somebody else while it was being written; run one command per file")
+        try:
+            with self.path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._size)  # what fitted of the line; failing that, the next run cuts it off
+            raise write_error(self.path, error) from error
+        self._size += len(line)
+
+    def close(self) -> None:
+        """Removes the file if it was created here and nothing was added."""
+        if self._created and self._size == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def _mend(path: Path, start: bytes) -> None:
+    """Cuts off a torn last line that begins like ours; ends a whole one that lacks its line break. The tear may split a character."""
+    data = path.read_bytes()
+    at = data.rfind(b"\n") + 1
+    tail = data[at:]
+    if not tail.strip() or not _only_rows(data[:at]):  # what is not ours stays as it is; reading it names the line
+        return
+    try:
+        whole = isinstance(json.loads(tail), dict)
+    except ValueError:
+        if tail.startswith(start) or start.startswith(tail):
+            os.truncate(path, at)
+        return
+    if whole:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _only_rows(data: bytes) -> bool:
+    """Whether every line is a JSON object."""
+    try:
+        return all(isinstance(json.loads(line), dict) for line in data.split(b"\n") if line.strip())
+    except ValueError:
+        return False

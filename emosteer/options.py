@@ -1,0 +1,36 @@
+"""Options that several commands share. No torch here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emosteer.errors import UsageError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
+RootOption = Annotated[Path, typer.Option("--artifacts", help="Folder that artefacts are kept in.", metavar="DIR")]
+ScenariosOption = Annotated[Path | None, typer.Option("--scenarios", help="SEV file; the shipped training set if not given.", metavar="FILE")]
+RepliesOption = Annotated[
+    str | None, typer.Option("--replies", help="Reply bank, or 'self' for the model's own filtered replies.", metavar="FILE|self")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
+
+
+def finite(value: float | None, name: str) -> float | None:
+    """Refuses nan and infinity, which Python reads as numbers.
+
+    Raises:
+        UsageError: for a value that is not a finite number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"expected {name} to be a finite number, found {value}")
+    return value

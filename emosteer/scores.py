@@ -1,0 +1,217 @@
+"""The stage `ablate`: Directions -> Scores of every head and neuron, the checks that they are right, and the curves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer import artifacts
+from emosteer.ablation import CurveSettings, curves
+from emosteer.activations import Sample, tokenize_group
+from emosteer.artifacts import Provenance
+from emosteer.assembly import importance_and_effects, prompt_samples
+from emosteer.attribution import (
+    UnitScores,
+    attribution_patching,
+    contrast_scores,
+    raw_scores,
+    reference_directions,
+    stable_band,
+    top_units,
+    true_patches,
+)
+from emosteer.directions import Directions
+from emosteer.errors import DataError, EmosteerError
+from emosteer.model import Model
+from emosteer.progress import bar
+from emosteer.prompts import plain
+from emosteer.scenarios import Bank, Group
+from emosteer.sites import Head, Neuron, Unit
+from emosteer.verification import verify
+
+KIND = "scores"
+FORMS = ("contrast", "raw", "patch", "effect")
+
+
+@dataclass(frozen=True)
+class AblateSettings:
+    """How much is measured. patch_groups: groups for attribution patching; true_groups, true_units: how many of them and how many
+    units (half the best, half random) are patched for real; verify_prompts, verify_neurons: the one-pass check; 0 leaves a part out."""
+
+    patch_groups: int = 6
+    true_groups: int = 2
+    true_units: int = 32
+    verify_prompts: int = 1
+    verify_neurons: int = 100
+    effect_prompts: int = 8
+    seed: int = 0
+    curves: CurveSettings | None = CurveSettings()
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The product of `ablate`.
+
+    forms: name -> scores of every unit (contrast, raw, patch, effect); importance: [emotion, layer, 2]; band: the stable late layers;
+    verification: errors of one-pass contributions against real ablation; patches: estimate and truth per really patched unit;
+    curves: one row per point and emotion.
+    """
+
+    emotions: tuple[str, ...]
+    forms: Mapping[str, UnitScores]
+    importance: Tensor
+    band: tuple[int, ...]
+    verification: Mapping[str, Any]
+    patches: Mapping[str, Any]
+    curves: Sequence[Mapping[str, Any]]
+    provenance: Provenance
+
+    def save(self, path: Path) -> None:
+        """Writes the artefact."""
+        tensors = {"importance": self.importance}
+        for name, scores in self.forms.items():
+            tensors |= {f"{name}.heads": scores.heads, f"{name}.neurons": scores.neurons}
+        fields = {
+            "emotions": list(self.emotions),
+            "forms": list(self.forms),
+            "band": list(self.band),
+            "verification": dict(self.verification),
+            "patches": dict(self.patches),
+            "curves": [dict(row) for row in self.curves],
+        }
+        artifacts.save(path, KIND, fields, tensors, self.provenance)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Reads the artefact back.
+
+        Raises:
+            ArtifactError: if it is not one.
+        """
+        found = artifacts.load(path, KIND)
+        f, t = found.fields, found.tensors
+        forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
+        emotions, band = tuple(f["emotions"]), tuple(f["band"])
+        return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], found.provenance)
+
+
+def ablate(
+    model: Model,
+    directions: Directions,
+    groups: Sequence[Group],
+    settings: AblateSettings,
+    *,
+    bank: Bank | None = None,
+    partial: Path | None = None,
+    parents: Mapping[str, str] | None = None,
+) -> Scores:
+    """Scores every unit in four ways, checks them by intervening, and measures the curves.
+
+    Args:
+        groups: scenario-events (train); bank: their replies, for the `reply` elicitation; partial: where finished curve points are
+            kept, so that a rerun goes on.
+
+    Raises:
+        ArtifactError: if the directions are another model's. DataError: if no group is complete.
+    """
+    artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
+    band = stable_band(directions)
+    v_ref = reference_directions(directions, band)
+    forms = {"contrast": contrast_scores(model, directions), "raw": raw_scores(model, directions)}
+    with bar("ablate (steps)", 4) as advance:
+        prompts = prompt_samples(model, groups, settings.effect_prompts, len(directions.emotions), directions.instruction)
+        importance, forms["effect"] = importance_and_effects(model, prompts, directions, v_ref)
+        advance(1)
+        samples = _complete(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
+        if samples:
+            forms["patch"], _ = attribution_patching(model, samples, v_ref)
+        advance(1)
+        patches = _patches(model, directions, forms["patch"], samples, v_ref, settings) if samples and settings.true_units else {}
+        advance(1)
+        checked = _verify(model, directions, groups, settings)
+        advance(1)
+    rows = curves(model, directions, forms["contrast"], groups, band, settings.curves, partial=partial) if settings.curves else []
+    provenance = Provenance(
+        model=model.name,
+        model_sha256=model.sha256,
+        template_sha256=model.template_sha256,
+        method="one-pass contributions, attribution patching, ablation and enhancement curves",
+        params={**vars(replace(settings, curves=None)), "curves": vars(settings.curves) if settings.curves else None},
+        seed=settings.seed,
+        data=directions.provenance.data,
+        parents=dict(parents or {}),
+        versions=artifacts.versions(),
+    )
+    return Scores(directions.emotions, forms, importance, band, checked, patches, rows, provenance)
+
+
+def _complete(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
+    """The first complete groups, evenly spread, as token ids under the directions' own elicitation."""
+    chosen = []
+    spread = sorted(groups, key=lambda group: random.Random(str(group.key)).random())
+    for group in spread:
+        replies = (bank or {}).get(group.key, {})
+        if directions.elicitation == "reply" and any(emotion not in replies for emotion in directions.emotions):
+            continue
+        chosen.append(tokenize_group(model, group, directions.elicitation, directions.emotions, replies, directions.instruction))
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise DataError("no scenario-event has a reply for every emotion; give the bank that the directions were made with (--replies)")
+    return chosen
+
+
+def _patches(
+    model: Model, directions: Directions, estimates: UnitScores, samples: Sequence[Sample], v_ref: Tensor, settings: AblateSettings
+) -> dict[str, Any]:
+    """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
+    some = list(samples[: settings.true_groups])
+    local, _ = attribution_patching(model, some, v_ref)
+    units: list[Unit] = []
+    half = settings.true_units // 2
+    draw = random.Random(f"{settings.seed}/patches")
+    emotion = draw.randrange(len(directions.emotions))
+    units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
+    shape = model.shape
+    while len(units) < settings.true_units:
+        make, size = draw.choice(((Head, shape.n_heads), (Neuron, shape.d_mlp)))
+        unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
+        if unit not in units:
+            units.append(unit)
+    truth = true_patches(model, some, v_ref, emotion, units)
+    estimate = torch.tensor([local.of(emotion, unit) for unit in units])
+    return {
+        "emotion": directions.emotions[emotion],
+        "units": [str(unit) for unit in units],
+        "estimate": estimate.tolist(),
+        "truth": truth.tolist(),
+        "correlation": _correlation(estimate, truth),
+        "correlation_random": _correlation(estimate[half:], truth[half:]),
+        "groups": len(some),
+    }
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return 0.0
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def _verify(model: Model, directions: Directions, groups: Sequence[Group], settings: AblateSettings) -> dict[str, Any]:
+    """The one-pass check; models whose sublayer outputs are normed (Gemma) are exact only up to a factor and are left out."""
+    if not settings.verify_prompts:
+        return {}
+    if model.post_norms:
+        return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
+    step = max(1, len(groups) // settings.verify_prompts)
+    prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in list(groups)[::step][: settings.verify_prompts]]
+    try:
+        return verify(model, directions, prompts, settings.verify_neurons, settings.seed)
+    except (RuntimeError, MemoryError) as error:
+        raise EmosteerError(f"the check against real ablation failed ({error}); leave it out with --verify-prompts 0") from error

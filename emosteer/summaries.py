@@ -1,0 +1,233 @@
+"""Artefacts -> plain summaries (JSON) and tables for people. Loads no model; what is printed is what `--json` gives."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from emosteer.artifacts import Artifact
+from emosteer.attribution import top_units
+from emosteer.circuit import Circuit
+from emosteer.directions import Directions
+from emosteer.scores import Scores
+from emosteer.sites import RESID_POST, Head, Neuron
+from emosteer.tables import percent, print_table
+
+Summary = dict[str, Any]
+
+
+# ---- directions ----------------------------------------------------------------------------------------------------
+
+
+def directions_summary(found: Directions) -> Summary:
+    """What was extracted, and per layer the evidence with its controls."""
+    layers = []
+    for index, site in enumerate(found.sites):
+        if site.kind != RESID_POST:
+            continue
+        row: Summary = {"layer": site.layer, "norm": _mean(found.norms[:, index])}
+        if found.evidence:
+            e = found.evidence
+            row |= {
+                "accuracy": _mean(e.accuracy[index]),
+                "accuracy_shuffled": _mean(e.accuracy_shuffled[index]),
+                "halves": _mean(e.halves[:, index]),
+                "halves_shuffled": _mean(e.halves_shuffled[:, index]),
+                "themes": _mean(e.themes[:, index]),
+                "valences": _mean(e.valences[:, index]),
+                "by_emotion": dict(zip(found.emotions, _rounded(e.accuracy[index]), strict=True)),
+            }
+        layers.append(row)
+    return {
+        "model": found.provenance.model,
+        "emotions": list(found.emotions),
+        "elicitation": found.elicitation,
+        "groups": found.n_groups,
+        "heldout": found.n_heldout,
+        "dropped": dict(found.dropped),
+        "chance": 1 / len(found.emotions),
+        "layers": layers,
+    }
+
+
+def print_directions(summary: Summary) -> None:
+    """The table of `extract`."""
+    print(f"{summary['model']}: {summary['groups']} groups, {summary['elicitation']} elicitation -> {summary['file']}")
+    if summary["dropped"]:
+        print("dropped:", ", ".join(f"{count} ({why})" for why, count in summary["dropped"].items()))
+    layers = summary["layers"]
+    if "accuracy" not in layers[0]:
+        print("no evidence was measured: too few scenarios are held out (--holdout)")
+        return
+    print(f"held-out groups: {summary['heldout']}; accuracy of naming the emotion from projections (chance {summary['chance']:.3f}); cosines between directions")
+    names = ("layer", "accuracy", "accuracy_shuffled", "halves", "halves_shuffled", "themes", "valences")
+    step = max(1, len(layers) // 10)
+    shown = [row for row in layers if row["layer"] % step == 0 or row is layers[-1]]
+    heads = ("layer", "accuracy", "(shuffled)", "halves", "(shuffled)", "themes", "valences", "by emotion")
+    print_table(heads, [[*(row[name] for name in names), _pairs(row["by_emotion"])] for row in shown])
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def scores_summary(found: Scores, top: int = 5) -> Summary:
+    """Best units per emotion, the checks, the curves and sublayer importance."""
+    best = {}
+    for e, emotion in enumerate(found.emotions):
+        best[emotion] = {}
+        for form, scores in found.forms.items():
+            heads, neurons = top_units(scores.heads[e], top, Head), top_units(scores.neurons[e], top, Neuron)
+            best[emotion][form] = {str(unit): round(scores.of(e, unit), 6) for unit in (*heads, *neurons)}
+    return {
+        "model": found.provenance.model,
+        "emotions": list(found.emotions),
+        "band": list(found.band),
+        "top": best,
+        "verification": dict(found.verification),
+        "patches": dict(found.patches),
+        "curves": curve_table(found.curves),
+        "curve_rows": [dict(row) for row in found.curves],
+        "importance": {e: {"attention": _rounded(found.importance[i, :, 0]), "mlp": _rounded(found.importance[i, :, 1])} for i, e in enumerate(found.emotions)},
+    }
+
+
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """Curve rows averaged over emotions: one line per kind, unit kind and share, the top set beside its random controls."""
+    means: dict[tuple[str, str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        means[row["kind"], row["unit"], row["share"]][row["who"]].append(row["score"])
+    table: list[Summary] = []
+    for (kind, unit, share), who in means.items():
+        scores = {name: sum(values) / len(values) for name, values in who.items()}
+        random = [value for name, value in scores.items() if name.startswith("random")]
+        for name in ("asked", "plain"):
+            if name in scores:
+                table.append({"kind": f"none ({name})", "unit": "", "share": 0.0, "top": scores[name]})
+        if "top" in scores:
+            mean = sum(random) / len(random) if random else None
+            spread = (sum((r - mean) ** 2 for r in random) / (len(random) - 1)) ** 0.5 if mean is not None and len(random) > 1 else None
+            line = {"kind": kind, "unit": unit, "share": share, "top": scores["top"], "random_mean": mean, "random_sd": spread, "randoms": len(random)}
+            table.append(line)
+    return table
+
+
+def print_scores(summary: Summary) -> None:
+    """The tables of `ablate`."""
+    print(f"{summary['model']}: scores of every head and neuron -> {summary['file']}")
+    rows = [(emotion, *(" ".join(list(forms[form])[:5]) for form in forms)) for emotion, forms in summary["top"].items()]
+    forms = list(next(iter(summary["top"].values())))
+    print_table(("emotion", *(f"best heads ({form})" for form in forms)), rows)
+    for kind in ("heads", "neurons"):
+        if kind in summary["verification"]:
+            v = summary["verification"][kind]
+            print(
+                f"one-pass contribution against real ablation, {v['units']} {kind}, {summary['verification']['prompts']} prompts: "
+                f"relative error at most {v['max_relative_error']:.1e}, median {v['median_relative_error']:.1e}"
+            )
+    if "skipped" in summary["verification"]:
+        print(f"one-pass check left out: {summary['verification']['skipped']}")
+    if summary["patches"]:
+        p = summary["patches"]
+        print(
+            f"attribution patching against {len(p['units'])} true patches ({p['emotion']}): correlation {p['correlation']:.3f}, "
+            f"on random units alone {p['correlation_random']:.3f}"
+        )
+    if summary["curves"]:
+        print("emotion score of the text (bank replies 1, no emotion about 0), mean over emotions")
+        cell = lambda value: "" if value is None else value  # noqa: E731
+        names = ("kind", "unit", "share", "top", "random_mean", "random_sd")
+        print_table(("kind", "units", "share", "top", "random", "sd"), [[cell(row.get(name)) for name in names] for row in summary["curves"]])
+
+
+# ---- circuits ------------------------------------------------------------------------------------------------------
+
+
+def circuit_summary(found: Circuit) -> Summary:
+    """Size, faithfulness with its random control, strengths and overlap."""
+    return {
+        "model": found.provenance.model,
+        "preset": found.preset,
+        "method": found.provenance.method,
+        "strength": dict(zip(found.emotions, _rounded(found.strength), strict=True)),
+        "residual_strength": found.residual_strength,
+        "residual_layers": list(found.residual_layers),
+        **{key: value for key, value in found.metrics.items()},
+    }
+
+
+def print_circuit(summary: Summary) -> None:
+    """The tables of `circuit`."""
+    print(f"{summary['model']}: {summary['method']} -> {summary['file']}")
+    names = ("heads", "neurons", "faithfulness", "left", "without_weakest", "random_mean", "random_max")
+    rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in summary["emotions"].items()]
+    print("shares of the effect of injecting every unit: the circuit, what is left without it, without its weakest quarter, random circuits")
+    print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
+    overlap = summary["overlap"]
+    print("overlap of units (Jaccard)")
+    print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
+    if "tuning" in summary:
+        tuning = summary["tuning"]
+        print(f"strength tuned on training prompts, {tuning['rule']}; nats per token of the replies alone:")
+        for method in ("circuit", "residual"):
+            print(f"  {method}: " + ", ".join(f"{strength} -> {cost:.2f}" for strength, cost in tuning[method].items()))
+
+
+# ---- any artefact --------------------------------------------------------------------------------------------------
+
+
+def artifact_summary(found: Artifact) -> Summary:
+    """Kind, provenance, tensors and the kind's own summary."""
+    p = found.provenance
+    summary: Summary = {
+        "file": str(found.path),
+        "kind": found.kind,
+        "sha256": found.sha256,
+        "provenance": {**vars(p)},
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
+    }
+    if found.kind == "directions":
+        summary["content"] = directions_summary(Directions.from_artifact(found))
+    elif found.kind == "circuit":
+        summary["content"] = circuit_summary(Circuit.from_artifact(found))
+    elif found.kind == "scores":
+        summary["content"] = scores_summary(Scores.load(found.path))
+    return summary
+
+
+def print_artifact(summary: Summary) -> None:
+    """The text of `inspect`."""
+    p = summary["provenance"]
+    print(f"{summary['file']}: {summary['kind']} artefact, sha256 {summary['sha256'][:16]}")
+    lines = [
+        ("method", p["method"]),
+        ("model", f"{p['model']} (weights {p['model_sha256'][:16]})"),
+        ("chat template", p["template_sha256"][:16]),
+        ("data", ", ".join(f"{name} {sha[:12]}" for name, sha in p["data"].items())),
+        ("seed", p["seed"]),
+        ("parents", ", ".join(f"{name} {sha[:12]}" for name, sha in p["parents"].items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in p["versions"].items())),
+        ("parameters", ", ".join(f"{k}={v}" for k, v in p["params"].items() if not isinstance(v, dict))),
+    ]
+    print_table(("provenance", ""), lines)
+    printers = {"directions": print_directions, "circuit": print_circuit, "scores": print_scores}
+    if summary["kind"] in printers:
+        printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
+    print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])
+
+
+def _mean(values: Tensor) -> float:
+    return round(values.float().mean().item(), 6)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(v), 6) for v in values.tolist()]
+
+
+def _pairs(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name[:3]} {value:.2f}" for name, value in values.items())
+
+
+__all__ = ["artifact_summary", "circuit_summary", "directions_summary", "percent", "scores_summary"]

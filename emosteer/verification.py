@@ -1,0 +1,136 @@
+"""One-pass contributions against real ablation on a real model.
+
+The contribution is computed as `ablate` computes it, from one pass in the model's own precision. The truth is a real zero-ablation of
+each unit in float64: in float32 the residual stream's massive entries (thousands) leave a drop of 1e-3 only two or three digits.
+Ablating a unit of layer l changes nothing before l, and the projection is read at l: so layer l alone is run again, from the
+inputs that the clean pass gave it, once per unit.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer.attribution import head_contributions, neuron_contributions
+from emosteer.directions import Directions
+from emosteer.interventions import replace_units
+from emosteer.model import Model
+from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
+
+#: Rows of one layer that are run at once.
+ROWS = 64
+#: Positional and keyword arguments of a decoder layer.
+LayerInputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def sampled_units(model: Model, n_neurons: int, seed: int) -> list[Unit]:
+    """Every head, and a random sample of neurons."""
+    shape = model.shape
+    drawn = random.Random(f"{seed}/verify").sample(range(shape.n_layers * shape.d_mlp), min(n_neurons, shape.n_layers * shape.d_mlp))
+    heads: list[Unit] = [Head(layer, i) for layer in range(shape.n_layers) for i in range(shape.n_heads)]
+    return heads + [Neuron(i // shape.d_mlp, i % shape.d_mlp) for i in drawn]
+
+
+@torch.no_grad()
+def one_pass(model: Model, ids: Tensor, units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> Tensor:
+    """Contributions of units at the last position, from one forward pass. Shape [unit].
+
+    Args:
+        ids: [1, pos]; v_mid, v_post: [layer, d_model].
+    """
+    layers = range(model.shape.n_layers)
+    seen = model.read(ids, [Site(layer, kind) for layer in layers for kind in (Z, MLP_POST)])
+    z, mlp = (torch.stack([seen[Site(layer, kind)][0, -1].double() for layer in layers]) for kind in (Z, MLP_POST))
+    heads = head_contributions(model, z, v_mid.to(z))
+    neurons = neuron_contributions(model, mlp, v_post.to(mlp))
+    return torch.stack([(heads if isinstance(unit, Head) else neurons)[unit.layer, unit.index] for unit in units]).cpu()
+
+
+@torch.no_grad()
+def real_drops(exact: Model, inputs: Sequence[LayerInputs], units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> Tensor:
+    """Drops of the projection at each unit's own layer when the unit is zero-ablated. Shape [unit].
+
+    Args:
+        exact: the model in float64; inputs: what each layer received in the clean pass.
+    """
+    drops = torch.zeros(len(units), dtype=torch.float64)
+    by_site: dict[Site, list[int]] = {}
+    for index, unit in enumerate(units):
+        by_site.setdefault(Site(unit.layer, RESID_MID if isinstance(unit, Head) else RESID_POST), []).append(index)
+    for site, members in by_site.items():
+        v = (v_mid if site.kind == RESID_MID else v_post)[site.layer].double()
+        for start in range(0, len(members), ROWS):
+            some = members[start : start + ROWS]
+            edits = replace_units(exact, [[], *([units[i]] for i in some)])
+            after = _run_layer(exact, site, inputs[site.layer], edits, len(some) + 1)
+            drops[some] = (after[0] - after[1:]) @ v
+    return drops
+
+
+@torch.no_grad()
+def layer_inputs(model: Model, ids: Tensor) -> list[LayerInputs]:
+    """Arguments of every decoder layer in a clean pass, in float64 on the CPU."""
+    found: list[LayerInputs] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((_double(args), _double(kwargs)))
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in model.layers]
+    try:
+        model.run(ids, bridge=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(item) for item in value)
+    return {key: _double(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _run_layer(model: Model, site: Site, inputs: LayerInputs, edits: Any, rows: int) -> Tensor:
+    """Runs one decoder layer on `rows` copies of its input and reads a site at the last position. [row, d_model]."""
+    args, kwargs = inputs
+    hidden = args[0] if args else kwargs["hidden_states"]
+    kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    store: list[Tensor] = []
+    reading = {site: lambda activation: store.append(activation[:, -1])}
+    with model.hooks({**edits, **reading}, bridge=False):
+        model.layers[site.layer](hidden.expand(rows, -1, -1), *args[1:], **kwargs)
+    return store[0]
+
+
+def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]], n_neurons: int, seed: int = 0) -> dict[str, Any]:
+    """Compares every head and a sample of neurons on several prompts, each with another emotion's directions.
+
+    Returns:
+        Counts and relative errors `|contribution - drop| / |drop|` of heads and neurons: largest and median.
+    """
+    units = sampled_units(model, n_neurons, seed)
+    exact = Model(copy.deepcopy(model.hf).double().cpu(), model.tokenizer, model.name, model.sha256)
+    errors: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    is_head = torch.tensor([isinstance(unit, Head) for unit in units])
+    for index, prompt in enumerate(prompts):
+        emotion = index % len(directions.emotions)
+        v_mid, v_post = directions.at(RESID_MID)[emotion], directions.at(RESID_POST)[emotion]
+        ids = torch.tensor([list(prompt)])
+        found = one_pass(model, ids.to(model.device), units, v_mid, v_post).double()
+        truth = real_drops(exact, layer_inputs(model, ids.to(model.device)), units, v_mid, v_post)
+        relative = (found - truth).abs() / truth.abs().clamp_min(1e-12)
+        errors["heads"].append(relative[is_head])
+        errors["neurons"].append(relative[~is_head])
+    result: dict[str, Any] = {"prompts": len(prompts), "dtype": str(model.dtype).removeprefix("torch.")}
+    for kind, values in errors.items():
+        whole = torch.cat(values)
+        if len(whole):
+            result[kind] = {"units": len(whole) // len(prompts), "max_relative_error": whole.max().item(), "median_relative_error": whole.median().item()}
+    return result

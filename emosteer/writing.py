@@ -1,0 +1,145 @@
+"""Jobs -> replies on disk: what `generate` does once model and circuit are there. Resumable; each reply is kept as it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emosteer.activations import halve_on_oom
+from emosteer.circuit import Circuit
+from emosteer.errors import UsageError
+from emosteer.files import sha256_text
+from emosteer.generation import Decoding, Reply, Request, batches, generate
+from emosteer.jsonl import JsonlLog
+from emosteer.model import Model
+from emosteer.progress import bar, note
+from emosteer.prompts import elicit, plain
+from emosteer.scenarios import Group
+from emosteer.steering import SteeringPlan, scaled
+
+METHODS = ("circuit", "residual", "prompt", "none")
+NO_EMOTION = "none"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reply to write. text: the user's text; strength: of the steering, None where the method has none."""
+
+    id: str
+    skeleton_id: str | None
+    valence: str | None
+    text: str
+    emotion: str
+    method: str
+    strength: float | None
+
+    @classmethod
+    def of(cls, group: Group, emotion: str, method: str, strength: float | None) -> Job:
+        """The job of a scenario-event."""
+        return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, group.text, emotion, method, strength)
+
+
+def request_of(model: Model, job: Job, instruction: str, elicitation: str = "tone") -> Request:
+    """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike."""
+    asked = job.method == "prompt"
+    messages = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
+    return Request(job.id, tuple(model.prompt_ids(messages)))
+
+
+def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Any) -> SteeringPlan:
+    """The steering of a batch, one emotion and strength per row."""
+    if not vectors or circuit is None:
+        return SteeringPlan.none(len(jobs))
+    steered = [job.method in ("circuit", "residual") for job in jobs]
+    index = [circuit.index(job.emotion) if on else -1 for job, on in zip(jobs, steered, strict=True)]
+    return scaled(vectors, index, [job.strength or 0.0 for job in jobs])
+
+
+def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
+    """What is written per reply. run: which settings it belongs to."""
+    return {
+        "id": job.id,
+        "skeleton_id": job.skeleton_id,
+        "valence": job.valence,
+        "emotion": job.emotion,
+        "method": job.method,
+        "strength": job.strength,
+        "prompt": job.text,
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "n_tokens": reply.n_tokens,
+        "run": run,
+    }
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model, a circuit and a decoding, ready to write jobs of one method."""
+
+    model: Model
+    circuit: Circuit | None
+    decoding: Decoding
+    instruction: str
+    method: str
+    batch_size: int = 32
+    elicitation: str = "tone"
+
+    def run_key(self, circuit_sha256: str = "") -> str:
+        """A short hash of everything that shapes a reply beside the job itself."""
+        parts = [self.model.sha256, str(self.model.dtype), circuit_sha256, vars(self.decoding), self.instruction, self.method, self.elicitation]
+        return sha256_text(json.dumps(parts, sort_keys=True))[:12]
+
+    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]:
+        """Writes all jobs, in batches of similar length; yields each as its batch ends. `on_token` streams a single job."""
+        vectors = None
+        if self.circuit is not None:
+            vectors = {"circuit": lambda: self.circuit.steering(self.model), "residual": self.circuit.residual}.get(self.method, dict)()
+        requests = [request_of(self.model, job, self.instruction, self.elicitation) for job in jobs]
+
+        def compute(index: list[int]) -> list[tuple[int, Reply]]:
+            plan = plan_of([jobs[i] for i in index], self.circuit, vectors)
+            return list(zip(index, generate(self.model, [requests[i] for i in index], plan, self.decoding, on_token=on_token), strict=True))
+
+        for index in batches(requests, self.batch_size):
+            for part in halve_on_oom(index, compute, note, "replies"):
+                for i, reply in part:
+                    yield jobs[i], reply
+
+
+def write_file(writer: Writer, jobs: Sequence[Job], out: Path, circuit_sha256: str = "", *, fresh: bool = False) -> list[dict[str, Any]]:
+    """Writes jobs to a JSONL file, in whatever order they finish; goes on where an earlier run stopped.
+
+    Returns:
+        All rows of the file that belong to the jobs, in the order of the jobs.
+
+    Raises:
+        UsageError: if the file holds replies of other settings. EmosteerError: if it cannot be written.
+    """
+    run = writer.run_key(circuit_sha256)
+    if fresh:
+        Path(out).unlink(missing_ok=True)
+    log = JsonlLog(out)
+    other = next((row for row in log.rows if row.get("run") != run), None)
+    if other is not None:
+        raise UsageError(f"{out} holds replies of another run (other model, circuit, decoding or method); name another --out, or --fresh to replace it")
+    keys = {job_key(row): row for row in log.rows}
+    todo = [job for job in jobs if job_key(vars(job)) not in keys]
+    if len(todo) < len(jobs):
+        note(f"going on: {len(jobs) - len(todo)} of {len(jobs)} replies are there")
+    with bar("generate (replies)", len(jobs), len(jobs) - len(todo)) as advance:
+        for job, reply in writer.write(todo):
+            row = row_of(job, reply, run)
+            log.append(row)
+            keys[job_key(row)] = row
+            advance(1)
+    return [keys[job_key(vars(job))] for job in jobs]
+
+
+def job_key(row: Any) -> str:
+    """What makes a reply the same reply: id, emotion, method, strength and prompt text."""
+    get = row.get
+    text = get("prompt") if "prompt" in row else get("text")
+    return json.dumps([get("id"), get("emotion"), get("method"), get("strength"), text])
