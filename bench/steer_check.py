@@ -26,7 +26,14 @@ from emosteer.scenarios import Group, data_path, groups_of, name_pattern, read_s
 from emosteer.tables import print_table
 from emosteer.writing import Job, Writer, write_file
 
-STEMS = {"anger": r"ang(?:er|r)", "sadness": r"sad(?:ne|ly|\b|d)", "happiness": r"happ[iy]", "fear": r"fear|afraid", "surprise": "surpris", "disgust": "disgust"}
+STEMS = {
+    "anger": r"ang(?:er|r)",
+    "sadness": r"sad(?:ne|ly|\b|d)",
+    "happiness": r"happ[iy]",
+    "fear": r"fear|afraid",
+    "surprise": "surpris",
+    "disgust": "disgust",
+}
 
 
 def main() -> None:
@@ -55,7 +62,9 @@ def main() -> None:
         rows = replies(model, circuit, groups, method, options, decoding)
         measured = measure(model, judge, rows, circuit.emotions)
         base = measured["nll"] if base is None else base
-        table.append({"method": method, "strength": options.strength, **measured, "ratio": float(torch.tensor(measured["nll"] - base).exp())})
+        table.append(
+            {"method": method, "strength": options.strength, **measured, "ratio": float(torch.tensor(measured["nll"] - base).exp())}
+        )
     if options.json:
         print(json.dumps(table, indent=2))
         return
@@ -72,7 +81,9 @@ def chosen_groups(scenarios: Path | None, which: str, count: int) -> list[Group]
     return groups[:count] if count else groups
 
 
-def replies(model: Model, circuit: Circuit, groups: Sequence[Group], method: str, options: argparse.Namespace, decoding: Decoding) -> list[dict]:
+def replies(
+    model: Model, circuit: Circuit, groups: Sequence[Group], method: str, options: argparse.Namespace, decoding: Decoding
+) -> list[dict]:
     """One reply per scenario-event and emotion; unsteered ones are written once and count for every emotion."""
     if method == "none":
         written = _file(model, circuit, [Job.of(g, "none", method, None) for g in groups], method, options, decoding)

@@ -20,7 +20,8 @@ from emosteer.prompts import elicit
 from emosteer.scenarios import Group, GroupKey
 from emosteer.sites import Site
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def _averaging(states: dict[Site, Tensor], site: Site, batch: Batch, edit: Edit 
 
 def _slides(model: Model, samples: Sequence[Sample]) -> bool:
     """Sliding-window layers count distance in the sequence, not in positions: long packed groups would be cut differently."""
-    window = getattr(model.hf.config, "sliding_window", None)
-    return bool(window) and any(sample.cost >= window for sample in samples)
+    window: int | None = getattr(model.hf.config, "sliding_window", None)
+    return window is not None and any(sample.cost >= window for sample in samples)
 
 
 def batches_by_cost(samples: Iterable[Sample], budget: int) -> list[list[Sample]]:

@@ -196,7 +196,13 @@ def paper_units(model: Model, scores: UnitScores, importance: Tensor, emotion: i
 
 
 def auto_units(
-    model: Model, directions: Directions, scores: UnitScores, emotion: int, samples: Sequence[Sample], v_ref: Tensor, settings: CircuitSettings
+    model: Model,
+    directions: Directions,
+    scores: UnitScores,
+    emotion: int,
+    samples: Sequence[Sample],
+    v_ref: Tensor,
+    settings: CircuitSettings,
 ) -> list[Unit]:
     """The smallest set of top-ranked heads that keeps a stated share of the effect of all heads; neurons only on request.
 
@@ -222,7 +228,13 @@ def _compiled(model: Model, directions: Directions, emotion: int, sets: Sequence
 
 
 def faithfulness(
-    model: Model, directions: Directions, emotion: int, units: Sequence[Unit], samples: Sequence[Sample], v_ref: Tensor, settings: CircuitSettings
+    model: Model,
+    directions: Directions,
+    emotion: int,
+    units: Sequence[Unit],
+    samples: Sequence[Sample],
+    v_ref: Tensor,
+    settings: CircuitSettings,
 ) -> dict[str, Any]:
     """What the circuit stands for, against the effect of injecting every head and neuron.
 
@@ -276,7 +288,9 @@ def assemble(
     v_ref = reference_directions(directions, band)
     samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
     importance, effects = importance_and_effects(model, samples, directions, v_ref)
-    scores = {"contrast": contrast_scores, "raw": raw_scores}[settings.ranking](model, directions) if settings.ranking != "effect" else effects
+    scores = (
+        {"contrast": contrast_scores, "raw": raw_scores}[settings.ranking](model, directions) if settings.ranking != "effect" else effects
+    )
     sets: list[list[Unit]] = []
     metrics: dict[str, Any] = {"band": list(band), "emotions": {}}
     for e, emotion in enumerate(directions.emotions):

@@ -12,19 +12,19 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 ROOM = 64
 
 
-class _GrowingLayer(DynamicLayer):
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one full-attention layer in buffers with room to spare; `keys` and `values` are views of the used part."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes new states behind the old ones and returns all of them."""
-        if not self.is_initialized:
+        if not getattr(self, "is_initialized", False):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.used, self.is_initialized = 0, True
             self._buffers = self._grow(key_states, value_states, key_states.shape[-2] + ROOM)
         end = self.used + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
-            old = self.keys, self.values
-            self._buffers = self._grow(*old, end + ROOM)
+            old = tuple(buffer[:, :, : self.used] for buffer in self._buffers)
+            self._buffers = self._grow(old[0], old[1], end + ROOM)
             for buffer, states in zip(self._buffers, old, strict=True):
                 buffer[:, :, : self.used] = states
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):

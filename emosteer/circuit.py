@@ -120,11 +120,13 @@ class Circuit:
         fields = dict(found.fields)
         try:
             return cls(
-                **found.tensors,
-                emotions=tuple(fields.pop("emotions")),
-                residual_layers=tuple(fields.pop("residual_layers")),
-                **fields,
-                provenance=found.provenance,
+                **{
+                    **fields,
+                    **found.tensors,
+                    "emotions": tuple(fields["emotions"]),
+                    "residual_layers": tuple(fields["residual_layers"]),
+                    "provenance": found.provenance,
+                }
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error

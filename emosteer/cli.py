@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from emosteer import __version__
@@ -14,6 +13,9 @@ from emosteer.cli_generate import generate
 from emosteer.cli_models import models
 from emosteer.cli_stages import ablate, circuit, extract, inspect
 from emosteer.errors import EmosteerError
+
+# typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
+_ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="emosteer",
@@ -58,16 +60,16 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.ctx.get_help())
-        sys.exit(2)
-    except click.ClickException as error:
+    except _ClickException as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+            typer.echo(context.get_help())
+            sys.exit(2)
         if debug:
             raise
-        context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _fail(error.format_message() + hint, 2)
-    except (KeyboardInterrupt, click.Abort):
+        _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was finished is kept, the same command goes on from there", 130)
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads any more, as with `| head`

@@ -24,10 +24,14 @@ _METHODS = ("circuit", "residual", "prompt", "none")
 
 def generate(
     text: Annotated[str | None, typer.Argument(help="What the user says; '-' or nothing reads stdin.", show_default=False)] = None,
-    emotion: Annotated[str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)] = None,
+    emotion: Annotated[
+        str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = "circuit",
-    strength: Annotated[float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
+    ] = None,
     source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
@@ -152,22 +156,23 @@ def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path 
             _print_json(rows)
         else:
             finished = sum(row["finish_reason"] == "stop" for row in rows)
-            typer.echo(f"{len(rows)} replies -> {out} ({finished} ended by the model, {len(rows) - finished} cut off at {writer.decoding.max_new_tokens} tokens)")
+            cut = len(rows) - finished
+            typer.echo(
+                f"{len(rows)} replies -> {out} ({finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens)"
+            )
         return
     run = writer.run_key(sha256)
     if len(jobs) == 1 and not as_json:
         for _ in writer.write(jobs, on_token=lambda piece: typer.echo(piece, nl=False)):
             typer.echo("")
         return
-    rows = {job.id: (job, row_of(job, reply, run)) for job, reply in writer.write(jobs)}
-    ordered = [rows[job.id] for job in jobs]
+    written = {job.id: row_of(job, reply, run) for job, reply in writer.write(jobs)}
     if as_json:
-        _print_json([row for _, row in ordered])
+        _print_json([written[job.id] for job in jobs])
         return
     several = len({job.text for job in jobs}) > 1
-    for job, row in ordered:
-        label = f"{job.id}" if several else job.emotion
-        typer.echo(f"{label}: {row['text']}")
+    for job in jobs:
+        typer.echo(f"{job.id if several else job.emotion}: {written[job.id]['text']}")
 
 
 def _print_json(rows: Sequence[dict[str, Any]]) -> None:

@@ -20,13 +20,18 @@ def list_models(as_json: JsonOption = False) -> None:
 
     rows = weights.known()
     if as_json:
-        plain = [{"name": r.name, "source": r.source, "path": str(r.path) if r.path else None, "ready": r.ready, "size": r.size} for r in rows]
+        plain = [
+            {"name": r.name, "source": r.source, "path": str(r.path) if r.path else None, "ready": r.ready, "size": r.size} for r in rows
+        ]
         typer.echo(json.dumps(plain, indent=2))
         return
     from emosteer.tables import print_table
 
     size = lambda n: f"{n / 2**20:,.0f} MiB" if n else ""  # noqa: E731
-    print_table(("model", "source", "ready", "size", "path"), [(r.name, r.source, "yes" if r.ready else "no", size(r.size), r.path or "") for r in rows])
+    print_table(
+        ("model", "source", "ready", "size", "path"),
+        [(r.name, r.source, "yes" if r.ready else "no", size(r.size), r.path or "") for r in rows],
+    )
 
 
 @models.command()

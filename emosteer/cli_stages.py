@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from emosteer.pipeline import Data, Places
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
-DirectionsOption = Annotated[Path | None, typer.Option("--directions", help="What `extract` wrote; artifacts/MODEL/ if not given.", metavar="FILE")]
+DirectionsOption = Annotated[
+    Path | None, typer.Option("--directions", help="What `extract` wrote; artifacts/MODEL/ if not given.", metavar="FILE")
+]
 
 
 def extract(
@@ -146,7 +148,9 @@ def ablate(
         if name not in (*ABLATIONS, ENHANCE):
             raise UsageError(f"unknown kind '{name}'; expected {', '.join((*ABLATIONS, ENHANCE))}")
     finite(strength, "--strength")
-    settings = CurveSettings(_shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed)
+    settings = CurveSettings(
+        _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
+    )
     from emosteer.files import sha256_file
     from emosteer.model import Model
     from emosteer.pipeline import Places, read_data
@@ -159,7 +163,12 @@ def ablate(
     found, path = _directions(loaded, directions, places)
     target = out or places.scores
     wanted = AblateSettings(
-        patch_groups, true_units=true_units, verify_prompts=verify_prompts, verify_neurons=verify_neurons, seed=seed, curves=settings if curves else None
+        patch_groups,
+        true_units=true_units,
+        verify_prompts=verify_prompts,
+        verify_neurons=verify_neurons,
+        seed=seed,
+        curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
     scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, parents={"directions": sha256_file(path)})
@@ -190,7 +199,9 @@ def circuit(
     heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
     share: Annotated[float, typer.Option(help="Share of the whole effect that 'auto' keeps.")] = 0.5,
-    strength: Annotated[float | None, typer.Option(help="Default strength for every emotion; tuned if not given.", show_default=False)] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Default strength for every emotion; tuned if not given.", show_default=False)
+    ] = None,
     tune: Annotated[bool, typer.Option(help="Tune the default strength on training prompts.")] = True,
     out: OutOption = None,
     seed: SeedOption = 0,

@@ -66,7 +66,7 @@ def fit_head(x: Tensor, labels: Tensor, classes: int, ridge: float = RIDGE) -> t
         return value
 
     with torch.enable_grad():
-        optimiser.step(loss)  # type: ignore[arg-type]
+        optimiser.step(loss)
     return SCALE * weight.detach(), bias.detach()
 
 

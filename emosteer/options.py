@@ -18,7 +18,9 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat
 SeedOption = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
 RootOption = Annotated[Path, typer.Option("--artifacts", help="Folder that artefacts are kept in.", metavar="DIR")]
-ScenariosOption = Annotated[Path | None, typer.Option("--scenarios", help="SEV file; the shipped training set if not given.", metavar="FILE")]
+ScenariosOption = Annotated[
+    Path | None, typer.Option("--scenarios", help="SEV file; the shipped training set if not given.", metavar="FILE")
+]
 RepliesOption = Annotated[
     str | None, typer.Option("--replies", help="Reply bank, or 'self' for the model's own filtered replies.", metavar="FILE|self")
 ]

@@ -72,7 +72,9 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
         hashes[f"replies/{bank_file.name}"] = sha256_file(bank_file)
         groups = [group for group in groups if group.key in bank]
         if not groups:
-            raise DataError(f"no scenario-event of {scenario_file} has a reply in {bank_file}; give the bank of these scenarios with --replies")
+            raise DataError(
+                f"no scenario-event of {scenario_file} has a reply in {bank_file}; give the bank of these scenarios with --replies"
+            )
     if limit is not None and limit < len(groups):
         step = len(groups) / limit
         groups = [groups[int(index * step)] for index in range(limit)]
@@ -156,5 +158,3 @@ def usable_directions(model: Model, path: Path) -> Directions | None:
         note(f"extracting again: {error}")
         return None
     return found if found.provenance.model_sha256 == model.sha256 else None
-
-

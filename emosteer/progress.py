@@ -28,7 +28,7 @@ def note(message: str) -> None:
 
 
 @contextmanager
-def bar(description: str, total: float, done: float = 0) -> Iterator[Advance]:
+def bar(description: str, total: float, done: int = 0) -> Iterator[Advance]:
     """A progress bar with elapsed time and time left; shown only on a terminal."""
     columns = (
         TextColumn("{task.description}"),

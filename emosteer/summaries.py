@@ -62,7 +62,8 @@ def print_directions(summary: Summary) -> None:
     if "accuracy" not in layers[0]:
         print("no evidence was measured: too few scenarios are held out (--holdout)")
         return
-    print(f"held-out groups: {summary['heldout']}; accuracy of naming the emotion from projections (chance {summary['chance']:.3f}); cosines between directions")
+    print(f"held-out groups: {summary['heldout']}; naming the emotion from projections alone (chance {summary['chance']:.3f});")
+    print("cosines between directions of disjoint halves, of pairs of themes and of valences")
     names = ("layer", "accuracy", "accuracy_shuffled", "halves", "halves_shuffled", "themes", "valences")
     step = max(1, len(layers) // 10)
     shown = [row for row in layers if row["layer"] % step == 0 or row is layers[-1]]
@@ -75,7 +76,7 @@ def print_directions(summary: Summary) -> None:
 
 def scores_summary(found: Scores, top: int = 5) -> Summary:
     """Best units per emotion, the checks, the curves and sublayer importance."""
-    best = {}
+    best: dict[str, dict[str, dict[str, float]]] = {}
     for e, emotion in enumerate(found.emotions):
         best[emotion] = {}
         for form, scores in found.forms.items():
@@ -90,7 +91,10 @@ def scores_summary(found: Scores, top: int = 5) -> Summary:
         "patches": dict(found.patches),
         "curves": curve_table(found.curves),
         "curve_rows": [dict(row) for row in found.curves],
-        "importance": {e: {"attention": _rounded(found.importance[i, :, 0]), "mlp": _rounded(found.importance[i, :, 1])} for i, e in enumerate(found.emotions)},
+        "importance": {
+            e: {"attention": _rounded(found.importance[i, :, 0]), "mlp": _rounded(found.importance[i, :, 1])}
+            for i, e in enumerate(found.emotions)
+        },
     }
 
 
@@ -109,7 +113,15 @@ def curve_table(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         if "top" in scores:
             mean = sum(random) / len(random) if random else None
             spread = (sum((r - mean) ** 2 for r in random) / (len(random) - 1)) ** 0.5 if mean is not None and len(random) > 1 else None
-            line = {"kind": kind, "unit": unit, "share": share, "top": scores["top"], "random_mean": mean, "random_sd": spread, "randoms": len(random)}
+            line = {
+                "kind": kind,
+                "unit": unit,
+                "share": share,
+                "top": scores["top"],
+                "random_mean": mean,
+                "random_sd": spread,
+                "randoms": len(random),
+            }
             table.append(line)
     return table
 
@@ -139,7 +151,9 @@ def print_scores(summary: Summary) -> None:
         print("emotion score of the text (bank replies 1, no emotion about 0), mean over emotions")
         cell = lambda value: "" if value is None else value  # noqa: E731
         names = ("kind", "unit", "share", "top", "random_mean", "random_sd")
-        print_table(("kind", "units", "share", "top", "random", "sd"), [[cell(row.get(name)) for name in names] for row in summary["curves"]])
+        print_table(
+            ("kind", "units", "share", "top", "random", "sd"), [[cell(row.get(name)) for name in names] for row in summary["curves"]]
+        )
 
 
 # ---- circuits ------------------------------------------------------------------------------------------------------
@@ -163,7 +177,9 @@ def print_circuit(summary: Summary) -> None:
     print(f"{summary['model']}: {summary['method']} -> {summary['file']}")
     names = ("heads", "neurons", "faithfulness", "left", "without_weakest", "random_mean", "random_max")
     rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in summary["emotions"].items()]
-    print("shares of the effect of injecting every unit: the circuit, what is left without it, without its weakest quarter, random circuits")
+    print(
+        "shares of the effect of injecting every unit: the circuit, what is left without it, without its weakest quarter, random circuits"
+    )
     print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
     overlap = summary["overlap"]
     print("overlap of units (Jaccard)")

@@ -72,7 +72,11 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
                 advance(1)
     best = {method: strongest(curve, settings.tolerance) or grids[method][0] for method, curve in curves.items()}
     rule = f"largest before nats per token rise by more than {settings.tolerance} ({len(chosen)} prompts)"
-    tuning = {"rule": rule, "circuit": {str(s): c for s, c in curves["circuit"].items()}, "residual": {str(s): c for s, c in curves["residual"].items()}}
+    tuning = {
+        "rule": rule,
+        "circuit": {str(s): c for s, c in curves["circuit"].items()},
+        "residual": {str(s): c for s, c in curves["residual"].items()},
+    }
     tuned = circuit.with_strength([best["circuit"]] * len(circuit.emotions), best["residual"])
     return replace(tuned, metrics={**circuit.metrics, "tuning": tuning})
 

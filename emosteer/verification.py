@@ -132,5 +132,9 @@ def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]
     for kind, values in errors.items():
         whole = torch.cat(values)
         if len(whole):
-            result[kind] = {"units": len(whole) // len(prompts), "max_relative_error": whole.max().item(), "median_relative_error": whole.median().item()}
+            result[kind] = {
+                "units": len(whole) // len(prompts),
+                "max_relative_error": whole.max().item(),
+                "median_relative_error": whole.median().item(),
+            }
     return result

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from emosteer.activations import halve_on_oom
 from emosteer.circuit import Circuit
@@ -18,6 +20,7 @@ from emosteer.model import Model
 from emosteer.progress import bar, note
 from emosteer.prompts import elicit, plain
 from emosteer.scenarios import Group
+from emosteer.sites import Site
 from emosteer.steering import SteeringPlan, scaled
 
 METHODS = ("circuit", "residual", "prompt", "none")
@@ -49,7 +52,7 @@ def request_of(model: Model, job: Job, instruction: str, elicitation: str = "ton
     return Request(job.id, tuple(model.prompt_ids(messages)))
 
 
-def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Any) -> SteeringPlan:
+def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor]) -> SteeringPlan:
     """The steering of a batch, one emotion and strength per row."""
     if not vectors or circuit is None:
         return SteeringPlan.none(len(jobs))
@@ -89,14 +92,22 @@ class Writer:
 
     def run_key(self, circuit_sha256: str = "") -> str:
         """A short hash of everything that shapes a reply beside the job itself."""
-        parts = [self.model.sha256, str(self.model.dtype), circuit_sha256, vars(self.decoding), self.instruction, self.method, self.elicitation]
+        parts = [
+            self.model.sha256,
+            str(self.model.dtype),
+            circuit_sha256,
+            vars(self.decoding),
+            self.instruction,
+            self.method,
+            self.elicitation,
+        ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
     def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]:
         """Writes all jobs, in batches of similar length; yields each as its batch ends. `on_token` streams a single job."""
-        vectors = None
-        if self.circuit is not None:
-            vectors = {"circuit": lambda: self.circuit.steering(self.model), "residual": self.circuit.residual}.get(self.method, dict)()
+        vectors: dict[Site, Tensor] = {}
+        if self.circuit is not None and self.method in ("circuit", "residual"):
+            vectors = self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
         requests = [request_of(self.model, job, self.instruction, self.elicitation) for job in jobs]
 
         def compute(index: list[int]) -> list[tuple[int, Reply]]:
@@ -124,7 +135,9 @@ def write_file(writer: Writer, jobs: Sequence[Job], out: Path, circuit_sha256: s
     log = JsonlLog(out)
     other = next((row for row in log.rows if row.get("run") != run), None)
     if other is not None:
-        raise UsageError(f"{out} holds replies of another run (other model, circuit, decoding or method); name another --out, or --fresh to replace it")
+        raise UsageError(
+            f"{out} holds replies of another run (other model, circuit, decoding or method); name another --out, or --fresh to replace it"
+        )
     keys = {job_key(row): row for row in log.rows}
     todo = [job for job in jobs if job_key(vars(job)) not in keys]
     if len(todo) < len(jobs):

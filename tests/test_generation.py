@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from emosteer import cache as cache_module
+from emosteer import generation
 from emosteer.cache import ROOM, growing_cache
 from emosteer.errors import DataError, UsageError
 from emosteer.generation import Decoding, Request, _Stream, batches, choose, generate
@@ -134,6 +135,36 @@ def test_sampled_text_depends_on_seed_and_key_and_on_nothing_else(tiny: Model, m
     assert other.ids != same[0].ids
     longer = generate(tiny, [Request("a", prompt)], decoding=Decoding(20, 1.0, repetition_penalty=1.0, seed=1))[0]
     assert longer.ids[:12] == same[0].ids
+
+
+def test_every_step_of_every_row_uses_its_own_noise(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling in a batch whose rows end apart, against a recomputation from scratch with the same uniform numbers."""
+    noise = torch.rand(3, 10, generator=torch.Generator().manual_seed(7))
+    monkeypatch.setattr(generation, "_noise", lambda requests, decoding: noise)
+    decoding = Decoding(max_new_tokens=10, temperature=1.5, top_p=0.9, repetition_penalty=1.2)
+
+    def slow(row: int, stops: frozenset[int]) -> tuple[int, ...]:
+        ids = list(PROMPTS[row])
+        for step in range(10):
+            logits = tiny.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
+            seen = torch.isin(torch.arange(tiny.shape.d_vocab), torch.tensor(ids))[None]
+            token = int(choose(logits, seen, noise[row, step : step + 1], decoding))
+            if token in stops:
+                break
+            ids.append(token)
+        return tuple(ids[len(PROMPTS[row]) :])
+
+    stop = slow(0, frozenset())[3]
+    no_stops(tiny, monkeypatch, stop)
+    expected = [slow(row, frozenset({stop})) for row in range(3)]
+    assert len(expected[0]) <= 3 and max(map(len, expected)) > 3
+    assert [reply.ids for reply in generate(tiny, REQUESTS[:3], decoding=decoding)] == expected
+
+
+def test_a_number_on_the_border_of_two_tokens_takes_the_second() -> None:
+    logits, none = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)
+    first, second = (int(choose(logits, none, torch.tensor([u]), Decoding(temperature=1.0))) for u in (0.0, 0.5))
+    assert first != second, "each has half of [0, 1)"
 
 
 def test_sampled_first_tokens_follow_the_models_probabilities(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,17 @@ def test_the_system_line_moves_into_the_user_turn_where_there_is_no_system_role(
     model = build("llama")
     model.tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     ids = model.prompt_ids([{"role": "system", "content": "always anger"}, {"role": "user", "content": "the train"}])
-    assert model.tokenizer.decode(ids).split() == ["<|im_start|>", "user", "always", "anger", "the", "train", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert model.tokenizer.decode(ids).split() == [
+        "<|im_start|>",
+        "user",
+        "always",
+        "anger",
+        "the",
+        "train",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
 
 
 def test_unknown_devices_are_usage_errors() -> None:

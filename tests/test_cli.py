@@ -1,0 +1,402 @@
+"""The command line as a user meets it: on the tiny model saved to a folder, from extract to generate, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emosteer import cli
+from emosteer.files import sha256_file
+from tests.conftest import build
+
+EMOTIONS = ("anger", "sadness", "fear")
+WORDS = {"anger": "slam stop boss never", "sadness": "cry alone never home", "fear": "hide run shake door"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, scenarios, and a bank, as files."""
+    root = tmp_path_factory.mktemp("cli")
+    model = build("llama")
+    model.hf.save_pretrained(root / "tiny")
+    model.tokenizer.save_pretrained(root / "tiny")
+    places = ["office", "train", "flat", "desk", "door", "home"]
+    with (root / "sev.jsonl").open("w") as file, (root / "bank.jsonl").open("w") as bank:
+        for index, place in enumerate(places):
+            events = {"positive": f"the {place} came back", "neutral": f"the {place} was late", "negative": f"the {place} went home"}
+            file.write(
+                json.dumps({"skeleton_id": f"s{index}", "theme": f"t{index % 2}", "scenario": f"i waited at the {place}", "event": events})
+                + "\n"
+            )
+            for valence in events:
+                for emotion in EMOTIONS:
+                    row = {
+                        "skeleton_id": f"s{index}",
+                        "valence": valence,
+                        "emotion": emotion,
+                        "text": f"the {place} {WORDS[emotion]} {valence[0]}",
+                    }
+                    bank.write(json.dumps(row) + "\n")
+    return root
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in the folder; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("EMOSTEER_CACHE", str(folder / "cache"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def made(run: Callable[..., Any], folder: Path) -> Path:
+    """The folder once `extract` and `circuit` have run."""
+    if not (folder / "artifacts/tiny/circuit.safetensors").exists():
+        extract = [
+            "extract",
+            "-m",
+            "./tiny",
+            "--scenarios",
+            "sev.jsonl",
+            "--replies",
+            "bank.jsonl",
+            "--emotions",
+            ",".join(EMOTIONS),
+            "--holdout",
+            "0.2",
+        ]
+        assert run(*extract)[0] == 0
+        assert run("circuit", "-m", "./tiny", "--scenarios", "sev.jsonl", "--heads", "0.25", "--strength", "2")[0] == 0
+    return folder
+
+
+def one_line(err: str) -> bool:
+    return err.count("\n") == 1 and err.startswith("emosteer: ") and "Traceback" not in err
+
+
+# ---- the way through -----------------------------------------------------------------------------------------------
+
+
+def test_extract_prints_evidence_and_writes_an_artefact(run: Callable[..., Any], made: Path) -> None:
+    code, out, _ = run("inspect", "artifacts/tiny/directions.safetensors", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["kind"] == "directions"
+    assert found["content"]["emotions"] == list(EMOTIONS)
+    assert found["content"]["groups"] == 18 and found["content"]["heldout"] == 3
+    assert found["provenance"]["data"]["sev.jsonl"] == sha256_file(made / "sev.jsonl")
+    assert {"accuracy", "accuracy_shuffled", "halves", "themes", "valences"} <= set(found["content"]["layers"][0])
+
+
+def test_the_circuit_knows_its_parent_and_its_units(run: Callable[..., Any], made: Path) -> None:
+    code, out, _ = run("inspect", "artifacts/tiny/circuit.safetensors", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["provenance"]["parents"]["directions"] == sha256_file(made / "artifacts/tiny/directions.safetensors")
+    assert [found["content"]["emotions"][e]["heads"] for e in EMOTIONS] == [3, 3, 3]
+    assert found["content"]["strength"] == {e: 2.0 for e in EMOTIONS}
+    assert run("inspect", "artifacts/tiny/circuit.safetensors")[0] == 0
+
+
+def test_ablate_prints_checks_and_curves(run: Callable[..., Any], made: Path) -> None:
+    options = [
+        "--shares",
+        "0.25",
+        "--neuron-shares",
+        "",
+        "--kinds",
+        "zero,enhance",
+        "--randoms",
+        "2",
+        "--prompts",
+        "2",
+        "--patch-groups",
+        "2",
+    ]
+    arguments = ["ablate", "-m", "./tiny", "--scenarios", "sev.jsonl", "--replies", "bank.jsonl", *options]
+    code, out, _ = run(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["verification"]["heads"]["units"] == 12 and found["verification"]["heads"]["max_relative_error"] < 1e-4
+    assert {(row["kind"], row["share"]) for row in found["curves"]} == {
+        ("none (asked)", 0),
+        ("none (plain)", 0),
+        ("zero", 0.25),
+        ("enhance", 0.25),
+    }
+    assert len(found["patches"]["units"]) == 32
+    assert not list((made / "artifacts/tiny").glob("*.partial*"))
+    assert run("inspect", "artifacts/tiny/scores.safetensors")[0] == 0
+    assert run(*arguments)[0] == 0
+
+
+def test_generate_answers_a_text(run: Callable[..., Any], made: Path) -> None:
+    code, out, err = run("generate", "the train was late", "-e", "anger", "-m", "./tiny", "--max-new-tokens", "8")
+    assert (code, err) == (0, "") and out.strip()
+    rows = [
+        json.loads(line)
+        for line in run("generate", "the train was late", "-e", "all", "-m", "./tiny", "--json", "--max-new-tokens", "8")[1].splitlines()
+    ]
+    assert [row["emotion"] for row in rows] == list(EMOTIONS)
+    assert rows[0]["text"] == out.strip() and rows[0]["strength"] == 2.0 and rows[0]["method"] == "circuit"
+
+
+@pytest.mark.parametrize("method", ["circuit", "residual", "prompt", "none"])
+def test_generate_writes_a_file_of_every_method_and_goes_on_after_a_kill(
+    run: Callable[..., Any], made: Path, method: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "replies.jsonl"
+    emotion = [] if method == "none" else ["-e", "all" if method != "prompt" else ",".join(EMOTIONS)]
+    arguments = [
+        "generate",
+        "-m",
+        "./tiny",
+        "--input",
+        "sev.jsonl",
+        "--method",
+        method,
+        *emotion,
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "6",
+    ]
+    assert run(*arguments)[0] == 0
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(whole) == (18 if method == "none" else 54)
+    names = {"id", "skeleton_id", "valence", "emotion", "method", "strength", "prompt", "text", "finish_reason", "n_tokens"}
+    assert all(names <= set(row) for row in whole) and {row["emotion"] for row in whole} == (
+        {"none"} if method == "none" else set(EMOTIONS)
+    )
+    assert len({row["id"] for row in whole}) == len(whole)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5]) + lines[5][:20])  # a kill tears a line
+    assert run(*arguments)[0] == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, whole))
+
+
+def test_a_file_of_other_settings_is_not_mixed_up(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    arguments = [
+        "generate",
+        "-m",
+        "./tiny",
+        "--input",
+        "sev.jsonl",
+        "-e",
+        "anger",
+        "--out",
+        str(tmp_path / "r.jsonl"),
+        "--max-new-tokens",
+        "4",
+    ]
+    assert run(*arguments)[0] == 0
+    before = (tmp_path / "r.jsonl").read_text()
+    code, _, err = run(*arguments, "--temperature", "0.7")
+    assert code == 2 and one_line(err) and "another run" in err
+    assert (tmp_path / "r.jsonl").read_text() == before
+    assert run(*arguments, "--temperature", "0.7", "--fresh")[0] == 0
+
+
+def test_generate_reads_lines_with_text_and_stdin(
+    run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"id": "a", "text": "the boss said stop"}\n{"text": "i went home"}\n')
+    code, out, _ = run("generate", "-m", "./tiny", "-i", str(lines), "-e", "fear", "--json", "--max-new-tokens", "4")
+    assert code == 0 and [json.loads(line)["id"] for line in out.splitlines()] == ["a/fear", "line-2/fear"]
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the boss said stop"))
+    code, out, _ = run("generate", "-m", "./tiny", "-e", "fear", "--json", "--max-new-tokens", "4")
+    assert code == 0 and json.loads(out)["prompt"] == "the boss said stop"
+
+
+def test_strength_zero_writes_what_the_unsteered_model_writes(run: Callable[..., Any], made: Path) -> None:
+    steered = run("generate", "the train was late", "-e", "anger", "-m", "./tiny", "--strength", "0", "--max-new-tokens", "12")[1]
+    assert steered == run("generate", "the train was late", "-m", "./tiny", "--method", "none", "--max-new-tokens", "12")[1]
+
+
+def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emosteer import pipeline
+
+    shipped = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
+    monkeypatch.setattr(pipeline, "data_path", shipped.__getitem__)
+    monkeypatch.setattr(pipeline, "EMOTIONS", EMOTIONS)
+    arguments = [
+        "generate",
+        "the train was late",
+        "-e",
+        "fear",
+        "-m",
+        "./tiny",
+        "--artifacts",
+        str(tmp_path / "made"),
+        "--max-new-tokens",
+        "4",
+    ]
+    code, _, err = run(*arguments)
+    assert code == 1 and one_line(err) and "emosteer extract --model tiny" in err and "--auto" in err
+    assert run(*arguments, "--auto")[0] == 0
+    assert (tmp_path / "made/tiny/circuit.safetensors").exists()
+    assert run(*arguments)[0] == 0
+
+
+def test_extract_with_the_models_own_replies(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    from emosteer.own_replies import fault
+
+    assert fault("the desk came back and i said stop", "anger", "stop") is None
+    assert fault("my anger is at the door now", "anger", "stop") == "names the emotion"
+    assert fault("no", "anger", "stop") == "too short"
+    assert fault("go on go on go on go on go on go on go on", "anger", "stop") == "repeats itself"
+    assert fault("the desk came back and i said stop", "anger", "length") == "cut off"
+    arguments = [
+        "extract",
+        "-m",
+        "./tiny",
+        "--scenarios",
+        "sev.jsonl",
+        "--replies",
+        "self",
+        "--emotions",
+        "anger,fear",
+        "--out",
+        str(tmp_path / "d.safetensors"),
+    ]
+    code, _, err = run(*arguments)
+    assert (tmp_path / "own-replies.jsonl").read_text().count("\n") == 36
+    assert code == 0 or "has a reply for every emotion" in err  # a random model rarely ends a reply; either way one line says so
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+BAD = [
+    (["generate", "x", "-e", "angry", "-m", "./tiny"], 2, "did you mean 'anger'"),
+    (["generate", "x", "-m", "./tiny"], 2, "--emotion is missing"),
+    (["generate", "x", "-e", "anger", "--strength", "much"], 2, "'--strength'"),
+    (["generate", "x", "-e", "anger", "--strength", "nan", "-m", "./tiny"], 2, "finite"),
+    (["generate", "x", "-e", "anger", "--strength", "inf", "-m", "./tiny"], 2, "finite"),
+    (["generate", "x", "-e", "anger", "--method", "circut", "-m", "./tiny"], 2, "did you mean 'circuit'"),
+    (["generate", "x", "-e", "anger", "-m", "smolm2-135m"], 1, "did you mean"),
+    (["generate", "x", "-e", "anger", "-m", "./nowhere"], 1, "nowhere"),
+    (["generate", "", "-e", "anger", "-m", "./tiny"], 2, "empty"),
+    (["generate", "x", "-e", "anger", "-m", "./tiny", "--input", "sev.jsonl"], 2, "found both"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "missing.jsonl"], 1, "does not exist"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "empty.jsonl"], 1, "is empty"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "malformed.jsonl"], 1, "malformed.jsonl:2"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "noevent.jsonl"], 1, "noevent.jsonl:1: the event 'negative' is missing"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "latin1.jsonl"], 1, "UTF-8"),
+    (["generate", "x", "-e", "anger", "-m", "./tiny", "--max-new-tokens", "0"], 2, "at least 1"),
+    (["generate", "the " * 300, "-e", "anger", "-m", "./tiny"], 1, "exceeds the context"),
+    (["generate", "x", "-e", "anger", "-m", "./tiny", "--circuit", "pickle.pt"], 1, "pickle"),
+    (
+        ["generate", "x", "-e", "anger", "-m", "./tiny", "--circuit", "artifacts/tiny/directions.safetensors"],
+        1,
+        "expected an artefact of kind 'circuit'",
+    ),
+    (["generate", "-i", "sev.jsonl", "-e", "anger", "-m", "./tiny", "--out", "sev.jsonl/x.jsonl"], 1, "cannot write"),
+    (["extract", "-m", "./tiny", "--emotions", "anger"], 2, "at least two"),
+    (["extract", "-m", "./tiny", "--elicitation", "mood"], 2, "reply, tone, system"),
+    (["extract", "-m", "./tiny", "--scenarios", "sev.jsonl", "--replies", "malformed.jsonl"], 1, "malformed.jsonl"),
+    (["extract", "-m", "./tiny", "--device", "gpu"], 2, "expected auto, cpu, cuda"),
+    (["extract", "-m", "./tiny", "--dtype", "int3"], 2, "expected auto, float32"),
+    (["ablate", "-m", "./tiny", "--kinds", "knock"], 2, "zero, mean, resample, enhance"),
+    (["ablate", "-m", "./tiny", "--shares", "2"], 2, "--shares"),
+    (["circuit", "-m", "./tiny", "--preset", "papr"], 2, "did you mean 'paper'"),
+    (["circuit", "-m", "./tiny", "--directions", "truncated.safetensors"], 1, "damaged"),
+    (["inspect", "missing.safetensors"], 1, "does not exist"),
+    (["models", "path", "nosuchmodel"], 1, "unknown model"),
+    (["nonsense"], 2, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=[" ".join(a)[:60] for a, _, _ in BAD])
+def test_bad_input_is_one_clear_line(run: Callable[..., Any], made: Path, arguments: list[str], code: int, message: str) -> None:
+    (made / "empty.jsonl").write_text("")
+    (made / "malformed.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (made / "noevent.jsonl").write_text('{"skeleton_id": "a", "theme": "t", "scenario": "s", "event": {"positive": "p", "neutral": "n"}}\n')
+    (made / "latin1.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))
+    (made / "pickle.pt").write_bytes(b"PK\x03\x04 not really")
+    (made / "truncated.safetensors").write_bytes((made / "artifacts/tiny/directions.safetensors").read_bytes()[:5000])
+    found, out, err = run(*arguments)
+    assert (found, out) == (code, "") and one_line(err), err
+    assert message in err
+
+
+def test_an_artefact_of_another_model_is_refused_by_both_names(run: Callable[..., Any], made: Path) -> None:
+    other = build("llama", seed=7)
+    other.hf.save_pretrained(made / "other")
+    other.tokenizer.save_pretrained(made / "other")
+    code, _, err = run("generate", "x", "-e", "anger", "-m", "./other", "--circuit", "artifacts/tiny/circuit.safetensors")
+    assert code == 1 and one_line(err) and "tiny" in err and "other" in err
+
+
+def test_debug_shows_the_traceback(run: Callable[..., Any], made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emosteer.errors import UsageError
+
+    with pytest.raises(UsageError):
+        cli.main(["generate", "x", "-m", "./tiny", "--debug"])
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "replies.jsonl"
+    arguments = ["generate", "-m", "./tiny", "--input", "sev.jsonl", "-e", "anger", "--out", str(out), "--max-new-tokens", "4"]
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = run(*arguments)
+    assert code == 1 and one_line(err) and "disk is full" in err
+    assert len(out.read_text().splitlines()) == 4
+    monkeypatch.setattr(os, "fsync", real)
+    assert run(*arguments)[0] == 0 and len(out.read_text().splitlines()) == 18
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(
+    run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emosteer import writing
+
+    real = writing.generate
+
+    def narrow(model: Any, requests: Any, *rest: Any, **options: Any) -> Any:
+        if len(requests) > 5:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
+        return real(model, requests, *rest, **options)
+
+    monkeypatch.setattr(writing, "generate", narrow)
+    code, _, err = run(
+        "generate", "-m", "./tiny", "-i", "sev.jsonl", "-e", "anger", "--out", str(tmp_path / "r.jsonl"), "--max-new-tokens", "4"
+    )
+    assert code == 0 and "halved" in err and len((tmp_path / "r.jsonl").read_text().splitlines()) == 18
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from emosteer import cli\ntry:\n  cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
+
+
+def test_models_lists_the_embedded_default(run: Callable[..., Any]) -> None:
+    code, out, _ = run("models", "list", "--json")
+    assert code == 0 and any(row["name"] == "smollm2-135m" for row in json.loads(out))
