@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +21,9 @@ from emosteer.judging import Judge
 from emosteer.model import Model
 from emosteer.pipeline import require_circuit
 from emosteer.progress import note
-from emosteer.scenarios import Group, data_path, groups_of, name_pattern, read_scenarios, split, stable_share
+from emosteer.scenarios import Group, data_path, groups_of, name_pattern, read_scenarios, split, stable_share, stem_pattern
 from emosteer.tables import print_table
 from emosteer.writing import Job, Writer, write_file
-
-STEMS = {
-    "anger": r"ang(?:er|r)",
-    "sadness": r"sad(?:ne|ly|\b|d)",
-    "happiness": r"happ[iy]",
-    "fear": r"fear|afraid",
-    "surprise": "surpris",
-    "disgust": "disgust",
-}
 
 
 def main() -> None:
@@ -111,7 +101,7 @@ def measure(model: Model, judge: Judge, rows: Sequence[dict], emotions: Sequence
     right = torch.tensor([float(name == row["emotion"]) for name, row in zip(named, rows, strict=True)])
     neutral = judge.probabilities(texts)[:, judge.labels.index("neutral")].mean().item()
     nll = torch.tensor(reply_nll(model, texts))
-    naming = [bool(re.search(r"\b(?:" + STEMS.get(r["emotion"], r["emotion"]) + ")", r["text"], re.I)) for r in rows]
+    naming = [bool(stem_pattern(r["emotion"]).search(r["text"])) for r in rows]
     synonyms = [bool(name_pattern(r["emotion"]).search(r["text"])) for r in rows]
     by = {e: right[[i for i, r in enumerate(rows) if r["emotion"] == e]].mean().item() for e in emotions}
     return {

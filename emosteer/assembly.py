@@ -31,6 +31,7 @@ from emosteer.circuit import Circuit, overlap
 from emosteer.directions import Directions
 from emosteer.errors import DataError, UsageError, suggest
 from emosteer.model import Model
+from emosteer.naming import spare_names
 from emosteer.prompts import plain
 from emosteer.scenarios import Group
 from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
@@ -46,7 +47,8 @@ class CircuitSettings:
 
     ranking: contrast (mean contrastive contribution at the unit's own layer), raw (the paper's form), effect (first-order effect of
     injecting the unit's contrast on the final score). head_share, neuron_share: of all units; None lets the preset decide.
-    share: what `auto` must keep of the whole-model effect. n_prompts: emotion-free prompts that effects are measured on.
+    share: what `auto` must keep of the whole-model effect. spare_names: take the direct effect on the emotion's own name out of what
+    the circuit adds (see `naming.py`). n_prompts: emotion-free prompts that effects are measured on.
     """
 
     preset: str = "auto"
@@ -54,6 +56,7 @@ class CircuitSettings:
     head_share: float | None = None
     neuron_share: float | None = None
     share: float = 0.5
+    spare_names: bool = True
     n_prompts: int = 12
     n_random: int = 5
     seed: int = 0
@@ -322,6 +325,9 @@ def _circuit(
 ) -> Circuit:
     masks = [unit_mask(model, units) for units in sets]
     z_mask, mlp_mask = torch.stack([m[0] for m in masks]), torch.stack([m[1] for m in masks])
+    z_delta, mlp_delta = directions.z.mean * z_mask, directions.mlp.mean * mlp_mask
+    if settings.spare_names:
+        z_delta, mlp_delta = spare_names(model, directions.emotions, z_delta, mlp_delta)
     index = mlp_mask.nonzero()
     heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
@@ -340,9 +346,9 @@ def _circuit(
     return Circuit(
         emotions=directions.emotions,
         heads=heads,
-        z_delta=directions.z.mean * z_mask,
+        z_delta=z_delta,
         neuron_index=index,
-        neuron_delta=directions.mlp.mean[tuple(index.T)],
+        neuron_delta=mlp_delta[tuple(index.T)],
         strength=torch.full((len(sets),), DEFAULT_STRENGTH),
         importance=importance,
         vectors=directions.at(RESID_POST),

@@ -249,7 +249,7 @@ class Limits:
 
 @lru_cache
 def lexicon(path: Path | None = None) -> dict[str, Any]:
-    """The committed list of emotion words: `names` (emotion -> patterns) and `affect` (other feeling words)."""
+    """The committed list of emotion words: `stems` (an emotion's own name), `names` (and close synonyms), `affect` (other feeling words)."""
     words: dict[str, Any] = json.loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
     return words
 
@@ -270,6 +270,12 @@ def name_pattern(emotion: str | None = None) -> re.Pattern[str]:
     if emotion is None:
         return word_pattern(tuple(p for patterns in names.values() for p in patterns))
     return word_pattern(tuple(names.get(emotion, [f"{emotion}*"])))
+
+
+def stem_pattern(emotion: str) -> re.Pattern[str]:
+    """Matches the emotion's own name in its forms ("happy", "happier"), not its synonyms."""
+    stems: dict[str, list[str]] = lexicon()["stems"]
+    return word_pattern(tuple(stems.get(emotion, [f"{emotion}*"])))
 
 
 def feeling_pattern() -> re.Pattern[str]:

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("directions",),
     ("extract", "attribution"),
     ("verification", "steering", "cache"),
-    ("generation", "circuit", "fluency"),
+    ("generation", "naming", "circuit", "fluency"),
     ("ablation", "assembly", "writing"),
     ("scores", "own_replies", "judging"),
     ("evaluation", "calibration", "probing"),

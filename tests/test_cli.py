@@ -392,8 +392,14 @@ def test_out_of_memory_halves_the_batch_and_says_so(
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from emosteer import cli\ntry:\n  cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = (
+        "import sys",
+        "from emosteer import cli",
+        "try: cli.main(['--help'])",
+        "except SystemExit: pass",
+        "assert not {'torch', 'transformers'} & set(sys.modules)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "generate" in done.stdout, done.stderr
 
 

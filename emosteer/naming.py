@@ -1,0 +1,66 @@
+"""Keeping a circuit from saying the emotion's name.
+
+What a head or neuron writes reaches the logits directly, through the unembedding. The part of it that lifts the emotion's own name
+("happy") is not needed to sound happy and makes replies name the feeling. It is projected out at unit level: per layer, the smallest
+change of the circuit's contrast after which what it writes is orthogonal to the name's direction, `gain * (mean W_U[names] - mean W_U)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emosteer.model import Model
+from emosteer.scenarios import stem_pattern
+
+
+def name_tokens(model: Model, emotion: str) -> list[int]:
+    """Tokens that are the emotion's name in one of its forms, with or without a space before."""
+    pattern = stem_pattern(emotion)
+    decode = model.tokenizer.decode
+    vocabulary = sorted(set(model.tokenizer.get_vocab().values()))
+    return [i for i in vocabulary if i < model.shape.d_vocab and pattern.fullmatch(decode([i]).strip())]
+
+
+def name_direction(model: Model, emotion: str) -> Tensor | None:
+    """Direction in the residual stream that lifts the emotion's name in the logits [d_model]; None if no token is the name.
+
+    The final norm's gain is folded in; its scale, one positive factor per position, is not needed for a direction.
+    """
+    tokens = name_tokens(model, emotion)
+    if not tokens:
+        return None
+    unembedding = model.hf.lm_head.weight.float()
+    gain = model.body.norm.weight.float()
+    gain = 1 + gain if model.post_norms else gain  # Gemma stores the gain less one
+    direction = (unembedding[tokens].mean(0) - unembedding.mean(0)) * gain
+    return direction / direction.norm()
+
+
+def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the direct effect on each emotion's own name out of its contrast.
+
+    Args:
+        z_delta: [emotion, layer, n_heads * d_head], zero outside the circuit; mlp_delta: [emotion, layer, d_mlp], alike.
+
+    Returns:
+        The same shapes; entries that were zero stay zero.
+    """
+    z, mlp = z_delta.clone(), mlp_delta.clone()
+    for e, emotion in enumerate(emotions):
+        direction = name_direction(model, emotion)
+        if direction is None:
+            continue
+        for layer in range(model.shape.n_layers):
+            z[e, layer] = _orthogonal(z[e, layer], model.w_o(layer).flatten(0, 1).float() @ direction)
+            mlp[e, layer] = _orthogonal(mlp[e, layer], model.w_down(layer).float() @ direction)
+    return z, mlp
+
+
+def _orthogonal(delta: Tensor, effect: Tensor) -> Tensor:
+    """The nearest delta whose summed effect is zero, without touching entries that are zero."""
+    effect = torch.where(delta != 0, effect.to(delta), 0.0)
+    length = effect.square().sum()
+    return delta - effect * (delta @ effect) / length if length > 0 else delta
