@@ -200,7 +200,7 @@ class _Runner:
         if point.kind == "zero":
             return RowEdits(masks, None)
         values = {site: self._values(point, site, emotions).to(self.model.device) for site in masks}
-        return RowEdits(masks, values, scale=self.settings.strength if point.kind == ENHANCE else 0.0)
+        return RowEdits(masks, values, scale=self.settings.strength if point.kind == ENHANCE else None)
 
     def _values(self, point: Condition, site: Site, emotions: Sequence[int]) -> Tensor:
         """mean: over all emotions and groups; resample: the mean activation under another emotion, drawn per row;

@@ -26,6 +26,7 @@ from emosteer.prompts import ELICITATIONS, INSTRUCTION
 from emosteer.scenarios import EMOTIONS, parse_emotions
 
 if TYPE_CHECKING:
+    from emosteer.circuit import Circuit
     from emosteer.directions import Directions
     from emosteer.model import Model
     from emosteer.pipeline import Data, Places
@@ -200,7 +201,7 @@ def circuit(
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
     share: Annotated[float, typer.Option(help="Share of the whole effect that 'auto' keeps.")] = 0.5,
     strength: Annotated[
-        float | None, typer.Option(help="Default strength for every emotion; tuned if not given.", show_default=False)
+        str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
     ] = None,
     tune: Annotated[bool, typer.Option(help="Tune the default strength on training prompts.")] = True,
     out: OutOption = None,
@@ -214,7 +215,7 @@ def circuit(
     from emosteer.assembly import CircuitSettings, assemble
 
     settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
-    finite(strength, "--strength")
+    wanted = _strengths(strength)
     from emosteer.files import sha256_file
     from emosteer.model import Model
     from emosteer.pipeline import Places, read_data
@@ -226,14 +227,47 @@ def circuit(
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
     made = assemble(loaded, found, data.groups, settings, parents={"directions": sha256_file(path)})
-    if strength is not None:
-        made = made.with_strength([strength] * len(made.emotions))
-    elif tune:
+    named = set(wanted or {})
+    if tune and "" not in named and not named >= set(made.emotions):
         made = tune_strength(loaded, made, data.groups, TuneSettings(seed=seed))
+    if wanted is not None:
+        made = made.with_strength(_per_emotion(wanted, made))
     target = out or places.circuit
     made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_circuit(summary)
+
+
+def _strengths(text: str | None) -> dict[str, float] | None:
+    """Reads "3" (under the empty name: every emotion) or "anger=6,fear=5".
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError as error:
+            raise UsageError(f"expected --strength to be a number or anger=6,fear=5,..., found '{text}'") from error
+        finite(value, "--strength")
+        found[name.strip()] = value
+    return found
+
+
+def _per_emotion(wanted: dict[str, float], made: Circuit) -> list[float]:
+    """Default strengths in the circuit's order: as wanted, else as they were.
+
+    Raises:
+        UsageError: if a name is not an emotion of the circuit.
+    """
+    for name in wanted:
+        if name:
+            made.index(name)
+    return [wanted.get(emotion, wanted.get("", made.strength[i].item())) for i, emotion in enumerate(made.emotions)]
 
 
 def inspect(

@@ -70,7 +70,7 @@ class RowEdits:
     Like steering, it acts where reply tokens are written: at the prompt's last position and at every later one.
     """
 
-    def __init__(self, masks: Mapping[Site, Tensor], values: Mapping[Site, Tensor] | None, scale: float = 0.0) -> None:
+    def __init__(self, masks: Mapping[Site, Tensor], values: Mapping[Site, Tensor] | None, scale: float | None = None) -> None:
         """Replaces masked units by `values` (None: zero); with `scale`, adds `scale * values` to them instead (enhancement).
 
         Args:
@@ -95,7 +95,7 @@ class RowEdits:
                 mask, value = mask[self._rows], None if value is None else value[self._rows]
             new = activation.clone()
             last = activation[:, -1]
-            if self._scale and value is not None:
+            if self._scale is not None and value is not None:
                 new[:, -1] = torch.where(mask, last + self._scale * value.to(last), last)
             else:
                 new[:, -1] = torch.where(mask, torch.zeros_like(last) if value is None else value.to(last), last)

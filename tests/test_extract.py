@@ -119,6 +119,15 @@ def test_the_unpacked_path_and_other_batch_sizes_give_the_same_directions(tiny: 
         assert torch.equal(found.evidence.accuracy, base.evidence.accuracy)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_passes_are_packed_or_not_as_the_settings_say(tiny: Model, data: Data, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    said: list[object] = []
+    real = read_states
+    monkeypatch.setattr(extract, "read_states", lambda *args, **options: (said.append(options["packed"]), real(*args, **options))[1])
+    extract.extract(tiny, data[0], replace(SETTINGS, packed=packed), bank=data[1])
+    assert set(said) == {packed}
+
+
 def test_held_out_groups_come_last_and_nothing_twice(tiny: Model, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sample] = []
     real = extract.Contrasts.update

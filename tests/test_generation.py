@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from emosteer import cache as cache_module
 from emosteer import generation
@@ -17,7 +24,7 @@ from emosteer.model import Model
 from emosteer.sites import Head, Site
 from emosteer.steering import SteeringPlan
 from tests import reference
-from tests.conftest import build
+from tests.conftest import SIZES, build, tiny_tokenizer
 
 PROMPTS = ((1, 7, 9, 12, 30, 41, 4), (1, 8, 20, 4), (1, 50, 33, 21, 17, 60, 44, 13, 3, 4), (1, 70, 4), (1, 30, 31, 32, 4))
 REQUESTS = [Request(f"row{index}", prompt) for index, prompt in enumerate(PROMPTS)]
@@ -309,7 +316,7 @@ def test_no_hook_survives_an_exception_in_the_middle_of_a_reply(family: Model, m
 
 
 @torch.no_grad()
-def compare_caches(model: Model, prompt: int, steps: int, leave: dict[int, list[int]]) -> None:
+def compare_caches(model: Model, prompt: int, steps: int, leave: dict[int, list[int]]) -> DynamicCache:
     """Logits under the growing cache against DynamicCache and against no cache at all, while rows leave."""
     ids = torch.randint(3, 70, (4, prompt + steps), generator=torch.Generator().manual_seed(6))
     caches = growing_cache(model.hf.config), DynamicCache(config=model.hf.config)
@@ -327,6 +334,7 @@ def compare_caches(model: Model, prompt: int, steps: int, leave: dict[int, list[
             alive = alive[keep]
             for c in caches:
                 c.batch_select_indices(keep)
+    return caches[0]
 
 
 @pytest.mark.parametrize("room", [1, 3, 4])
@@ -335,13 +343,26 @@ def test_the_growing_cache_gives_the_logits_of_dynamic_cache(family: Model, monk
     compare_caches(family, 5, 12, {2: [0, 2, 3], 3: [1, 2], 8: [1]})
 
 
-def test_the_growing_cache_beyond_its_room_and_past_a_sliding_window(family: Model) -> None:
-    """Gemma's window is 64: its sliding layers forget while the full ones grow twice."""
-    compare_caches(family, 40, 2 * ROOM + 3, {ROOM - 1: [0, 1, 3], ROOM: [0, 2], ROOM + 1: [1]})
+def mixed_gemma() -> Model:
+    """A Gemma whose first layer sees everything and whose other layers see a window of 64; in the tiny one all slide."""
+    torch.manual_seed(0)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=64, query_pre_attn_scalar=16, layer_types=kinds)
+    return Model.from_hf(Gemma3ForCausalLM(config), tiny_tokenizer(), "mixed-gemma")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixed"])
+def test_the_growing_cache_beyond_its_room_and_past_a_sliding_window(name: str) -> None:
+    """Gemma's sliding layers forget while the full ones grow twice."""
+    model = mixed_gemma() if name == "mixed" else build(name)
+    cache = compare_caches(model, 40, 2 * ROOM + 3, {ROOM - 1: [0, 1, 3], ROOM: [0, 2], ROOM + 1: [1]})
+    held = [layer.keys.shape[-2] for layer in cache.layers]
+    full = 40 + 2 * ROOM + 2
+    assert held == {"llama": [full] * 3, "gemma3": [63] * 3, "mixed": [full, 63, 63]}[name]
 
 
 def test_generation_past_gemmas_window_equals_a_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("gemma3")
+    model = mixed_gemma()
     no_stops(model, monkeypatch)
     draw = torch.Generator().manual_seed(8)
     prompts = [tuple(torch.randint(3, 70, (n,), generator=draw).tolist()) for n in (60, 20, 75)]
