@@ -57,7 +57,7 @@ class CircuitSettings:
     neuron_share: float | None = None
     share: float = 0.5
     spare_names: bool = True
-    n_prompts: int = 12
+    n_prompts: int = 6
     n_random: int = 5
     seed: int = 0
 
@@ -217,14 +217,17 @@ def auto_units(
     if settings.head_share is not None:
         return top_units(scores.heads[emotion], max(1, round(settings.head_share * total)), Head) + extra
     sets = [top_units(scores.heads[emotion], max(1, round(share * total)), Head) for share in AUTO_SHARES]
-    effects = injected_effect(model, samples, _compiled(model, directions, emotion, sets), v_ref)
+    masks = [unit_mask(model, units) for units in sets]
+    effects = injected_effect(model, samples, _compiled(model, directions, emotion, masks), v_ref)
     kept = [units for units, effect in zip(sets, effects.tolist(), strict=True) if effect >= settings.share * effects[-1].item()]
     return (kept[0] if kept and effects[-1] > 0 else sets[AUTO_SHARES.index(0.25)]) + extra
 
 
-def _compiled(model: Model, directions: Directions, emotion: int, sets: Sequence[Sequence[Unit]]) -> dict[Site, Tensor]:
-    """Sets of units as injection variants: site -> [set, d_model]."""
-    masks = [unit_mask(model, units) for units in sets]
+Mask = tuple[Tensor, Tensor]
+
+
+def _compiled(model: Model, directions: Directions, emotion: int, masks: Sequence[Mask]) -> dict[Site, Tensor]:
+    """Sets of units, as masks, made injection variants: site -> [set, d_model]."""
     z = torch.stack([mask[0] for mask in masks]) * directions.z.mean[emotion]
     mlp = torch.stack([mask[1] for mask in masks]) * directions.mlp.mean[emotion]
     return compile_units(model, z, mlp)
@@ -239,30 +242,36 @@ def faithfulness(
     v_ref: Tensor,
     settings: CircuitSettings,
 ) -> dict[str, Any]:
-    """What the circuit stands for, against the effect of injecting every head and neuron.
+    """What the circuit stands for, against the effect of injecting every unit of the kinds that it uses.
 
-    faithfulness: its share of the whole effect; left: the share that everything else has (completeness is high when it is low);
-    without_weakest: its share when its weakest quarter is removed (minimality); random: shares of random circuits of equal size.
+    Args:
+        units: best first.
+
+    Returns:
+        faithfulness: the circuit's share of the whole effect; left: the share of all other units (completeness is high when it is
+        low); without_weakest: its share without its weakest quarter (minimality); random_mean, random_max: of random circuits of equal
+        size; whole_effect: the change of the final score that the shares refer to.
     """
-    shape = model.shape
-    everything: list[Unit] = [Head(la, i) for la in range(shape.n_layers) for i in range(shape.n_heads)]
-    everything += [Neuron(la, i) for la in range(shape.n_layers) for i in range(shape.d_mlp)]
-    chosen = set(units)
     n_heads = sum(isinstance(unit, Head) for unit in units)
-    randoms = [_random_units(model, n_heads, len(units) - n_heads, f"{settings.seed}/{emotion}/{i}") for i in range(settings.n_random)]
-    sets = [everything, list(units), [u for u in everything if u not in chosen], list(units[: max(1, len(units) * 3 // 4)]), *randoms]
-    effects = injected_effect(model, samples, _compiled(model, directions, emotion, sets), v_ref).tolist()
-    whole = effects[0]
-    shares = [effect / whole if whole else 0.0 for effect in effects]
+    n_neurons = len(units) - n_heads
+    mine = unit_mask(model, units)
+    whole = torch.full_like(mine[0], float(n_heads > 0)), torch.full_like(mine[1], float(n_neurons > 0))
+    rest = whole[0] - mine[0], whole[1] - mine[1]
+    strongest = unit_mask(model, units[: max(1, len(units) * 3 // 4)])
+    seeds = [f"{settings.seed}/{emotion}/{i}" for i in range(settings.n_random)]
+    randoms = [unit_mask(model, _random_units(model, n_heads, n_neurons, seed)) for seed in seeds]
+    effects = injected_effect(model, samples, _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms]), v_ref)
+    total, *shares = effects.tolist()
+    shares = [effect / total if total else 0.0 for effect in shares]
     return {
         "heads": n_heads,
-        "neurons": len(units) - n_heads,
-        "whole_effect": whole,
-        "faithfulness": shares[1],
-        "left": shares[2],
-        "without_weakest": shares[3],
-        "random_mean": sum(shares[4:]) / max(1, len(randoms)),
-        "random_max": max(shares[4:], default=0.0),
+        "neurons": n_neurons,
+        "whole_effect": total,
+        "faithfulness": shares[0],
+        "left": shares[1],
+        "without_weakest": shares[2],
+        "random_mean": sum(shares[3:]) / max(1, len(randoms)),
+        "random_max": max(shares[3:], default=0.0),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import torch
 
 from emosteer.errors import UsageError
@@ -45,3 +48,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that a batch did not fit (CUDA or host memory)."""
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text
+
+
+def release_memory() -> None:
+    """Returns freed host memory to the system. Batches of ever new shapes leave holes that the C library keeps otherwise: memory would
+    creep up with the number of batches. Does nothing where the C library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from emosteer import artifacts
 from emosteer.activations import Sample, batches_by_cost, halve_on_oom, read_states, tokenize_group
 from emosteer.artifacts import Provenance
 from emosteer.contrast import Contrasts, Plan, as_json, make_plan
+from emosteer.devices import release_memory
 from emosteer.directions import Directions, from_contrasts
 from emosteer.errors import ArtifactError, DataError, DegenerateDirection, EmosteerError
 from emosteer.files import sha256_text
@@ -29,6 +30,8 @@ from emosteer.sites import MLP_POST, Site, Z, residual_sites
 CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
+#: Batches between returns of freed memory to the system.
+TRIM_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def _run(
             for samples, states in halve_on_oom(batches[index], compute, note):
                 contrasts.update(samples, states)
             advance(len(batches[index]))
+            if index % TRIM_EVERY == 0:
+                release_memory()
             if checkpoint is not None and time.monotonic() - saved >= pause and index + 1 < len(batches):
                 start = time.monotonic()
                 _write_checkpoint(checkpoint, fingerprint, contrasts, index + 1)

@@ -249,7 +249,7 @@ class Limits:
 
 @lru_cache
 def lexicon(path: Path | None = None) -> dict[str, Any]:
-    """The committed list of emotion words: `stems` (an emotion's own name), `names` (and close synonyms), `affect` (other feeling words)."""
+    """The committed word list: `stems` (an emotion's own name), `names` (with close synonyms), `affect` (other feeling words)."""
     words: dict[str, Any] = json.loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
     return words
 
