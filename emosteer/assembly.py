@@ -55,7 +55,7 @@ class CircuitSettings:
     ranking: str = "contrast"
     head_share: float | None = None
     neuron_share: float | None = None
-    share: float = 0.5
+    share: float = 0.95
     spare_names: bool = True
     n_prompts: int = 6
     n_random: int = 5

@@ -199,7 +199,7 @@ def circuit(
     ranking: Annotated[str, typer.Option(help="contrast, raw or effect.")] = "contrast",
     heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
-    share: Annotated[float, typer.Option(help="Share of the whole effect that 'auto' keeps.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = 0.95,
     strength: Annotated[
         str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
     ] = None,
