@@ -8,6 +8,7 @@ split by default; --split dev reads a fifth of the training scenarios instead, f
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,8 +91,14 @@ def replies(
 def _file(model: Model, circuit: Circuit, jobs: list[Job], method: str, options: argparse.Namespace, decoding: Decoding) -> list[dict]:
     steered = circuit if method in ("circuit", "residual") else None
     writer = Writer(model, steered, decoding, circuit.instruction, method, batch_size=64)
-    key = writer.run_key(json.dumps(circuit.provenance.params, default=str) + str(options.strength))
+    key = writer.run_key(circuit_key(circuit) if steered else "")
     return write_file(writer, jobs, options.out / f"{model.name}-{method}-{key}.jsonl", key)
+
+
+def circuit_key(circuit: Circuit) -> str:
+    """A hash of everything that the circuit adds."""
+    parts = [circuit.z_delta, circuit.neuron_delta, circuit.neuron_index, circuit.vectors, circuit.rms]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 def measure(model: Model, judge: Judge, rows: Sequence[dict], emotions: Sequence[str]) -> dict:
@@ -100,7 +107,7 @@ def measure(model: Model, judge: Judge, rows: Sequence[dict], emotions: Sequence
     named = judge.names(texts, emotions)
     right = torch.tensor([float(name == row["emotion"]) for name, row in zip(named, rows, strict=True)])
     neutral = judge.probabilities(texts)[:, judge.labels.index("neutral")].mean().item()
-    nll = torch.tensor(reply_nll(model, texts))
+    nll = torch.tensor(reply_nll(model, texts)).nan_to_num(10.0)  # an empty reply is a broken one
     naming = [bool(stem_pattern(r["emotion"]).search(r["text"])) for r in rows]
     synonyms = [bool(name_pattern(r["emotion"]).search(r["text"])) for r in rows]
     by = {e: right[[i for i, r in enumerate(rows) if r["emotion"] == e]].mean().item() for e in emotions}

@@ -28,7 +28,7 @@ from emosteer.jsonl import JsonlLog
 from emosteer.model import Model
 from emosteer.progress import bar
 from emosteer.prompts import elicit, plain
-from emosteer.scenarios import Group, GroupKey
+from emosteer.scenarios import Group, GroupKey, spread
 from emosteer.sites import RESID_POST, Head, Neuron, Site, Unit, Z
 
 ABLATIONS = ("zero", "mean", "resample")
@@ -137,9 +137,11 @@ def curves(
     """
     if len(groups) < settings.n_prompts:
         raise DataError(f"the curves need {settings.n_prompts} scenario-events, found {len(groups)}; lower --prompts")
-    chosen = list(groups)[:: max(1, len(groups) // settings.n_prompts)][: settings.n_prompts]
+    chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
-    key = sha256_text(json.dumps([model.sha256, asdict(settings), [g.text for g in chosen], directions.provenance.data]))
+    origin = asdict(directions.provenance) | {"versions": None}
+    parts = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
+    key = sha256_text(json.dumps(parts, sort_keys=True, default=str))
     log = JsonlLog(partial) if partial is not None else None
     done = {row["point"]: row["scores"] for row in (log.rows if log else []) if row.get("key") == key}
     run = _Runner(model, directions, scores, chosen, TextScore(model, directions, band, directions.instruction), settings)

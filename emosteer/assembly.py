@@ -33,7 +33,7 @@ from emosteer.errors import DataError, UsageError, suggest
 from emosteer.model import Model
 from emosteer.naming import spare_names
 from emosteer.prompts import plain
-from emosteer.scenarios import Group
+from emosteer.scenarios import Group, spread
 from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.steering import compile_units
 
@@ -70,6 +70,8 @@ class CircuitSettings:
                 raise UsageError(f"{name} must be a share between 0 and 1, found {number}")
 
 
+#: How far the direct effect on the emotion's own name is turned round (development split: 1.7 % of replies name it at 0, 0.4 % at 1).
+NAME_PUSH = 1.0
 #: Shares of heads that `auto` tries, smallest first.
 AUTO_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 #: The paper's budget at Llama-3.2-3B (392 of 229,376 neurons and 168 of 672 heads), as shares; floors per sublayer; cap per sublayer.
@@ -84,7 +86,7 @@ def prompt_samples(model: Model, groups: Sequence[Group], count: int, n_emotions
     """
     if not groups:
         raise DataError("no scenario-event to measure on; check the scenario file")
-    chosen = list(groups)[:: max(1, len(groups) // count)][:count]
+    chosen = spread(groups, count)
     found = []
     for group in chosen:
         ids = tuple(model.prompt_ids(plain(group.text, instruction)))
@@ -110,6 +112,8 @@ def importance_and_effects(model: Model, samples: Sequence[Sample], directions: 
         for site in sites:
             grad = found.grad[site][:, -1].cpu()
             if site.kind in v:
+                if site.kind == RESID_MID:  # an edit there reaches the MLP alone; what attention writes also goes past it
+                    grad = grad + found.grad[Site(site.layer, RESID_POST)][:, -1].cpu()
                 importance[:, site.layer, int(site.kind == RESID_POST)] += (grad * v[site.kind][:, site.layer]).sum(-1)
             elif site.kind == Z:
                 effect = grad * directions.z.mean[:, site.layer]
@@ -144,8 +148,9 @@ def injected_effect(model: Model, samples: Sequence[Sample], vectors: Mapping[Si
     for sample in samples:
         ids = torch.tensor(sample.prompts[0], device=model.device).expand(n + 1, -1)
         hidden = model.read(ids, [last], edits={site: adding(value) for site, value in vectors.items()})[last]
-        scores = hidden[:, -1].float() @ v_ref.to(model.device).float()
-        change += (scores[1:] - scores[0]).cpu()
+        # the difference is taken before projecting: the residual's massive entries would drown a small one in bfloat16
+        shift = hidden[1:, -1].float() - hidden[:1, -1].float()
+        change += (shift @ v_ref.to(model.device).float()).cpu()
     return change / len(samples)
 
 
@@ -173,9 +178,10 @@ def allocate(importance: Tensor, budget: int, floor: int, cap: float, capacity: 
         total = sum(weights[i] for i in free) or float(len(free))
         wanted = {i: left * (weights[i] or 1.0) / total for i in free}
         whole = {i: min(int(wanted[i]), limit - counts[i]) for i in free}
-        if sum(whole.values()) == 0:  # less than one unit each: the largest claims get one
-            for i in sorted(free, key=lambda i: (-wanted[i], i))[:left]:
-                whole[i] = 1
+        if all(whole[i] == int(wanted[i]) for i in free):  # nobody was cut: the largest remainders get what rounding left
+            open_to = [i for i in free if counts[i] + whole[i] < limit]
+            for i in sorted(open_to, key=lambda i: (whole[i] - wanted[i], i))[: left - sum(whole.values())]:
+                whole[i] += 1
         for i, more in whole.items():
             counts[i] += more
         left = budget - sum(counts)
@@ -218,7 +224,7 @@ def auto_units(
         return top_units(scores.heads[emotion], max(1, round(settings.head_share * total)), Head) + extra
     sets = [top_units(scores.heads[emotion], max(1, round(share * total)), Head) for share in AUTO_SHARES]
     masks = [unit_mask(model, units) for units in sets]
-    effects = injected_effect(model, samples, _compiled(model, directions, emotion, masks), v_ref)
+    effects = injected_effect(model, samples, _compiled(model, directions, emotion, masks, settings.spare_names), v_ref)
     kept = [units for units, effect in zip(sets, effects.tolist(), strict=True) if effect >= settings.share * effects[-1].item()]
     return (kept[0] if kept and effects[-1] > 0 else sets[AUTO_SHARES.index(0.25)]) + extra
 
@@ -226,11 +232,22 @@ def auto_units(
 Mask = tuple[Tensor, Tensor]
 
 
-def _compiled(model: Model, directions: Directions, emotion: int, masks: Sequence[Mask]) -> dict[Site, Tensor]:
+def contrasts_of(model: Model, directions: Directions, emotion: int, mask: Mask, spare: bool) -> Mask:
+    """What a set of units adds at strength 1: the mean contrast inside the mask, names spared if wanted.
+
+    Returns:
+        (z [layer, n_heads * d_head], mlp [layer, d_mlp]).
+    """
+    z, mlp = directions.z.mean[emotion] * mask[0], directions.mlp.mean[emotion] * mask[1]
+    if spare:
+        z, mlp = (delta[0] for delta in spare_names(model, directions.emotions[emotion : emotion + 1], z[None], mlp[None], push=NAME_PUSH))
+    return z, mlp
+
+
+def _compiled(model: Model, directions: Directions, emotion: int, masks: Sequence[Mask], spare: bool) -> dict[Site, Tensor]:
     """Sets of units, as masks, made injection variants: site -> [set, d_model]."""
-    z = torch.stack([mask[0] for mask in masks]) * directions.z.mean[emotion]
-    mlp = torch.stack([mask[1] for mask in masks]) * directions.mlp.mean[emotion]
-    return compile_units(model, z, mlp)
+    found = [contrasts_of(model, directions, emotion, mask, spare) for mask in masks]
+    return compile_units(model, torch.stack([z for z, _ in found]), torch.stack([mlp for _, mlp in found]))
 
 
 def faithfulness(
@@ -260,7 +277,9 @@ def faithfulness(
     strongest = unit_mask(model, units[: max(1, len(units) * 3 // 4)])
     seeds = [f"{settings.seed}/{emotion}/{i}" for i in range(settings.n_random)]
     randoms = [unit_mask(model, _random_units(model, n_heads, n_neurons, seed)) for seed in seeds]
-    effects = injected_effect(model, samples, _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms]), v_ref)
+    effects = injected_effect(
+        model, samples, _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms], settings.spare_names), v_ref
+    )
     total, *shares = effects.tolist()
     shares = [effect / total if total else 0.0 for effect in shares]
     return {
@@ -284,7 +303,13 @@ def _random_units(model: Model, n_heads: int, n_neurons: int, seed: str) -> list
 
 
 def assemble(
-    model: Model, directions: Directions, groups: Sequence[Group], settings: CircuitSettings, *, parents: Mapping[str, str] | None = None
+    model: Model,
+    directions: Directions,
+    groups: Sequence[Group],
+    settings: CircuitSettings,
+    *,
+    data: Mapping[str, str] | None = None,
+    parents: Mapping[str, str] | None = None,
 ) -> Circuit:
     """The stage `circuit`: ranks, budgets, assembles and measures one circuit per emotion.
 
@@ -310,10 +335,13 @@ def assemble(
             units = paper_units(model, scores, importance, e, settings)
         else:
             units = auto_units(model, directions, scores, e, samples, v_ref[e], settings)
+        if not units:
+            raise UsageError("the circuit would be empty; raise --heads or --neurons")
         units.sort(key=lambda unit: -scores.of(e, unit))
         sets.append(units)
         metrics["emotions"][emotion] = faithfulness(model, directions, e, units, samples, v_ref[e], settings)
-    circuit = _circuit(model, directions, sets, importance, band, settings, metrics, parents or {})
+    hashes = directions.provenance.data if data is None else data
+    circuit = _circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {})
     metrics["overlap"] = overlap(circuit)
     return circuit
 
@@ -327,16 +355,15 @@ def _circuit(
     directions: Directions,
     sets: Sequence[Sequence[Unit]],
     importance: Tensor,
-    band: Sequence[int],
     settings: CircuitSettings,
     metrics: Mapping[str, Any],
+    data: Mapping[str, str],
     parents: Mapping[str, str],
 ) -> Circuit:
     masks = [unit_mask(model, units) for units in sets]
     z_mask, mlp_mask = torch.stack([m[0] for m in masks]), torch.stack([m[1] for m in masks])
-    z_delta, mlp_delta = directions.z.mean * z_mask, directions.mlp.mean * mlp_mask
-    if settings.spare_names:
-        z_delta, mlp_delta = spare_names(model, directions.emotions, z_delta, mlp_delta)
+    added = [contrasts_of(model, directions, e, mask, settings.spare_names) for e, mask in enumerate(masks)]
+    z_delta, mlp_delta = torch.stack([z for z, _ in added]), torch.stack([mlp for _, mlp in added])
     index = mlp_mask.nonzero()
     heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
@@ -348,7 +375,7 @@ def _circuit(
         method=f"{settings.preset} circuit by {settings.ranking} rank, {directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
-        data=directions.provenance.data,
+        data=dict(data),
         parents=dict(parents),
         versions=artifacts.versions(),
     )

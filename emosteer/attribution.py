@@ -249,14 +249,15 @@ def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion
         sites = sorted({Site(u.layer, Z if isinstance(u, Head) else MLP_POST) for u in units})
         seen = model.read(whole.ids, [*sites, last], attention_mask=whole.mask, position_ids=whole.positions)
         patch = {site: other_emotions_mean(whole.average(seen[site])[None])[0][emotion] for site in sites}
-        clean = final_score(model, whole, seen[last], v_ref)[emotion]
+        clean = whole.average(seen[last])[emotion]
         single = Sample(sample.key, sample.theme, (sample.prompts[emotion],), (sample.replies[emotion],))
         for start in range(0, len(units), rows):
             chosen = units[start : start + rows]
             batch = unpacked_batch(model, [single] * len(chosen))
             edits = replace_units(model, [[unit] for unit in chosen], patch, positions=batch.read_mask())
             out = model.read(batch.ids, [last], edits=edits, attention_mask=batch.mask, position_ids=batch.positions)[last]
-            drops[start : start + rows] += (clean - final_score(model, batch, out, v_ref[emotion].expand(len(chosen), -1))).cpu()
+            # subtracted before projecting, see `ablation_drops`
+            drops[start : start + rows] += ((clean - batch.average(out)) @ v_ref[emotion].to(clean)).cpu()
     return drops / len(samples)
 
 

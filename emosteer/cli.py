@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ from emosteer.cli_build import build
 from emosteer.cli_generate import generate
 from emosteer.cli_models import models
 from emosteer.cli_stages import ablate, circuit, extract, inspect
-from emosteer.errors import EmosteerError
+from emosteer.errors import EmosteerError, says_out_of_memory
 
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -54,8 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # accepted anywhere on the line, as people add it after the command that failed
     arguments = [argument for argument in arguments if argument != "--debug"]
+    guarded(lambda: app(arguments, standalone_mode=False), debug)
+
+
+def guarded(run: Callable[[], object], debug: bool = False) -> None:
+    """Runs something and turns whatever goes wrong into one line and an exit code; with `debug`, errors are raised."""
     try:
-        status = app(arguments, standalone_mode=False)
+        status = run()
     except EmosteerError as error:
         if debug:
             raise
@@ -83,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _unforeseen(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error).lower():
-        return "out of memory; try a smaller --batch-size or --batch-tokens, --dtype bfloat16, or a smaller model"
+    if says_out_of_memory(error):
+        return "out of memory; try --dtype bfloat16, smaller batches or fewer prompts (see --help), or a smaller model"
     if isinstance(error, OSError):
         place = f" {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}; check the path, its permissions and the space left"

@@ -13,7 +13,7 @@ import typer
 from emosteer.errors import DataError, UsageError, suggest
 from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
 from emosteer.prompts import INSTRUCTION
-from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario
+from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
@@ -118,11 +118,11 @@ def _read_inputs(source: Path) -> list[tuple[str, Group]]:
             for valence in VALENCES:
                 key = GroupKey(scenario.id, valence)
                 found.append((str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
-        elif isinstance(row.get("text"), str) and row["text"].strip():
+        elif "text" in row:
             identity = str(row.get("id", f"line-{number}"))
-            found.append((identity, Group(GroupKey("", ""), "", row["text"].strip())))
+            found.append((identity, Group(GroupKey("", ""), "", text_field(row["text"], "text", where))))
         else:
-            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text' that is not empty")
+            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text'")
     names = [name for name, _ in found]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -147,6 +147,7 @@ def _jobs(name: str, group: Group, emotions: Sequence[str], method: str, strengt
 
 def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool) -> None:
     from emosteer.files import sha256_file
+    from emosteer.progress import bar
     from emosteer.writing import row_of, write_file
 
     sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
@@ -166,13 +167,20 @@ def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path 
         for _ in writer.write(jobs, on_token=lambda piece: typer.echo(piece, nl=False)):
             typer.echo("")
         return
-    written = {job.id: row_of(job, reply, run) for job, reply in writer.write(jobs)}
-    if as_json:
-        _print_json([written[job.id] for job in jobs])
-        return
     several = len({job.text for job in jobs}) > 1
-    for job in jobs:
-        typer.echo(f"{job.id if several else job.emotion}: {written[job.id]['text']}")
+    written: dict[str, dict[str, Any]] = {}
+    waiting = list(jobs)
+    with bar("generate (replies)", len(jobs)) as advance:
+        for job, reply in writer.write(jobs):
+            written[job.id] = row_of(job, reply, run)
+            advance(1)
+            while waiting and waiting[0].id in written:  # in the order of the input, as soon as it is that reply's turn
+                first = waiting.pop(0)
+                row = written.pop(first.id)
+                if as_json:
+                    _print_json([row])
+                else:
+                    typer.echo(f"{first.id if several else first.emotion}: {row['text']}")
 
 
 def _print_json(rows: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,8 +29,10 @@ from emosteer.scenarios import EMOTIONS, parse_emotions
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
     from emosteer.directions import Directions
+    from emosteer.extract import Settings
     from emosteer.model import Model
     from emosteer.pipeline import Data, Places
+    from emosteer.scenarios import Bank
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
 DirectionsOption = Annotated[
@@ -75,8 +78,8 @@ def extract(
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     target = out or places.directions
-    bank = _own_bank(loaded, data, wanted, target, instruction, seed) if own else data.bank
     settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens, packed)
+    bank = _own_bank(loaded, data, wanted, target, settings, fresh) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh)
     found.save(target)
@@ -87,16 +90,23 @@ def extract(
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_directions(summary)
 
 
-def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, instruction: str, seed: int):  # type: ignore[no-untyped-def]
-    from emosteer.files import sha256_file
+def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, settings: Settings, fresh: bool) -> Bank:
+    """The model's own replies, written beside the directions (`own-replies.jsonl`), and those that pass the filter
+    (`own-bank.jsonl`, which `ablate --replies` takes)."""
+    from emosteer.files import sha256_file, write_jsonl
     from emosteer.own_replies import own_bank
     from emosteer.progress import note
 
-    file = target.with_name("own-replies.jsonl")
-    bank, reasons = own_bank(model, data.groups, emotions, file, instruction, seed=seed)
-    data.hashes[file.name] = sha256_file(file)
-    kept = sum(map(len, bank.values()))
-    note(f"own replies: {kept} kept, {sum(reasons.values())} left out ({', '.join(f'{n} {why}' for why, n in reasons.most_common())})")
+    file, kept = target.with_name("own-replies.jsonl"), target.with_name("own-bank.jsonl")
+    bank, reasons = own_bank(model, data.groups, emotions, file, settings.instruction, seed=settings.seed, fresh=fresh)
+    rows = [
+        {"skeleton_id": key.scenario, "valence": key.valence, "emotion": emotion, "text": text}
+        for key, replies in bank.items()
+        for emotion, text in replies.items()
+    ]
+    write_jsonl(kept, rows)
+    data.hashes[f"replies/{kept.name}"] = sha256_file(kept)
+    note(f"own replies: {len(rows)} kept, {sum(reasons.values())} left out ({', '.join(f'{n} {why}' for why, n in reasons.most_common())})")
     return bank
 
 
@@ -111,7 +121,9 @@ def _directions(model: Model, given: Path | None, places: Places) -> tuple[Direc
 
     path = given or places.directions
     if given is None and not path.exists():
-        raise ArtifactError(f"there are no directions for {model.name} at {path}; run `emosteer extract --model {model.name}` first")
+        raise ArtifactError(
+            f"there are no directions for {model.name} at {path}; run `emosteer extract --model {shlex.quote(model.reference)}` first"
+        )
     found = Directions.load(path)
     artifacts.require_model(found.provenance, model.sha256, model.name, path)
     return found, path
@@ -158,10 +170,13 @@ def ablate(
     from emosteer.scores import AblateSettings
     from emosteer.scores import ablate as run
 
-    data = read_data(scenarios, replies)
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
+    own = path.with_name("own-bank.jsonl")
+    if replies is None and f"replies/{own.name}" in found.provenance.data:
+        replies = own  # the directions were made with the model's own replies
+    data = read_data(scenarios, replies, found.elicitation)
     target = out or places.scores
     wanted = AblateSettings(
         patch_groups,
@@ -172,7 +187,9 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, parents={"directions": sha256_file(path)})
+    scores = run(
+        loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents={"directions": sha256_file(path)}
+    )
     scores.save(target)
     partial.unlink(missing_ok=True)
     from emosteer.summaries import print_scores, scores_summary
@@ -226,7 +243,9 @@ def circuit(
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
-    made = assemble(loaded, found, data.groups, settings, parents={"directions": sha256_file(path)})
+    made = assemble(
+        loaded, found, data.groups, settings, data={**found.provenance.data, **data.hashes}, parents={"directions": sha256_file(path)}
+    )
     named = set(wanted or {})
     if tune and "" not in named and not named >= set(made.emotions):
         made = tune_strength(loaded, made, data.groups, TuneSettings(seed=seed))

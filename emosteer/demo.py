@@ -103,4 +103,6 @@ def _replies(model: Model, circuit: Circuit, decoding: Decoding) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from emosteer.cli import guarded
+
+    guarded(main)

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from emosteer.errors import UsageError
+from emosteer.errors import UsageError, says_out_of_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +46,7 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that a batch did not fit (CUDA or host memory)."""
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text
+    return isinstance(error, torch.OutOfMemoryError) or says_out_of_memory(error)
 
 
 def release_memory() -> None:

@@ -30,7 +30,7 @@ class UnitStats:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What backs the directions, per residual site; every figure with its control of shuffled labels.
+    """What backs the directions, per residual site; accuracy and halves with their control of shuffled labels.
 
     accuracy, accuracy_shuffled: [site, emotion], share of held-out groups whose emotion is named right by the largest
     projection (chance 1 / emotions). halves, halves_shuffled, themes, valences: [emotion, site], cosine between the

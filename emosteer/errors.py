@@ -38,6 +38,15 @@ class OutOfMemory(EmosteerError):
     """Not even a batch of one fits in memory."""
 
 
+#: How torch and the C library say that memory ran out.
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def says_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception's type or text means that memory ran out (host or GPU)."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the known word nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)

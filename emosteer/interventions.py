@@ -25,20 +25,24 @@ def unit_slice(model: Model, unit: Unit) -> slice:
     return slice(unit.index * size, (unit.index + 1) * size)
 
 
-def unit_masks(model: Model, rows: Sequence[Iterable[Unit]]) -> dict[Site, Tensor]:
-    """Site -> [row, width], true at the entries of the row's units."""
+def unit_masks(model: Model, rows: Sequence[Iterable[Unit]], device: torch.device | None = None) -> dict[Site, Tensor]:
+    """Site -> [row, width], true at the entries of the row's units; on the model's device if none is given."""
     masks: dict[Site, Tensor] = {}
     for row, units in enumerate(rows):
         for unit in units:
             site = unit_site(unit)
             if site not in masks:
-                masks[site] = torch.zeros(len(rows), model.width(site.kind), dtype=torch.bool, device=model.device)
+                masks[site] = torch.zeros(len(rows), model.width(site.kind), dtype=torch.bool, device=device or model.device)
             masks[site][row, unit_slice(model, unit)] = True
     return masks
 
 
 def replace_units(
-    model: Model, rows: Sequence[Iterable[Unit]], values: Mapping[Site, Tensor] | None = None, positions: Tensor | None = None
+    model: Model,
+    rows: Sequence[Iterable[Unit]],
+    values: Mapping[Site, Tensor] | None = None,
+    positions: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> dict[Site, Edit]:
     """Replaces each row's units by given values: zero ablation, mean ablation, resampling and patching are this with other values.
 
@@ -46,8 +50,10 @@ def replace_units(
         rows: the units of each row.
         values: site -> [width], [row, width] or [row, pos, width]; None is zero ablation.
         positions: [row, pos], where to act; None acts everywhere. Absolute positions of this very pass.
+        device: where the edits will act, if not on the model's device.
     """
-    return {site: _replacing(mask, None if values is None else values[site], positions) for site, mask in unit_masks(model, rows).items()}
+    masks = unit_masks(model, rows, device)
+    return {site: _replacing(mask, None if values is None else values[site], positions) for site, mask in masks.items()}
 
 
 def _replacing(mask: Tensor, value: Tensor | None, positions: Tensor | None) -> Edit:

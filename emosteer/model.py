@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from emosteer.devices import is_out_of_memory, resolve_device, resolve_dtype
 from emosteer.errors import ModelError, first_line
 from emosteer.files import sha256_text, slug
+from emosteer.progress import note
 from emosteer.shapes import Shape, decoder_body, shape_of
 from emosteer.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
-from emosteer.taps import Edit, after, before, flat, reading
+from emosteer.taps import Edit, flat, hooked, reading
 
 __all__ = ["Edit", "Model", "Shape", "is_out_of_memory", "resolve_device", "resolve_dtype", "slug"]
 
@@ -53,6 +54,7 @@ class Model:
         self.hf = hf.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.reference = name  # what the user called it; commands in messages use it
         self.sha256 = weights_sha256
         self.body: Any = decoder_body(hf)
         self.layers: Any = self.body.layers
@@ -73,20 +75,21 @@ class Model:
         Raises:
             ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as untyped
 
         from emosteer import weights
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
-        found = weights.resolve(reference)
+        found = weights.resolve(reference, progress=note)
         hf_logging: Any = untyped
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
             hf: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
@@ -96,7 +99,9 @@ class Model:
             if is_out_of_memory(error):
                 raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
             raise
-        return cls(hf, tokenizer, found.name, found.sha256)
+        model = cls(hf, tokenizer, found.name, found.sha256)
+        model.reference = reference
+        return model
 
     @classmethod
     def from_hf(cls, hf: Any, tokenizer: Any, name: str = "in-memory") -> Model:
@@ -231,13 +236,7 @@ class Model:
             return
         with contextlib.ExitStack() as stack:
             for site, edit in edits.items():
-                module, is_input = self._tap(site)
-                handle = (
-                    module.register_forward_pre_hook(before(edit), with_kwargs=True)
-                    if is_input
-                    else module.register_forward_hook(after(edit))
-                )
-                stack.callback(handle.remove)
+                stack.enter_context(hooked(self.layers[site.layer], site.kind, edit, self.post_norms))
             yield self.body
 
     def run(
@@ -278,21 +277,6 @@ class Model:
             edits[site] = reading(store, site, edits.get(site))
         self.run(ids, edits, **options)
         return store
-
-    def _tap(self, site: Site) -> tuple[nn.Module, bool]:
-        """The plain module whose input (True) or output (False) is the site."""
-        layer = self.layers[site.layer]
-        if site.kind == Z:
-            return layer.self_attn.o_proj, True
-        if site.kind == MLP_POST:
-            return layer.mlp.down_proj, True
-        if site.kind == ATTN_OUT:
-            return layer.self_attn.o_proj, False
-        if site.kind == MLP_OUT:
-            return layer.mlp.down_proj, False
-        if site.kind == RESID_POST:
-            return layer, False
-        return (layer.pre_feedforward_layernorm if self.post_norms else layer.post_attention_layernorm), True
 
     # ---- proof ---------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emosteer.attribution import written_direction
 from emosteer.model import Model
 from emosteer.scenarios import stem_pattern
+from emosteer.sites import RESID_MID, RESID_POST
 
 
 def name_tokens(model: Model, emotion: str) -> list[int]:
@@ -39,11 +41,12 @@ def name_direction(model: Model, emotion: str) -> Tensor | None:
     return direction / direction.norm()
 
 
-def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delta: Tensor) -> tuple[Tensor, Tensor]:
+def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delta: Tensor, push: float = 0.0) -> tuple[Tensor, Tensor]:
     """Takes the direct effect on each emotion's own name out of its contrast.
 
     Args:
         z_delta: [emotion, layer, n_heads * d_head], zero outside the circuit; mlp_delta: [emotion, layer, d_mlp], alike.
+        push: 0 leaves no direct effect on the name; 1 turns it round, so that the name is held down as much as it was lifted.
 
     Returns:
         The same shapes; entries that were zero stay zero.
@@ -54,13 +57,14 @@ def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delt
         if direction is None:
             continue
         for layer in range(model.shape.n_layers):
-            z[e, layer] = _orthogonal(z[e, layer], model.w_o(layer).flatten(0, 1).float() @ direction)
-            mlp[e, layer] = _orthogonal(mlp[e, layer], model.w_down(layer).float() @ direction)
+            mid, post = (written_direction(model, layer, kind, direction) for kind in (RESID_MID, RESID_POST))
+            z[e, layer] = _without(z[e, layer], model.w_o(layer).flatten(0, 1).float() @ mid, 1 + push)
+            mlp[e, layer] = _without(mlp[e, layer], model.w_down(layer).float() @ post, 1 + push)
     return z, mlp
 
 
-def _orthogonal(delta: Tensor, effect: Tensor) -> Tensor:
-    """The nearest delta whose summed effect is zero, without touching entries that are zero."""
+def _without(delta: Tensor, effect: Tensor, times: float) -> Tensor:
+    """The nearest delta whose summed effect is zero (times 1) or turned round (times 2), without touching entries that are zero."""
     effect = torch.where(delta != 0, effect.to(delta), 0.0)
     length = effect.square().sum()
-    return delta - effect * (delta @ effect) / length if length > 0 else delta
+    return delta - times * effect * (delta @ effect) / length if length > 0 else delta

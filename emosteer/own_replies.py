@@ -34,7 +34,15 @@ def fault(text: str, emotion: str, finish_reason: str) -> str | None:
 
 
 def own_bank(
-    model: Model, groups: Sequence[Group], emotions: Sequence[str], out: Path, instruction: str, *, batch_size: int = 32, seed: int = 0
+    model: Model,
+    groups: Sequence[Group],
+    emotions: Sequence[str],
+    out: Path,
+    instruction: str,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    fresh: bool = False,
 ) -> tuple[Bank, Counter[str]]:
     """Writes (or goes on writing) the model's replies to `out` and filters them.
 
@@ -46,7 +54,7 @@ def own_bank(
     bank: Bank = {}
     reasons: Counter[str] = Counter()
     keys = {job.id: group.key for group in groups for job in (Job.of(group, e, "prompt", None) for e in emotions)}
-    for row in write_file(writer, jobs, out):
+    for row in write_file(writer, jobs, out, fresh=fresh):
         found = fault(row["text"], row["emotion"], row["finish_reason"])
         replies = bank.setdefault(keys[row["id"]], {})
         if found is None and row["text"] in replies.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from emosteer.errors import ArtifactError, DataError
 from emosteer.files import sha256_file, slug
 from emosteer.progress import note
-from emosteer.scenarios import EMOTIONS, Bank, Group, data_path, groups_of, read_bank, read_scenarios
+from emosteer.scenarios import EMOTIONS, Bank, Group, data_path, groups_of, read_bank, read_scenarios, spread
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
@@ -76,8 +77,7 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
                 f"no scenario-event of {scenario_file} has a reply in {bank_file}; give the bank of these scenarios with --replies"
             )
     if limit is not None and limit < len(groups):
-        step = len(groups) / limit
-        groups = [groups[int(index * step)] for index in range(limit)]
+        groups = spread(groups, limit)
     return Data(groups, bank, hashes)
 
 
@@ -111,10 +111,10 @@ def require_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) ->
     """
     found = find_circuit(model, given, root)
     if found is None:
-        name = model.name
+        name = shlex.quote(model.reference)
         raise ArtifactError(
-            f"there is no circuit for {name} yet; make it with `emosteer extract --model {name}` and `emosteer circuit --model {name}`, "
-            "or add --auto to have it made now"
+            f"there is no circuit for {model.name} yet; make it with `emosteer extract --model {name}` and "
+            f"`emosteer circuit --model {name}`, or add --auto to have it made now"
         )
     return found
 

@@ -117,21 +117,22 @@ def parse_scenario(row: Mapping[str, Any], where: str) -> Scenario:
     identity = row.get("skeleton_id")
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
-    text = _string(identity, "skeleton_id", where), _string(row.get("scenario"), "scenario", where)
+    text = text_field(identity, "skeleton_id", where), text_field(row.get("scenario"), "scenario", where)
     theme = row.get("theme", "")
     if not isinstance(theme, str):
         raise DataError(f"{where}: expected 'theme' to be a text, found a {type(theme).__name__}")
-    theme = _string(theme, "theme", where) if theme.strip() else ""
+    theme = text_field(theme, "theme", where) if theme.strip() else ""
     events = row.get("event")
     if not isinstance(events, Mapping):
         raise DataError(f"{where}: expected 'event' to be an object with {', '.join(VALENCES)}, found {_found(events)}")
     for valence in VALENCES:
         if valence not in events:
             raise DataError(f"{where}: the event '{valence}' is missing; each scenario needs {', '.join(VALENCES)}")
-    return Scenario(text[0], theme, text[1], {v: _string(events[v], f"event.{v}", where) for v in VALENCES})
+    return Scenario(text[0], theme, text[1], {v: text_field(events[v], f"event.{v}", where) for v in VALENCES})
 
 
-def _string(value: Any, name: str, where: str) -> str:
+def text_field(value: Any, name: str, where: str) -> str:
+    """Checks that a value is a text that is not empty, and strips it; otherwise a DataError starting with `where`."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: expected '{name}' to be a text that is not empty, found {_found(value)}")
     if re.search("[\ud800-\udfff]", value):  # JSON can hold one as an escape; no file can be written with it
@@ -163,7 +164,7 @@ def read_bank(path: Path | str) -> Bank:
     bank: Bank = {}
     for number, row in read_jsonl(Path(path), "reply bank"):
         where = f"{path}:{number}"
-        scenario, valence, emotion, text = (_string(row.get(k), k, where) for k in ("skeleton_id", "valence", "emotion", "text"))
+        scenario, valence, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "valence", "emotion", "text"))
         if valence not in VALENCES:
             raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
         replies = bank.setdefault(GroupKey(scenario, valence), {})
@@ -231,6 +232,14 @@ def stable_share(key: str, seed: int) -> float:
     """A number in [0, 1) that depends on the key and the seed alone: which half or fold something falls into."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def spread(groups: Sequence[Group], count: int, seed: int = 0) -> list[Group]:
+    """Some of the groups, drawn evenly over scenarios and valences; the same seed gives the same draw, a larger count a superset.
+
+    A fixed stride would not do: valences come in threes, and a stride of a multiple of three would pick one of them only.
+    """
+    return sorted(groups, key=lambda group: stable_share(f"spread/{group.key}/{group.text}", seed))[:count]
 
 
 # ---- lints ---------------------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from emosteer.attribution import (
     true_patches,
 )
 from emosteer.directions import Directions
-from emosteer.errors import DataError, EmosteerError
+from emosteer.errors import ArtifactError, DataError, EmosteerError
 from emosteer.model import Model
 from emosteer.progress import bar
 from emosteer.prompts import plain
-from emosteer.scenarios import Bank, Group
+from emosteer.scenarios import Bank, Group, spread
 from emosteer.sites import Head, Neuron, Unit
 from emosteer.verification import verify
 
@@ -96,9 +96,12 @@ class Scores:
         """
         found = artifacts.load(path, KIND)
         f, t = found.fields, found.tensors
-        forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
-        emotions, band = tuple(f["emotions"]), tuple(f["band"])
-        return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], found.provenance)
+        try:
+            forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
+            emotions, band = tuple(f["emotions"]), tuple(f["band"])
+            return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], found.provenance)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} lacks a part of the scores ({error}); make it again") from error
 
 
 def ablate(
@@ -109,13 +112,14 @@ def ablate(
     *,
     bank: Bank | None = None,
     partial: Path | None = None,
+    data: Mapping[str, str] | None = None,
     parents: Mapping[str, str] | None = None,
 ) -> Scores:
     """Scores every unit in four ways, checks them by intervening, and measures the curves.
 
     Args:
         groups: scenario-events (train); bank: their replies, for the `reply` elicitation; partial: where finished curve points are
-            kept, so that a rerun goes on.
+            kept, so that a rerun goes on; data, parents: hashes for the provenance.
 
     Raises:
         ArtifactError: if the directions are another model's. DataError: if no group is complete.
@@ -144,7 +148,7 @@ def ablate(
         method="one-pass contributions, attribution patching, ablation and enhancement curves",
         params={**vars(replace(settings, curves=None)), "curves": vars(settings.curves) if settings.curves else None},
         seed=settings.seed,
-        data=directions.provenance.data,
+        data=dict(data or {}),
         parents=dict(parents or {}),
         versions=artifacts.versions(),
     )
@@ -154,8 +158,7 @@ def ablate(
 def _complete(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
     """The first complete groups, evenly spread, as token ids under the directions' own elicitation."""
     chosen = []
-    spread = sorted(groups, key=lambda group: random.Random(str(group.key)).random())
-    for group in spread:
+    for group in spread(groups, len(groups)):
         replies = (bank or {}).get(group.key, {})
         if directions.elicitation == "reply" and any(emotion not in replies for emotion in directions.emotions):
             continue
@@ -209,8 +212,7 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
         return {}
     if model.post_norms:
         return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
-    step = max(1, len(groups) // settings.verify_prompts)
-    prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in list(groups)[::step][: settings.verify_prompts]]
+    prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in spread(groups, settings.verify_prompts)]
     try:
         return verify(model, directions, prompts, settings.verify_neurons, settings.seed)
     except (RuntimeError, MemoryError) as error:

@@ -62,7 +62,9 @@ def print_directions(summary: Summary) -> None:
     if "accuracy" not in layers[0]:
         print("no evidence was measured: too few scenarios are held out (--holdout)")
         return
-    print(f"held-out groups: {summary['heldout']}; naming the emotion from projections alone (chance {summary['chance']:.3f});")
+    print(
+        f"held-out groups: {summary['heldout']}; naming the emotion from the projections of its contrast (chance {summary['chance']:.3f});"
+    )
     print("cosines between directions of disjoint halves, of pairs of themes and of valences")
     names = ("layer", "accuracy", "accuracy_shuffled", "halves", "halves_shuffled", "themes", "valences")
     step = max(1, len(layers) // 10)
@@ -76,12 +78,14 @@ def print_directions(summary: Summary) -> None:
 
 def scores_summary(found: Scores, top: int = 5) -> Summary:
     """Best units per emotion, the checks, the curves and sublayer importance."""
-    best: dict[str, dict[str, dict[str, float]]] = {}
+    best: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for e, emotion in enumerate(found.emotions):
         best[emotion] = {}
         for form, scores in found.forms.items():
-            heads, neurons = top_units(scores.heads[e], top, Head), top_units(scores.neurons[e], top, Neuron)
-            best[emotion][form] = {str(unit): round(scores.of(e, unit), 6) for unit in (*heads, *neurons)}
+            best[emotion][form] = {
+                "heads": {str(unit): round(scores.of(e, unit), 6) for unit in top_units(scores.heads[e], top, Head)},
+                "neurons": {str(unit): round(scores.of(e, unit), 6) for unit in top_units(scores.neurons[e], top, Neuron)},
+            }
     return {
         "model": found.provenance.model,
         "emotions": list(found.emotions),
@@ -129,9 +133,13 @@ def curve_table(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
 def print_scores(summary: Summary) -> None:
     """The tables of `ablate`."""
     print(f"{summary['model']}: scores of every head and neuron -> {summary['file']}")
-    rows = [(emotion, *(" ".join(list(forms[form])[:5]) for form in forms)) for emotion, forms in summary["top"].items()]
     forms = list(next(iter(summary["top"].values())))
-    print_table(("emotion", *(f"best heads ({form})" for form in forms)), rows)
+    for kind in ("heads", "neurons"):
+        rows = [(emotion, *(" ".join(found[form][kind]) for form in forms)) for emotion, found in summary["top"].items()]
+        print_table(("emotion", *(f"best {kind} ({form})" for form in forms)), rows)
+    print("sublayer importance, the three highest: change of the final score per unit of dose along the direction")
+    rows = [(emotion, *(_highest(found[kind]) for kind in ("attention", "mlp"))) for emotion, found in summary["importance"].items()]
+    print_table(("emotion", "attention", "MLP"), rows)
     for kind in ("heads", "neurons"):
         if kind in summary["verification"]:
             v = summary["verification"][kind]
@@ -232,6 +240,11 @@ def print_artifact(summary: Summary) -> None:
     if summary["kind"] in printers:
         printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
     print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])
+
+
+def _highest(values: Sequence[float], count: int = 3) -> str:
+    order = sorted(range(len(values)), key=lambda layer: -values[layer])[:count]
+    return " ".join(f"L{layer} {values[layer]:.2f}" for layer in order)
 
 
 def _mean(values: Tensor) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from emosteer.sites import Site
+from emosteer.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_POST, Site, Z
 
 #: An edit receives the activation [batch, pos, width] (heads of `z` side by side) and returns its replacement, or None
 #: to leave it as it is.
@@ -55,3 +56,30 @@ def reading(store: dict[Site, Tensor], site: Site, edit: Edit | None) -> Edit:
         return new
 
     return read
+
+
+def tap(layer: nn.Module, kind: str, post_norms: bool) -> tuple[nn.Module, bool]:
+    """The module of a plain decoder layer whose input (True) or output (False) is a site of this kind."""
+    block: Any = layer
+    if kind == Z:
+        return block.self_attn.o_proj, True
+    if kind == MLP_POST:
+        return block.mlp.down_proj, True
+    if kind == ATTN_OUT:
+        return block.self_attn.o_proj, False
+    if kind == MLP_OUT:
+        return block.mlp.down_proj, False
+    if kind == RESID_POST:
+        return block, False
+    return (block.pre_feedforward_layernorm if post_norms else block.post_attention_layernorm), True
+
+
+@contextlib.contextmanager
+def hooked(layer: nn.Module, kind: str, edit: Edit, post_norms: bool) -> Iterator[None]:
+    """Hooks one edit into one plain decoder layer for the length of the block."""
+    module, is_input = tap(layer, kind, post_norms)
+    handle = module.register_forward_pre_hook(before(edit), with_kwargs=True) if is_input else module.register_forward_hook(after(edit))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -8,6 +8,7 @@ inputs that the clean pass gave it, once per unit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from emosteer.directions import Directions
 from emosteer.interventions import replace_units
 from emosteer.model import Model
 from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
+from emosteer.taps import hooked
 
 #: Rows of one layer that are run at once.
 ROWS = 64
@@ -52,11 +54,11 @@ def one_pass(model: Model, ids: Tensor, units: Sequence[Unit], v_mid: Tensor, v_
 
 
 @torch.no_grad()
-def real_drops(exact: Model, inputs: Sequence[LayerInputs], units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> Tensor:
+def real_drops(model: Model, inputs: Sequence[LayerInputs], units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> Tensor:
     """Drops of the projection at each unit's own layer when the unit is zero-ablated. Shape [unit].
 
     Args:
-        exact: the model in float64; inputs: what each layer received in the clean pass.
+        inputs: what each layer received in the clean pass. Only the layer at hand is copied to float64, on the CPU.
     """
     drops = torch.zeros(len(units), dtype=torch.float64)
     by_site: dict[Site, list[int]] = {}
@@ -66,8 +68,7 @@ def real_drops(exact: Model, inputs: Sequence[LayerInputs], units: Sequence[Unit
         v = (v_mid if site.kind == RESID_MID else v_post)[site.layer].double()
         for start in range(0, len(members), ROWS):
             some = members[start : start + ROWS]
-            edits = replace_units(exact, [[], *([units[i]] for i in some)])
-            after = _run_layer(exact, site, inputs[site.layer], edits, len(some) + 1)
+            after = _run_layer(model, site, inputs[site.layer], [[], *([units[i]] for i in some)])
             drops[some] = (after[0] - after[1:]) @ v
     return drops
 
@@ -97,15 +98,20 @@ def _double(value: Any) -> Any:
     return {key: _double(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _run_layer(model: Model, site: Site, inputs: LayerInputs, edits: Any, rows: int) -> Tensor:
-    """Runs one decoder layer on `rows` copies of its input and reads a site at the last position. [row, d_model]."""
+def _run_layer(model: Model, site: Site, inputs: LayerInputs, rows: Sequence[Sequence[Unit]]) -> Tensor:
+    """Runs one decoder layer, in float64, on as many copies of its input as there are rows, each with its own units zeroed, and
+    reads a site at the last position. [row, d_model]."""
     args, kwargs = inputs
     hidden = args[0] if args else kwargs["hidden_states"]
     kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    layer = copy.deepcopy(model.layers[site.layer]).cpu().double()
+    edits = replace_units(model, rows, device=torch.device("cpu"))
     store: list[Tensor] = []
-    reading = {site: lambda activation: store.append(activation[:, -1])}
-    with model.hooks({**edits, **reading}, bridge=False):
-        model.layers[site.layer](hidden.expand(rows, -1, -1), *args[1:], **kwargs)
+    with contextlib.ExitStack() as stack:
+        for where, edit in edits.items():
+            stack.enter_context(hooked(layer, where.kind, edit, model.post_norms))
+        stack.enter_context(hooked(layer, site.kind, lambda activation: store.append(activation[:, -1]), model.post_norms))
+        layer(hidden.expand(len(rows), -1, -1), *args[1:], **kwargs)
     return store[0]
 
 
@@ -116,7 +122,6 @@ def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]
         Counts and relative errors `|contribution - drop| / |drop|` of heads and neurons: largest and median.
     """
     units = sampled_units(model, n_neurons, seed)
-    exact = Model(copy.deepcopy(model.hf).double().cpu(), model.tokenizer, model.name, model.sha256)
     errors: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     is_head = torch.tensor([isinstance(unit, Head) for unit in units])
     for index, prompt in enumerate(prompts):
@@ -124,7 +129,7 @@ def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]
         v_mid, v_post = directions.at(RESID_MID)[emotion], directions.at(RESID_POST)[emotion]
         ids = torch.tensor([list(prompt)])
         found = one_pass(model, ids.to(model.device), units, v_mid, v_post).double()
-        truth = real_drops(exact, layer_inputs(model, ids.to(model.device)), units, v_mid, v_post)
+        truth = real_drops(model, layer_inputs(model, ids.to(model.device)), units, v_mid, v_post)
         relative = (found - truth).abs() / truth.abs().clamp_min(1e-12)
         errors["heads"].append(relative[is_head])
         errors["neurons"].append(relative[~is_head])

@@ -39,10 +39,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("export", "serve"),
     ("options",),
-    ("demo",),
     ("cli_build", "cli_stages", "cli_generate", "cli_evaluate", "cli_models", "cli_report", "cli_serve", "cli_export"),
     ("cli",),
-    ("__main__",),
+    ("__main__", "demo"),
 )
 ROW = {name: index for index, row in enumerate(LAYERS) for name in row}
 

@@ -248,7 +248,7 @@ def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_pat
         "4",
     ]
     code, _, err = run(*arguments)
-    assert code == 1 and one_line(err) and "emosteer extract --model tiny" in err and "--auto" in err
+    assert code == 1 and one_line(err) and "emosteer extract --model ./tiny" in err and "--auto" in err
     assert run(*arguments, "--auto")[0] == 0
     assert (tmp_path / "made/tiny/circuit.safetensors").exists()
     assert run(*arguments)[0] == 0

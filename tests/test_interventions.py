@@ -141,7 +141,7 @@ def test_row_edits_act_from_the_last_prompt_position_on(family: Model, monkeypat
     ]
     masks = unit_masks(family, units)
     values = None if form == "zero" else row_values(family, masks)
-    strength = 1.5 if form == "enhance" else 0.0
+    strength = 1.5 if form == "enhance" else None
 
     def change(site: Site, row: int):  # noqa: ANN202
         mask, value = masks[site][row], None if values is None else values[site][row]
