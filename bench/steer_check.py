@@ -49,7 +49,8 @@ def main() -> None:
     note(f"judge: {judge.held_out_accuracy:.1%} of its own held-out sentences; circuit: {path}")
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     table, base = [], None
-    for method in options.methods.split(","):
+    others = [method for method in options.methods.split(",") if method != "none"]
+    for method in ("none", *others):  # first, because every ratio refers to it
         rows = replies(model, circuit, groups, method, options, decoding)
         measured = measure(model, judge, rows, circuit.emotions)
         base = measured["nll"] if base is None else base

@@ -28,7 +28,7 @@ from emosteer.jsonl import JsonlLog
 from emosteer.model import Model
 from emosteer.progress import bar
 from emosteer.prompts import elicit, plain
-from emosteer.scenarios import Group, GroupKey, spread
+from emosteer.scenarios import Group, GroupKey, spread, stable_share
 from emosteer.sites import RESID_POST, Head, Neuron, Site, Unit, Z
 
 ABLATIONS = ("zero", "mean", "resample")
@@ -184,7 +184,7 @@ class _Runner:
         decoding = Decoding(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
         for start in range(0, len(rows), settings.batch_size):
             part = slice(start, start + settings.batch_size)
-            edits = self._edits(point, [e for e, _ in rows[part]], units)
+            edits = self._edits(point, rows[part], units)
             texts += [reply.text for reply in generate(self.model, requests[part], decoding=decoding, row_edits=edits)]
         found = self.score([self.groups[g].text for _, g in rows], texts)
         own = torch.tensor([found[i, e] for i, (e, _) in enumerate(rows)]).view(len(emotions), -1).mean(1)
@@ -195,24 +195,32 @@ class _Runner:
         messages = elicit("tone", text, emotion, self.directions.instruction) if asked else plain(text, self.directions.instruction)
         return Request(f"{self.groups[group].key}/{emotion}", tuple(self.model.prompt_ids(messages)))
 
-    def _edits(self, point: Condition, emotions: Sequence[int], units: Sequence[Sequence[Unit]]) -> RowEdits | None:
+    def _edits(self, point: Condition, rows: Sequence[tuple[int, int]], units: Sequence[Sequence[Unit]]) -> RowEdits | None:
         if point.kind == "none":
             return None
-        masks = unit_masks(self.model, [units[e] for e in emotions])
+        masks = unit_masks(self.model, [units[e] for e, _ in rows])
         if point.kind == "zero":
             return RowEdits(masks, None)
-        values = {site: self._values(point, site, emotions).to(self.model.device) for site in masks}
+        values = {site: self._values(point, site, rows).to(self.model.device) for site in masks}
         return RowEdits(masks, values, scale=self.settings.strength if point.kind == ENHANCE else None)
 
-    def _values(self, point: Condition, site: Site, emotions: Sequence[int]) -> Tensor:
-        """mean: over all emotions and groups; resample: the mean activation under another emotion, drawn per row;
-        enhance: the emotion's own mean contrast."""
+    def _values(self, point: Condition, site: Site, rows: Sequence[tuple[int, int]]) -> Tensor:
+        """What replaces or shifts the units, one row each. rows: (emotion, prompt).
+
+        mean: over all emotions and groups; resample: a draw from the unit's distribution under another emotion (its mean and variance
+        over groups, each entry by itself); enhance: the emotion's own mean contrast.
+        """
         stats = self.directions.z if site.kind == Z else self.directions.mlp
-        base, contrast = stats.base[site.layer], stats.mean[:, site.layer]
+        base, contrast, variance = stats.base[site.layer], stats.mean[:, site.layer], stats.variance[:, site.layer]
         if point.kind == "mean":
-            return base.expand(len(emotions), -1)
+            return base.expand(len(rows), -1)
         if point.kind == ENHANCE:
-            return contrast[list(emotions)]
-        n = contrast.shape[0]
-        draw = random.Random(f"{self.settings.seed}/resample")
-        return base + contrast[[(e + draw.randrange(1, n)) % n for e in emotions]]
+            return contrast[[e for e, _ in rows]]
+        drawn = []
+        for emotion, prompt in rows:  # seeded by the row itself, so that batches do not matter
+            seed = stable_share(f"resample/{emotion}/{prompt}/{site}", self.settings.seed)
+            noise = torch.Generator().manual_seed(int(seed * 2**53))
+            shift = 1 + int(torch.randint(len(contrast) - 1, (), generator=noise))
+            other = (emotion + shift) % len(contrast)
+            drawn.append(base + contrast[other] + variance[other].sqrt() * torch.randn(base.shape, generator=noise))
+        return torch.stack(drawn)

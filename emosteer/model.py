@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import einops
 import torch
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ class Model:
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
         weight: Tensor = self.layers[layer].self_attn.o_proj.weight
-        return weight.T.reshape(self.shape.n_heads, self.shape.d_head, self.shape.d_model)
+        return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""

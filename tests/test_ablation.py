@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -218,26 +217,29 @@ def test_a_point_equals_hand_hooked_greedy_generation(case: Case, point: Conditi
         assert by_hand(case, replace(point, who=asked, share=0.0, kind="none"), None)[1] != texts, "it really changes what is written"
 
 
-def test_resampling_puts_in_another_emotions_mean(case: Case) -> None:
+def test_resampling_draws_from_another_emotions_distribution(case: Case) -> None:
     run = ablation._Runner(case.model, case.directions, case.scores, case.groups[:2], lambda a, b: torch.zeros(1), CURVES)
-    emotions, sources = [0, 0, 1, 1, 2, 2] * 4, Counter[tuple[int, int]]()
+    point, rows = Condition("resample", "heads", 0.25, "top"), [(0, prompt) for prompt in range(4000)]
     for site, stats in ((Site(1, Z), case.directions.z), (Site(2, MLP_POST), case.directions.mlp)):
-        values = run._values(Condition("resample", "heads", 0.25, "top"), site, emotions)
         means = stats.base[site.layer] + stats.mean[:, site.layer]
-        for e, value in zip(emotions, values, strict=True):
-            source = int((means - value).norm(dim=-1).argmin())
-            torch.testing.assert_close(value, means[source])
-            sources[e, source] += 1
-    assert not any(e == source for e, source in sources)
-    assert len(sources) == 6, "every other emotion is drawn"
+        values, spread = run._values(point, site, rows), stats.variance[:, site.layer].sqrt()
+        likely = torch.stack(
+            [-((values - m) ** 2 / (2 * v**2 + 1e-9)).sum(-1) - v.clamp_min(1e-4).log().sum() for m, v in zip(means, spread, strict=True)]
+        )
+        sources = likely[1:].argmax(0) + 1
+        assert {int(source) for source in sources} == {1, 2}, "every other emotion is drawn"
+        torch.testing.assert_close(values.mean(0), means[1:].mean(0), atol=0.1 * float(spread.max()) + 1e-3, rtol=0)
+        assert values.std(0).mean() == pytest.approx(
+            float(((spread[1:] ** 2).mean(0) + means[1:].var(0, correction=0)).sqrt().mean()), rel=0.1
+        )
 
 
-def test_resampling_acts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the drawn emotion fixed to the next one, it equals the same by hand."""
-    monkeypatch.setattr(ablation.random.Random, "randrange", lambda *_: 1)
+def test_resampling_acts_and_does_not_depend_on_batches(case: Case) -> None:
+    """With the draws taken from the runner itself, it equals the same by hand; the size of a batch changes nothing."""
     point = Condition("resample", "heads", 0.25, "top")
-    wanted, _ = by_hand(case, point, lambda e, layer, k: case.directions.z.base[layer] + case.directions.z.mean[(e + 1) % 3, layer])
-    assert measured(case, point) == pytest.approx(wanted, abs=2e-3)
+    assert measured(case, point) == pytest.approx(measured(case, point, replace(CURVES, batch_size=4)), abs=2e-3)
+    plain = by_hand(case, Condition("none", "heads", 0.0, "asked"), None)[0]
+    assert measured(case, point) != pytest.approx(plain, abs=2e-3)
 
 
 def test_curves_go_on_after_a_kill(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
