@@ -50,7 +50,9 @@ def extract(
     instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = INSTRUCTION,
     holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of scenarios that evidence is measured on.")] = 0.1,
     limit: LimitOption = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2048,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per forward pass; 1024 on a CPU, 16384 on a GPU.", show_default=False)
+    ] = None,
     packed: Annotated[bool, typer.Option(help="Compute each group's shared prompt once.")] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     seed: SeedOption = 0,
@@ -78,7 +80,8 @@ def extract(
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     target = out or places.directions
-    settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens, packed)
+    tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
+    settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
     bank = _own_bank(loaded, data, wanted, target, settings, fresh) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh)

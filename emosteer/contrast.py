@@ -100,15 +100,13 @@ class Contrasts:
         delta = resid - resid.mean(1, keepdim=True)
         shuffled = torch.stack([d[self.plan.shuffle(s)] for s, d in zip(samples, delta, strict=True)])
         self._classify(samples, delta, shuffled)
-        member = torch.zeros(len(strata), len(samples), dtype=torch.float64)
-        control = torch.zeros_like(member)
-        for index, sample in enumerate(samples):
-            for name in self.plan.strata_of(sample):
-                member[strata.index(name), index] = 1
-                if name in HALVES:
-                    control[strata.index(SHUFFLED[HALVES.index(name)]), index] = 1
-        self.sums["resid"] += torch.einsum("sg,gend->send", member, delta) + torch.einsum("sg,gend->send", control, shuffled)
-        self.sums["count"] += (member + control).sum(1)
+        for index, name in enumerate(strata):  # one stratum after the other: all at once would cost a second copy of the sums
+            source = shuffled if name in SHUFFLED else delta
+            wanted = HALVES[SHUFFLED.index(name)] if name in SHUFFLED else name
+            mine = [i for i, sample in enumerate(samples) if wanted in self.plan.strata_of(sample)]
+            if mine:
+                self.sums["resid"][index] += source[mine].sum(0)
+                self.sums["count"][index] += len(mine)
         self.sums["resid_sq"] += delta.square().sum(0)
         self.sums["resid_base"] += resid.mean(1).sum(0)
         self.sums["resid_rms"] += resid.square().mean((1, 3)).sum(0)

@@ -31,7 +31,7 @@ CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
 #: Batches between returns of freed memory to the system.
-TRIM_EVERY = 4
+TRIM_EVERY = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings:
     instruction: str = INSTRUCTION
     holdout: float = 0.1
     seed: int = 0
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     packed: bool = True
 
 
