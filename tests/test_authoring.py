@@ -814,7 +814,10 @@ def test_ctrl_c_on_the_command(serve: Callable[..., Endpoint], tmp_path: Path) -
     """A real SIGINT while the author is being waited for."""
     endpoint, out = serve(say(item(0)), say("no"), hang), tmp_path / "o.jsonl"
     command = ["--author", "--domain", DOMAIN, "--themes", "t", "-n", "9", "--base-url", endpoint.url, "--model", "m", "--out", str(out)]
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # started from a background job, a process ignores SIGINT and so would its children: here it must not
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, *command], **pipes, **listening) as process:
         assert all(endpoint.asked.acquire(timeout=20) for _ in range(3))
         process.send_signal(signal.SIGINT)
         said, complaints = process.communicate(timeout=20)
