@@ -12,14 +12,12 @@ import typer
 
 from emosteer.errors import DataError, UsageError, suggest
 from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
-from emosteer.prompts import INSTRUCTION
+from emosteer.prompts import INSTRUCTION, METHODS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
     from emosteer.writing import Job, Writer
-
-_METHODS = ("circuit", "residual", "prompt", "none")
 
 
 def generate(
@@ -50,8 +48,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
-    if method not in _METHODS:
-        raise UsageError(f"unknown method '{method}'{suggest(method, _METHODS)}; expected {', '.join(_METHODS)}")
+    if method not in METHODS:
+        raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
     if method != "none" and emotion is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     strength = finite(strength, "--strength")

@@ -49,21 +49,14 @@ def _circuit(model: Model, step: Callable[[str], None]) -> Circuit:
     """Directions and circuit, made or, when they are there from an earlier run, read."""
     from emosteer.assembly import CircuitSettings, assemble
     from emosteer.circuit import Circuit
-    from emosteer.extract import Settings, extract, finish_checkpoint
     from emosteer.files import sha256_file
-    from emosteer.pipeline import Places, packaged_circuit, read_data, usable_directions
-    from emosteer.scenarios import EMOTIONS
+    from emosteer.pipeline import Places, ensure_directions, packaged_circuit, read_data
     from emosteer.summaries import circuit_summary, directions_summary, print_circuit, print_directions
 
     places = Places.of(model.name, ROOT)
     data = read_data(None, None, limit=GROUPS)
-    directions = usable_directions(model, places.directions)
-    if directions is None:
-        step(f"extracting emotion directions from {len(data.groups)} scenario-events")
-        checkpoint = places.directions.with_name(places.directions.name + ".partial")
-        directions = extract(model, data.groups, Settings(EMOTIONS), bank=data.bank, data=data.hashes, checkpoint=checkpoint)
-        directions.save(places.directions)
-        finish_checkpoint(checkpoint)
+    step("directions")
+    directions = ensure_directions(model, places, data)
     print_directions({"file": str(places.directions), **directions_summary(directions)})
     parents = {"directions": sha256_file(places.directions)}
     circuit = Circuit.load(places.circuit, model) if places.circuit.exists() else None

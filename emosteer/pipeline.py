@@ -119,28 +119,32 @@ def require_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) ->
     return found
 
 
-def make_circuit(model: Model, root: Path = ARTIFACTS, *, limit: int | None = None, tune: bool = True) -> tuple[Circuit, Path]:
-    """From nothing to a circuit with the shipped data and default settings: what `generate --auto` does.
-
-    Directions that are there already are used.
-    """
-    from emosteer.assembly import CircuitSettings, assemble
+def ensure_directions(model: Model, places: Places, data: Data) -> Directions:
+    """The model's directions with default settings: read where they are there already, else extracted and written."""
     from emosteer.extract import Settings, extract, finish_checkpoint
+
+    found = usable_directions(model, places.directions)
+    if found is not None:
+        return found
+    note(f"extracting emotion directions from {len(data.groups)} scenario-events -> {places.directions}")
+    checkpoint = places.directions.with_name(places.directions.name + ".partial")
+    made = extract(model, data.groups, Settings(EMOTIONS), bank=data.bank, data=data.hashes, checkpoint=checkpoint)
+    made.save(places.directions)
+    finish_checkpoint(checkpoint)
+    return made
+
+
+def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
+    """From nothing to a circuit with the shipped data and default settings: what `generate --auto` does."""
+    from emosteer.assembly import CircuitSettings, assemble
     from emosteer.tuning import TuneSettings, tune_strength
 
-    places = Places.of(model.name, root)
-    data = read_data(None, None, limit=limit)
-    directions = usable_directions(model, places.directions)
-    if directions is None:
-        note(f"extracting directions from {len(data.groups)} scenario-events -> {places.directions}")
-        checkpoint = places.directions.with_name(places.directions.name + ".partial")
-        directions = extract(model, data.groups, Settings(EMOTIONS), bank=data.bank, data=data.hashes, checkpoint=checkpoint)
-        directions.save(places.directions)
-        finish_checkpoint(checkpoint)
+    places, data = Places.of(model.name, root), read_data(None, None)
+    directions = ensure_directions(model, places, data)
+    note("assembling the circuits and tuning their strength")
     parents = {"directions": sha256_file(places.directions)}
-    circuit = assemble(model, directions, data.groups, CircuitSettings(), parents=parents)
-    if tune:
-        circuit = tune_strength(model, circuit, data.groups, TuneSettings())
+    circuit = assemble(model, directions, data.groups, CircuitSettings(), data=data.hashes, parents=parents)
+    circuit = tune_strength(model, circuit, data.groups, TuneSettings())
     circuit.save(places.circuit)
     note(f"circuit -> {places.circuit}")
     return circuit, places.circuit

@@ -10,6 +10,9 @@ INSTRUCTION = "Keep the reply to at most two sentences."
 #: reply: the assistant turn is a reply that expresses the emotion; tone: the user turn asks for it; system: a system line does.
 ELICITATIONS = ("reply", "tone", "system")
 
+#: What `generate` can do: steer by a circuit or along the residual stream, just ask, or nothing.
+METHODS = ("circuit", "residual", "prompt", "none")
+
 Messages = list[dict[str, str]]
 
 

@@ -14,7 +14,7 @@ from emosteer.circuit import Circuit
 from emosteer.directions import Directions
 from emosteer.scores import Scores
 from emosteer.sites import RESID_POST, Head, Neuron
-from emosteer.tables import percent, print_table
+from emosteer.tables import print_table
 
 Summary = dict[str, Any]
 
@@ -257,6 +257,3 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _pairs(values: Mapping[str, float]) -> str:
     return " ".join(f"{name[:3]} {value:.2f}" for name, value in values.items())
-
-
-__all__ = ["artifact_summary", "circuit_summary", "directions_summary", "percent", "scores_summary"]

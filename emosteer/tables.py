@@ -28,8 +28,3 @@ def show(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return f"{value:.1e}" if value != 0 and abs(value) < 5e-3 else f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    """A share as a percentage."""
-    return f"{value:.1%}"

@@ -23,9 +23,6 @@ from emosteer.scenarios import Group
 from emosteer.sites import Site
 from emosteer.steering import SteeringPlan, scaled
 
-METHODS = ("circuit", "residual", "prompt", "none")
-NO_EMOTION = "none"
-
 
 @dataclass(frozen=True)
 class Job:
