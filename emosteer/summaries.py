@@ -145,7 +145,9 @@ def print_scores(summary: Summary) -> None:
             v = summary["verification"][kind]
             print(
                 f"one-pass contribution against real ablation, {v['units']} {kind}, {summary['verification']['prompts']} prompts: "
-                f"relative error at most {v['max_relative_error']:.1e}, median {v['median_relative_error']:.1e}"
+                f"relative error median {v['median_relative_error']:.1e}, up to 1e-4 in {v['share_within_1e-4']:.1%}, "
+                f"largest {v['max_relative_error']:.1e} (contributions near zero); "
+                f"at most {v['max_error_to_largest']:.1e} of the largest drop"
             )
     if "skipped" in summary["verification"]:
         print(f"one-pass check left out: {summary['verification']['skipped']}")

@@ -119,27 +119,35 @@ def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]
     """Compares every head and a sample of neurons on several prompts, each with another emotion's directions.
 
     Returns:
-        Counts and relative errors `|contribution - drop| / |drop|` of heads and neurons: largest and median.
+        For heads and neurons: the number of units; relative errors `|contribution - drop| / |drop|`, largest and median, and the share
+        of them up to 1e-4; and the largest error as a share of the prompt's largest drop. The few units with a large relative error
+        are those whose contribution is nearly zero, a sum of large terms that cancel: there the pass's own precision shows.
     """
     units = sampled_units(model, n_neurons, seed)
-    errors: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     is_head = torch.tensor([isinstance(unit, Head) for unit in units])
+    kinds = {"heads": is_head, "neurons": ~is_head}
+    errors: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    largest = dict.fromkeys(kinds, 0.0)
     for index, prompt in enumerate(prompts):
         emotion = index % len(directions.emotions)
         v_mid, v_post = directions.at(RESID_MID)[emotion], directions.at(RESID_POST)[emotion]
-        ids = torch.tensor([list(prompt)])
-        found = one_pass(model, ids.to(model.device), units, v_mid, v_post).double()
-        truth = real_drops(model, layer_inputs(model, ids.to(model.device)), units, v_mid, v_post)
-        relative = (found - truth).abs() / truth.abs().clamp_min(1e-12)
-        errors["heads"].append(relative[is_head])
-        errors["neurons"].append(relative[~is_head])
+        ids = torch.tensor([list(prompt)], device=model.device)
+        error = one_pass(model, ids, units, v_mid, v_post).double()
+        truth = real_drops(model, layer_inputs(model, ids), units, v_mid, v_post)
+        error = (error - truth).abs()
+        for kind, mine in kinds.items():
+            if mine.any():
+                errors[kind].append(error[mine] / truth[mine].abs().clamp_min(1e-12))
+                largest[kind] = max(largest[kind], (error[mine].max() / truth[mine].abs().max()).item())
     result: dict[str, Any] = {"prompts": len(prompts), "dtype": str(model.dtype).removeprefix("torch.")}
     for kind, values in errors.items():
-        whole = torch.cat(values)
-        if len(whole):
+        if values:
+            whole = torch.cat(values)
             result[kind] = {
                 "units": len(whole) // len(prompts),
                 "max_relative_error": whole.max().item(),
                 "median_relative_error": whole.median().item(),
+                "share_within_1e-4": (whole <= 1e-4).double().mean().item(),
+                "max_error_to_largest": largest[kind],
             }
     return result
