@@ -188,7 +188,7 @@ def print_circuit(summary: Summary) -> None:
     names = ("heads", "neurons", "faithfulness", "left", "without_weakest", "random_mean", "random_max")
     rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in summary["emotions"].items()]
     print(
-        "shares of the effect of injecting every unit: the circuit, what is left without it, without its weakest quarter, random circuits"
+        "shares of the effect of all heads (and neurons, if it has any): the circuit, everything else, random circuits"
     )
     print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
     overlap = summary["overlap"]
