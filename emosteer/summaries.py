@@ -187,9 +187,7 @@ def print_circuit(summary: Summary) -> None:
     print(f"{summary['model']}: {summary['method']} -> {summary['file']}")
     names = ("heads", "neurons", "faithfulness", "left", "without_weakest", "random_mean", "random_max")
     rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in summary["emotions"].items()]
-    print(
-        "shares of the effect of all heads (and neurons, if it has any): the circuit, everything else, random circuits"
-    )
+    print("shares of the effect of all heads (and neurons, if it has any): the circuit, everything else, random circuits")
     print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
     overlap = summary["overlap"]
     print("overlap of units (Jaccard)")
