@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ from emosteer.attribution import (
 from emosteer.circuit import Circuit, overlap
 from emosteer.directions import Directions
 from emosteer.errors import DataError, UsageError, suggest
+from emosteer.gains import GainSettings, learn_gains, without_names
 from emosteer.model import Model
 from emosteer.naming import spare_names
 from emosteer.prompts import plain
-from emosteer.scenarios import Group, spread
+from emosteer.scenarios import Bank, Group, spread
 from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.steering import compile_units
 
@@ -294,6 +295,24 @@ def faithfulness(
     }
 
 
+def _heads_of(model: Model) -> tuple[int, int]:
+    return model.shape.n_heads, model.shape.d_head
+
+
+def _with_gains(
+    model: Model, directions: Directions, groups: Sequence[Group], bank: Bank, gain_settings: GainSettings, settings: CircuitSettings
+) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
+    """Directions whose head contrasts carry the learned gains (zero for the heads left out), so that everything after reads them.
+
+    The direct effect on the emotions' names is taken out head by head before the gains are learned, not again afterwards.
+    """
+    contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
+    found = learn_gains(model, contrast, groups, bank, directions.emotions, directions.instruction, gain_settings)
+    mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
+    record = {"gains": {**vars(gain_settings), "curve": list(found.curve)}}
+    return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
+
+
 def _random_units(model: Model, n_heads: int, n_neurons: int, seed: str) -> list[Unit]:
     shape, draw = model.shape, random.Random(seed)
     heads = draw.sample(range(shape.n_layers * shape.n_heads), n_heads)
@@ -310,28 +329,39 @@ def assemble(
     *,
     data: Mapping[str, str] | None = None,
     parents: Mapping[str, str] | None = None,
+    bank: Bank | None = None,
+    gain_settings: GainSettings | None = None,
 ) -> Circuit:
     """The stage `circuit`: ranks, budgets, assembles and measures one circuit per emotion.
 
     Args:
         groups: scenario-events whose plain prompts effects are measured on; use train, never test.
+        bank, gain_settings: with both, how much each head adds is learned (`gains.learn_gains`) and the heads that are left make the
+            circuit; otherwise every head of the ranking adds its mean contrast.
 
     Raises:
         ArtifactError: if the directions are another model's.
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     n = len(directions.emotions)
+    learned: dict[str, Any] = {}
+    plain_contrast = directions
+    if bank is not None and gain_settings is not None and gain_settings.steps:
+        directions, settings, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
-    importance, effects = importance_and_effects(model, samples, directions, v_ref)
+    importance, effects = importance_and_effects(model, samples, plain_contrast, v_ref)
     scores = (
         {"contrast": contrast_scores, "raw": raw_scores}[settings.ranking](model, directions) if settings.ranking != "effect" else effects
     )
     sets: list[list[Unit]] = []
-    metrics: dict[str, Any] = {"band": list(band), "emotions": {}}
+    metrics: dict[str, Any] = {"band": list(band), "emotions": {}, **learned}
     for e, emotion in enumerate(directions.emotions):
-        if settings.preset == "paper":
+        units: list[Unit]
+        if learned:
+            units = [Head(layer, head) for layer, head in directions.z.mean[e].unflatten(-1, _heads_of(model)).any(-1).nonzero().tolist()]
+        elif settings.preset == "paper":
             units = paper_units(model, scores, importance, e, settings)
         else:
             units = auto_units(model, directions, scores, e, samples, v_ref[e], settings)

@@ -6,7 +6,6 @@ conversation; what was accepted is on the disk before the next request leaves.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 from emosteer.briefs import ANGLES, THEMES, complain, first_messages
 from emosteer.errors import DataError, EmosteerError, UsageError
 from emosteer.jsonl import JsonlLog
-from emosteer.openai import Endpoint, Message
+from emosteer.openai import Endpoint, Message, json_objects
 from emosteer.scenarios import Limits, Problem, Scenario, lint_scenarios, near_duplicates, parse_scenario, read_scenarios
 
 __all__ = ["ANGLES", "PATIENCE", "THEMES", "Author", "AuthorEvent", "AuthorReport", "AuthorRequest", "LocalAuthor", "OpenAIAuthor"]
@@ -26,7 +25,6 @@ __all__ += ["author_scenarios", "check_answer", "parse_answer"]
 
 #: So many scenarios given up in a row mean that the author cannot do it; going on would only cost.
 PATIENCE = 5
-LONGEST_ANSWER = 20_000
 ANSWER_TOKENS = 2048
 
 
@@ -120,18 +118,8 @@ class AuthorReport:
 
 def parse_answer(text: str) -> dict[str, Any] | None:
     """The first JSON object with a "scenario" (else the first at all) in an answer; fences, prose and thoughts around it are ignored."""
-    text = re.sub(r"<think>.*?</think>", "", text[:LONGEST_ANSWER], flags=re.DOTALL)
-    decoder, objects = json.JSONDecoder(strict=False), []
-    for brace in re.finditer(r"\{", text):
-        try:
-            value, _ = decoder.raw_decode(text, brace.start())
-        except (ValueError, RecursionError):
-            continue
-        value = {str(name).strip().lower(): item for name, item in value.items()}
-        if "scenario" in value:
-            return value
-        objects.append(value)
-    return objects[0] if objects else None
+    objects = list(json_objects(text))
+    return next((value for value in objects if "scenario" in value), objects[0] if objects else None)
 
 
 def check_answer(text: str, identity: str, theme: str, taken: Sequence[Scenario], limits: Limits) -> tuple[Scenario | None, list[Problem]]:

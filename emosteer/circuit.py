@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emosteer import artifacts
 from emosteer.artifacts import Provenance
+from emosteer.dial import check_intensity, strength_for
 from emosteer.errors import ArtifactError, UsageError, suggest
 from emosteer.model import Model
 from emosteer.sites import Head, Neuron, Site, Unit
@@ -84,6 +85,27 @@ class Circuit:
         """The same circuit with other default strengths."""
         kept = self.residual_strength if residual_strength is None else residual_strength
         return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has fitted the intensity dial."""
+        return "calibration" in self.metrics
+
+    def strength_at(self, emotion: str, intensity: float) -> float:
+        """The strength that gives an intensity of 0 (unsteered) to 100 (as strong as the text bears), as calibrated.
+
+        Raises:
+            UsageError: for an unknown emotion or an intensity outside 0 to 100. ArtifactError: if the circuit is not calibrated, or no
+                strength was found that the text bears.
+        """
+        self.index(emotion)
+        check_intensity(intensity)
+        if not self.calibrated:
+            raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")
+        curve = self.metrics["calibration"]["emotions"][emotion]
+        if len(curve["strength"]) < 2:
+            raise ArtifactError(f"the calibration found no strength for {emotion} that the text bears; use --strength")
+        return round(strength_for(curve["strength"], curve["fitted"], intensity), 6)
 
     def save(self, path: Path) -> None:
         """Writes the artefact."""

@@ -10,8 +10,12 @@ import typer
 
 from emosteer import __version__
 from emosteer.cli_build import build
+from emosteer.cli_calibrate import calibrate
+from emosteer.cli_evaluate import evaluate
 from emosteer.cli_generate import generate
+from emosteer.cli_judge import judge
 from emosteer.cli_models import models
+from emosteer.cli_report import report
 from emosteer.cli_stages import ablate, circuit, extract, inspect
 from emosteer.errors import EmosteerError, says_out_of_memory
 
@@ -31,8 +35,12 @@ app.add_typer(models, name="models")
 app.command()(extract)
 app.command()(ablate)
 app.command()(circuit)
+app.command()(calibrate)
+app.command()(evaluate)
+app.command()(report)
 app.command()(inspect)
 app.command()(generate)
+app.command()(judge)
 
 
 def _version(wanted: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emosteer.errors import DataError, UsageError, suggest
+from emosteer.dial import check_intensity
+from emosteer.errors import ArtifactError, DataError, UsageError, suggest
 from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
 from emosteer.prompts import INSTRUCTION, METHODS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
@@ -29,6 +31,9 @@ def generate(
     method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = "circuit",
     strength: Annotated[
         float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
+    ] = None,
+    intensity: Annotated[
+        float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
     ] = None,
     source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
@@ -55,6 +60,7 @@ def generate(
     strength = finite(strength, "--strength")
     if method in ("prompt", "none") and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
+    _check_intensity(intensity, strength, method)
     inputs = _inputs(text, source)
     from emosteer.generation import Decoding
 
@@ -73,11 +79,26 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     elif method == "prompt" and circuit is not None:
         found = require_circuit(loaded, circuit, root)
+    if found and intensity is not None and not found[0].calibrated:
+        command = f"emosteer calibrate --model {shlex.quote(loaded.reference)}"
+        command += f" --circuit {shlex.quote(str(circuit))}" if circuit is not None else ""
+        raise ArtifactError(f"the circuit {found[1]} is not calibrated; run `{command}` first, or use --strength")
     known = found[0].emotions if found else EMOTIONS
     wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
-    jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None)]
+    dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
+    jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None, dialled)]
     writer = Writer(loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size)
     _write(writer, jobs, out, found[1] if found else None, fresh, as_json)
+
+
+def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
+    if intensity is None:
+        return
+    if strength is not None:
+        raise UsageError("expected --intensity or --strength, found both")
+    if method != "circuit":
+        raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method circuit")
+    check_intensity(intensity)
 
 
 def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
@@ -128,12 +149,20 @@ def _read_inputs(source: Path) -> list[tuple[str, Group]]:
     return found
 
 
-def _jobs(name: str, group: Group, emotions: Sequence[str], method: str, strength: float | None, circuit: Circuit | None) -> list[Job]:
+def _jobs(
+    name: str,
+    group: Group,
+    emotions: Sequence[str],
+    method: str,
+    strength: float | None,
+    circuit: Circuit | None,
+    dialled: Mapping[str, float],
+) -> list[Job]:
     from emosteer.writing import Job
 
     jobs = []
     for emotion in emotions:
-        how = strength
+        how = dialled.get(emotion, strength)
         if how is None and circuit is not None and method == "circuit":
             how = round(circuit.strength[circuit.index(emotion)].item(), 6)
         elif how is None and circuit is not None and method == "residual":

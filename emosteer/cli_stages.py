@@ -44,7 +44,7 @@ def extract(
     model: ModelOption = DEFAULT_MODEL,
     scenarios: ScenariosOption = None,
     replies: RepliesOption = None,
-    elicitation: Annotated[str, typer.Option(help="reply (states while a reply is written), tone or system (state before it).")] = "reply",
+    elicitation: Annotated[str, typer.Option(help="reply (states of the reply), tone, system or stimulus (state before it).")] = "reply",
     emotions: Annotated[str, typer.Option(help="Names with commas, any set; 'all' is the six.")] = "all",
     out: OutOption = None,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = INSTRUCTION,
@@ -220,6 +220,11 @@ def circuit(
     heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
     share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = 0.95,
+    replies: RepliesOption = None,
+    gain_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of learning how much each head adds, on the reply bank; 0 ranks heads instead.")
+    ] = 60,
+    keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = 0.5,
     strength: Annotated[
         str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
     ] = None,
@@ -237,17 +242,32 @@ def circuit(
     settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
     wanted = _strengths(strength)
     from emosteer.files import sha256_file
+    from emosteer.gains import GainSettings
     from emosteer.model import Model
-    from emosteer.pipeline import Places, read_data
+    from emosteer.pipeline import Places, read_data, without_development
     from emosteer.summaries import circuit_summary, print_circuit
     from emosteer.tuning import TuneSettings, tune_strength
 
-    data = read_data(scenarios, None, "self")
+    gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
+    own = path.with_name("own-bank.jsonl")
+    bank = Path(replies) if replies is not None else None
+    if bank is None and f"replies/{own.name}" in found.provenance.data:
+        bank = own  # the directions were made with the model's own replies
+    # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
+    learns = found.elicitation == "reply" and preset == "auto" and heads is None and neurons is None and gain_steps > 0
+    data = read_data(scenarios, bank, "reply" if learns else "self")
     made = assemble(
-        loaded, found, data.groups, settings, data={**found.provenance.data, **data.hashes}, parents={"directions": sha256_file(path)}
+        loaded,
+        found,
+        without_development(data.groups, scenarios) if learns else data.groups,
+        settings,
+        data={**found.provenance.data, **data.hashes},
+        parents={"directions": sha256_file(path)},
+        bank=data.bank,
+        gain_settings=gains if learns else None,
     )
     named = set(wanted or {})
     if tune and "" not in named and not named >= set(made.emotions):

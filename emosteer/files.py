@@ -97,8 +97,20 @@ def read_jsonl(path: Path, what: str = "file", *, may_be_empty: bool = False) ->
     Raises:
         DataError: naming file and line, if a line is not a JSON object or the file holds no line at all.
     """
-    text = read_text(path, what)
     seen = False
+    for found in parse_jsonl(read_text(path, what), str(path)):
+        seen = True
+        yield found
+    if not seen and not may_be_empty:
+        raise DataError(f"{what} {path} is empty; expected one JSON object a line")
+
+
+def parse_jsonl(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) for every non-empty line of a text. name: where it is from, for messages.
+
+    Raises:
+        DataError: naming the line, if one is not a JSON object.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -106,14 +118,11 @@ def read_jsonl(path: Path, what: str = "file", *, may_be_empty: bool = False) ->
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
+                f"{name}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
             ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, found a {type(row).__name__}")
-        seen = True
+            raise DataError(f"{name}:{number}: expected a JSON object, found a {type(row).__name__}")
         yield number, row
-    if not seen and not may_be_empty:
-        raise DataError(f"{what} {path} is empty; expected one JSON object a line")
 
 
 def sha256_file(path: Path) -> str:

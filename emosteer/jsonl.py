@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emosteer.errors import EmosteerError, UsageError
+from emosteer.errors import DataError, EmosteerError, UsageError
 from emosteer.files import read_jsonl, write_error
 
 
@@ -42,30 +44,58 @@ class JsonlLog:
         self.rows: list[dict[str, Any]] = [row for _, row in read_jsonl(self.path, "output file", may_be_empty=True)]
         self._size = self.path.stat().st_size
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds one object.
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Adds objects; several at once cost as much as one.
 
         Raises:
             EmosteerError: if the disk is full or somebody else wrote to the file; what was accepted before stays.
         """
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         if not self.path.exists() or self.path.stat().st_size != self._size:
             raise EmosteerError(f"{self.path} was changed by somebody else while it was being written; run one command per file")
         try:
             with self.path.open("ab") as file:
-                file.write(line)
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, self._size)  # what fitted of the line; failing that, the next run cuts it off
+                os.truncate(self.path, self._size)  # what fitted of them; failing that, the next run cuts it off
             raise write_error(self.path, error) from error
-        self._size += len(line)
+        self._size += len(lines)
 
     def close(self) -> None:
         """Removes the file if it was created here and nothing was added."""
         if self._created and self._size == 0:
             self.path.unlink(missing_ok=True)
+
+
+class KeyedLog:
+    """A log whose rows are looked up by their "key"; the first of a key counts. Safe to add to from several threads.
+
+    rows: key -> row, those added since included.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the file.
+
+        Raises:
+            DataError: if it holds rows without a key. Otherwise as `JsonlLog`.
+        """
+        self._log, self._lock = JsonlLog(path, first_key="key"), threading.Lock()
+        self.rows: dict[str, dict[str, Any]] = {}
+        for row in self._log.rows:
+            if not isinstance(row.get("key"), str):
+                raise DataError(f"expected every line of {path} to have a 'key', found {json.dumps(row)[:60]}; move the file away")
+            self.rows.setdefault(row["key"], row)
+
+    def add(self, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Keeps rows by key, except those whose key is there already."""
+        with self._lock:
+            new = {key: {"key": key, **row} for key, row in rows.items() if key not in self.rows}
+            if new:
+                self._log.append(*new.values())
+                self.rows |= new
 
 
 def _mend(path: Path, start: bytes) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -15,6 +17,7 @@ import httpx
 from emosteer.errors import EmosteerError, UsageError
 
 Message = dict[str, str]
+LONGEST_ANSWER = 20_000
 
 
 class _TryAgain(Exception):
@@ -65,13 +68,24 @@ class Endpoint:
         """Closes the connections."""
         self._client.close()
 
-    def chat(self, messages: Sequence[Message], *, seed: int, temperature: float, max_tokens: int, json_mode: bool) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        json_mode: bool,
+        schema: Mapping[str, Any] | None = None,
+    ) -> str:
         """Has the conversation continued; asks until there is an answer.
 
-        The settings are wishes: one that the server refuses is left out from then on, since not every endpoint knows them all.
+        The settings are wishes: one that the server refuses, and that it then answers without, is left out from then on, since not
+        every endpoint knows them all. Threads may share an endpoint.
 
         Args:
             json_mode: ask for one JSON object as the answer.
+            schema: ask for one that obeys this JSON schema; where the server knows no schemas, as with `json_mode`.
 
         Returns:
             The answer's text; empty if the server answered without one.
@@ -80,11 +94,11 @@ class Endpoint:
             EmosteerError: at once if asking again cannot help, otherwise after `tries` requests.
         """
         # In the order in which they are given up when a complaint names several.
-        settings: dict[str, Any] = {"response_format": {"type": "json_object"}} if json_mode else {}
+        settings: dict[str, Any] = {"response_format": {"type": "json_object"}} if json_mode or schema else {}
         settings |= {"max_tokens": max_tokens, "seed": seed, "temperature": temperature}
         for turn in range(self.tries):
             try:
-                return self._ask(list(messages), settings)
+                return self._ask(list(messages), settings, schema)
             except _TryAgain as error:
                 problem = str(error)
                 if turn + 1 < self.tries:
@@ -94,9 +108,13 @@ class Endpoint:
                     time.sleep(pause)
         raise EmosteerError(f"{self.shown} {problem}, {self.tries} times; check --base-url and that the server is up")
 
-    def _ask(self, messages: list[Message], settings: dict[str, Any]) -> str:
+    def _ask(self, messages: list[Message], settings: dict[str, Any], schema: Mapping[str, Any] | None) -> str:
+        dropped = set(self._dropped)
         while True:
-            sent = {name: value for name, value in settings.items() if name not in self._dropped}
+            sent = {name: value for name, value in settings.items() if name not in dropped}
+            if schema and "response_format" in sent and "json_schema" not in dropped:
+                named = {"name": "answer", "strict": True, "schema": schema}
+                sent["response_format"] = {"type": "json_schema", "json_schema": named}
             try:
                 response = self._client.post(self.url, json={"model": self.model, "messages": messages, **sent})
             except httpx.TimeoutException as error:
@@ -106,8 +124,10 @@ class Endpoint:
                 raise _TryAgain(f"{what} ({self._clean(str(error)) or type(error).__name__})") from error
             refused = _refused_setting(response, sent)
             if refused is None:
+                if response.status_code == 200:  # otherwise it was the text that the server refused, not the setting
+                    self._dropped |= dropped
                 return self._content(response)
-            self._dropped.add(refused)
+            dropped.add(refused)
 
     def _content(self, response: httpx.Response) -> str:
         if response.status_code != 200:
@@ -152,12 +172,14 @@ def _addresses(base_url: str) -> tuple[str, str]:
     return str(url.copy_with(fragment=None, path=f"{path}/chat/completions")), str(shown)
 
 
-def _refused_setting(response: httpx.Response, sent: Collection[str]) -> str | None:
-    """The setting to try without: the one that the complaint names, or else response_format."""
+def _refused_setting(response: httpx.Response, sent: Mapping[str, Any]) -> str | None:
+    """The setting to try without: the one that the complaint names, or else response_format, whose schema goes first."""
     if response.status_code not in (400, 422):
         return None
     named = [name for name in sent if name in response.text]
-    return next(iter(named), "response_format" if "response_format" in sent else None)
+    refused = next(iter(named), "response_format" if "response_format" in sent else None)
+    schema = refused == "response_format" and sent["response_format"]["type"] == "json_schema"
+    return "json_schema" if schema else refused
 
 
 def _complaint(response: httpx.Response) -> str:
@@ -179,3 +201,15 @@ def _retry_after(value: str) -> float:
         except (ValueError, TypeError):
             return 0.0
     return seconds if not math.isnan(seconds) else 0.0
+
+
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """Every JSON object in an answer, in order, also those inside others; fences, prose and thoughts around them are ignored."""
+    text = re.sub(r"<think>.*?</think>", "", text[:LONGEST_ANSWER], flags=re.DOTALL)
+    decoder = json.JSONDecoder(strict=False)
+    for brace in re.finditer(r"\{", text):
+        try:
+            value, _ = decoder.raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        yield {str(name).strip().lower(): item for name, item in value.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from emosteer.errors import ArtifactError, DataError
 from emosteer.files import sha256_file, slug
 from emosteer.progress import note
-from emosteer.scenarios import EMOTIONS, Bank, Group, data_path, groups_of, read_bank, read_scenarios, spread
+from emosteer.scenarios import EMOTIONS, Bank, Group, data_path, groups_of, read_bank, read_scenarios, split, spread
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
@@ -81,6 +81,12 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
     return Data(groups, bank, hashes)
 
 
+def without_development(groups: list[Group], scenarios: Path | None = None) -> list[Group]:
+    """The groups outside the development split (a fifth of the scenarios), on which `calibrate` and `evaluate` choose."""
+    kept_back = {scenario.id for scenario in split(read_scenarios(scenarios or data_path("sev/train.jsonl")), 0.2, 0)[1]}
+    return [group for group in groups if group.key.scenario not in kept_back]
+
+
 def packaged_circuit(model_name: str) -> Path | None:
     """The circuit shipped for a model, if there is one."""
     path = Path(__file__).parent / "assets" / f"{slug(model_name)}.circuit.safetensors"
@@ -137,13 +143,23 @@ def ensure_directions(model: Model, places: Places, data: Data) -> Directions:
 def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     """From nothing to a circuit with the shipped data and default settings: what `generate --auto` does."""
     from emosteer.assembly import CircuitSettings, assemble
+    from emosteer.gains import GainSettings
     from emosteer.tuning import TuneSettings, tune_strength
 
     places, data = Places.of(model.name, root), read_data(None, None)
     directions = ensure_directions(model, places, data)
     note("assembling the circuits and tuning their strength")
     parents = {"directions": sha256_file(places.directions)}
-    circuit = assemble(model, directions, data.groups, CircuitSettings(), data=data.hashes, parents=parents)
+    circuit = assemble(
+        model,
+        directions,
+        without_development(data.groups),
+        CircuitSettings(),
+        data=data.hashes,
+        parents=parents,
+        bank=data.bank,
+        gain_settings=GainSettings(),
+    )
     circuit = tune_strength(model, circuit, data.groups, TuneSettings())
     circuit.save(places.circuit)
     note(f"circuit -> {places.circuit}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from emosteer.artifacts import Artifact
 from emosteer.attribution import top_units
 from emosteer.circuit import Circuit
+from emosteer.dial import strength_for
 from emosteer.directions import Directions
 from emosteer.scores import Scores
 from emosteer.sites import RESID_POST, Head, Neuron
@@ -197,6 +198,41 @@ def print_circuit(summary: Summary) -> None:
         print(f"strength tuned on training prompts, {tuning['rule']}; nats per token of the replies alone:")
         for method in ("circuit", "residual"):
             print(f"  {method}: " + ", ".join(f"{strength} -> {cost:.2f}" for strength, cost in tuning[method].items()))
+    if "calibration" in summary:
+        print_calibration(summary["calibration"])
+
+
+def print_calibration(table: Mapping[str, Any]) -> None:
+    """The dial of a calibrated circuit: strengths, and what was measured on the prompts it was fitted on."""
+    print(
+        f"intensity dial, {table['groups']} prompts, judge {table['judge']}; default strengths are those of {table['default_intensity']:g}"
+    )
+    print(f"  {table['rule']}")
+    rows = []
+    for emotion, curve in table["emotions"].items():
+        end = curve["fitted"].index(curve["fitted"][-1]) or -1  # where 100 is: the first of the highest, the cap where nothing rises
+        marks = (25, 50, 75, 100) if len(curve["strength"]) > 1 else ()
+        dial: list[object] = [strength_for(curve["strength"], curve["fitted"], mark) for mark in marks] or ["none"] * 4
+        measured = (curve[name][end] for name in ("ratio", "sound", "names"))
+        rows.append((emotion, *dial, curve["strength"][-1], curve["fitted"][0], curve["fitted"][-1], *measured))
+    heads = ("strength at 25", "50", "75", "100", "cap", "judged at 0", "at 100", "ratio at 100", "sound", "names")
+    print_table(("emotion", *heads), rows)
+
+
+def print_calibration_check(result: Mapping[str, Any]) -> None:
+    """The table of `calibrate --check`."""
+    test = result["test"]
+    print(f"{result['model']}: the dial of {result['circuit']} on {test['n_groups']} events of {test['file']} -> {result['file']}")
+    names = ("intensity", "strength", "judged", "error", "ratio", "sound", "names", "n")
+    rows = [(e, *(row[name][i] for name in names)) for e, row in result["emotions"].items() for i in range(len(row["strength"]))]
+    print_table(("emotion", *names), rows)
+    for emotion, row in result["emotions"].items():
+        rises = ", ".join(
+            f"{rise:+.3f}" + ("" if e is None else f" ({e:.3f})") for rise, e in zip(row["rise"], row["rise_error"], strict=True)
+        )
+        print(f"{emotion}: {'rises throughout' if row['monotone'] else 'NOT monotone'}; steps with their standard errors: {rises}")
+    if result["without_dial"]:
+        print(f"without a dial: {', '.join(result['without_dial'])}")
 
 
 # ---- any artefact --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ __all__ += ["cache_dir", "known", "packaged_folder", "pull", "resolve"]
 
 FORMS = "a packaged name (smollm2-135m), a hub id (org/name), a folder with config.json or a .gguf file"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
 
 
 @dataclass(frozen=True)

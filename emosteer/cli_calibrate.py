@@ -1,0 +1,158 @@
+"""`emosteer calibrate`: the intensity dial of a circuit, and the check of it on other prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.dial import check_intensity
+from emosteer.errors import ArtifactError, UsageError
+from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
+from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, stable_share
+
+if TYPE_CHECKING:
+    from emosteer.jsonl import KeyedLog
+    from emosteer.jury import Jury
+    from emosteer.trials import Trials
+
+
+def calibrate(
+    model: ModelOption = DEFAULT_MODEL,
+    circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where the calibrated circuit goes; --circuit, else artifacts/MODEL/.", metavar="FILE"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write at 0, 25, 50, 75 and 100 to other prompts, and measure.")] = False,
+    scenarios: Annotated[
+        Path | None,
+        typer.Option(
+            help="SEV file; a fifth of the shipped training set, or for --check the test set.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 24,
+    judge: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    base_url: Annotated[
+        str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = 2.0,
+    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = 9,
+    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 3,
+    ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio against unsteered replies.")] = 1.2,
+    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.95,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.05,
+    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 75.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Write every reply again instead of going on.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the strength that gives `generate --intensity` 0 to 100, capped where the text would break; kept with the circuit."""
+    check_intensity(default_intensity, "--default-intensity")
+    if check and out is not None and out.suffix == ".safetensors":
+        raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
+    prompts = _prompts(scenarios, groups, check)
+    from emosteer.calibration import CalibrateSettings, Guard
+    from emosteer.generation import Decoding
+
+    settings = CalibrateSettings(top, points, refine, default_intensity, Guard(ratio, sound, names))
+    decoding = Decoding(max_new_tokens)
+    jury = _jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    from emosteer.hf_judge import refuse_same_weights
+    from emosteer.jsonl import KeyedLog
+    from emosteer.model import Model
+    from emosteer.pipeline import require_circuit
+    from emosteer.trials import Trials
+
+    loaded = Model.load(model, device=device, dtype=dtype)
+    found, path = require_circuit(loaded, circuit, root)
+    if check and not found.calibrated:
+        raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
+    target = out or _target(loaded.name, root, circuit, check)
+    log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
+    if fresh:
+        log.unlink(missing_ok=True)
+    kept = KeyedLog(log)
+    readers = jury(kept)
+    refuse_same_weights(readers.judge, loaded.sha256)
+    trials = Trials(loaded, found, readers, prompts[0], kept, decoding, batch_size)
+    if check:
+        _check(trials, path, prompts[1], target, as_json)
+    else:
+        _fit(trials, settings, path, prompts[1], target, as_json)
+
+
+def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
+    """Where the result goes: a circuit file that was named is calibrated in place, so that it overwrites no other."""
+    from emosteer.pipeline import Places
+
+    places = Places.of(name, root)
+    return places.folder / "calibration-check.json" if check else circuit or places.circuit
+
+
+def _prompts(scenarios: Path | None, count: int, check: bool) -> tuple[list[Group], Path]:
+    """The scenario-events to write to. The check takes test events that nothing was chosen on."""
+    file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
+    found = read_scenarios(file)
+    if check:
+        return sorted(groups_of(found), key=lambda group: stable_share(str(group.key), 1))[-count:], file
+    return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
+
+
+def _jury(spec: str, **options: Any) -> Callable[[KeyedLog], Jury]:
+    """The judges, before the model is loaded: what is wrong with them is said at once. Returns where they keep what they say -> jury."""
+    from emosteer.embedded_judge import Encoder
+    from emosteer.judges import make_judge
+    from emosteer.jury import Jury
+    from emosteer.soundness import SoundnessCheck
+
+    judge = make_judge(spec, **options)
+    encoder = getattr(judge, "encoder", None) or Encoder()  # the embedded judge's encoder serves all
+    soundness = SoundnessCheck.load(encoder=encoder)
+    return lambda kept: Jury(judge, soundness, encoder, kept, paid=spec.strip().lower().startswith("openai:"))
+
+
+def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as_json: bool) -> None:
+    from emosteer.calibration import calibrate as run
+    from emosteer.files import sha256_file
+    from emosteer.summaries import print_calibration
+
+    made = run(trials, settings, {file.name: sha256_file(file)}, {"circuit": sha256_file(path)})
+    made.save(target)
+    table = made.metrics["calibration"]
+    if as_json:
+        strength = {emotion: round(s, 6) for emotion, s in zip(made.emotions, made.strength.tolist(), strict=True)}
+        typer.echo(json.dumps({"file": str(target), "strength": strength, "calibration": table}, indent=2))
+        return
+    print(f"{trials.model.name}: calibrated circuit -> {target}")
+    print_calibration(table)
+
+
+def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) -> None:
+    from emosteer.calibration import check
+    from emosteer.files import sha256_file, write_text
+    from emosteer.summaries import print_calibration_check
+
+    result = {
+        "schema": 1,
+        "kind": "calibration-check",
+        "file": str(target),
+        "model": trials.model.name,
+        "circuit": str(path),
+        "circuit_sha256": sha256_file(path),
+        "judge": {"name": trials.jury.judge.name, "key": trials.jury.judge.key},
+        "test": {"n_groups": len(trials.groups), "file": file.name, "sha256": sha256_file(file)},
+        **check(trials),
+    }
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    write_text(target, text + "\n")
+    typer.echo(text) if as_json else print_calibration_check(result)

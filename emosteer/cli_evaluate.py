@@ -1,0 +1,270 @@
+"""`emosteer evaluate`: the contest of all methods. Imports are inside: --help is instant."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.errors import ArtifactError, UsageError
+from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption, SeedOption, finite
+from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, stable_share
+
+if TYPE_CHECKING:
+    from emosteer.circuit import Circuit
+    from emosteer.contest import Contest
+    from emosteer.directions import Directions
+    from emosteer.evaluation import EvaluationSettings
+    from emosteer.jury import Jury
+    from emosteer.model import Model
+
+DOSES = "0.25,0.5,0.75,1,1.25,1.5,1.75"
+#: A look, not a result: minutes on the default model.
+FAST = {"groups": 12, "dev_groups": 6, "doses": "0.5,1,1.5"}
+FULL = {"groups": 160, "dev_groups": 16, "doses": DOSES}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Who is written to. A file is given by name, with its hash."""
+
+    dev: list[Group]
+    test: list[Group]
+    dev_file: Path
+    test_file: Path
+
+    def described(self) -> dict[str, Any]:
+        """The part of evaluation.json."""
+        from emosteer.files import sha256_file
+
+        return {
+            name: {"n_groups": len(groups), "file": file.name, "sha256": sha256_file(file)}
+            for name, groups, file in (("dev", self.dev, self.dev_file), ("test", self.test, self.test_file))
+        }
+
+
+def evaluate(
+    context: typer.Context,
+    model: ModelOption = DEFAULT_MODEL,
+    circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
+    directions: Annotated[
+        Path | None, typer.Option(help="What the circuit was made from, for random-heads; else artifacts/.", metavar="FILE")
+    ] = None,
+    scenarios: Annotated[
+        Path | None, typer.Option(help="SEV file to test on; the shipped test set if not given.", metavar="FILE", show_default=False)
+    ] = None,
+    groups: Annotated[int | None, typer.Option(min=0, help="Test scenario-events, 160 if not given; 0 is all.", show_default=False)] = None,
+    dev_groups: Annotated[
+        int | None, typer.Option(min=1, help="Scenario-events that strengths are chosen on, 16 if not given.", show_default=False)
+    ] = None,
+    doses: Annotated[
+        str | None,
+        typer.Option(help=f"Strengths tried, in default strengths; {DOSES} if not given.", show_default=False, metavar="A,B,..."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Highest perplexity ratio that a chosen strength may have.")] = 1.10,
+    methods: Annotated[
+        str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
+    ] = None,
+    judge: Annotated[str, typer.Option(help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    fast: Annotated[bool, typer.Option("--fast", help="A quick look: few scenario-events, three strengths.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
+    seed: SeedOption = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for results and cache; artifacts/MODEL/evaluation/.", metavar="DIR")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Hold the contest: prompts, residual steering, the circuit and random controls, judged blind. A rerun goes on."""
+    sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
+    from emosteer.generation import Decoding
+
+    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
+    settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
+    splits = _splits(scenarios, sizes["groups"], sizes["dev_groups"])
+    from emosteer.evaluation import evaluate as hold
+    from emosteer.files import sha256_file, write_jsonl, write_text
+    from emosteer.model import Model
+    from emosteer.pipeline import Places, require_circuit
+    from emosteer.standings import print_evaluation
+
+    panel = _jury(judge, base_url, key_env, parallel, device)
+    loaded = Model.load(model, device=device, dtype=dtype)
+    found, path = require_circuit(loaded, circuit, root)
+    places = Places.of(loaded.name, root)
+    folder = out or places.folder / "evaluation"
+    settings, known = _with_directions(settings, loaded, found, directions, places.directions, methods is not None)
+    contest = _contest(loaded, found, known, settings, decoding, batch_size, folder)
+    jury = panel(folder)
+    body, rows = hold(contest, jury, splits.dev, splits.test, _defaults(found, settings), settings)
+    result = {
+        "schema": 1,
+        "kind": "evaluation",
+        "model": loaded.name,
+        "model_sha256": loaded.sha256,
+        "circuit_sha256": sha256_file(path),
+        "command": _command(context),
+        **_provenance(contest, jury, seed),
+        **splits.described(),
+        **body,
+    }
+    write_jsonl(folder / "test-replies.jsonl", rows)
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    write_text(folder / "evaluation.json", text + "\n")
+    typer.echo(text) if as_json else print_evaluation(result, str(folder / "evaluation.json"))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, seed: int) -> EvaluationSettings:
+    from emosteer.choosing import Budget
+    from emosteer.contest import METHODS
+    from emosteer.evaluation import EvaluationSettings
+
+    try:
+        grid = tuple(sorted({float(part) for part in doses.split(",") if part.strip()}))
+    except ValueError as error:
+        raise UsageError(f"expected --doses to be numbers with commas, found '{doses}'") from error
+    named = [part.strip() for part in methods.split(",") if part.strip()] if methods is not None else list(METHODS)
+    unknown = [name for name in named if name not in METHODS]
+    order = tuple(name for name in METHODS if name in {*named, "none"})  # every ratio refers to the unsteered replies
+    return EvaluationSettings(tuple(unknown) or order, grid, control_groups=max(2, dev_groups // 2), budget=Budget(ratio=budget), seed=seed)
+
+
+def _splits(scenarios: Path | None, groups: int, dev_groups: int) -> Splits:
+    train, test = data_path("sev/train.jsonl"), scenarios or data_path("sev/test.jsonl")
+    dev = spread(groups_of(split(read_scenarios(train), 0.2, 0)[1]), dev_groups)
+    # From the end: the first 40 of this order were looked at while the method was developed.
+    order = sorted(groups_of(read_scenarios(test)), key=lambda group: stable_share(str(group.key), 1))
+    return Splits(dev, order[-groups:] if groups else order, train, test)
+
+
+def _jury(spec: str, base_url: str | None, key_env: str, parallel: int, device: str) -> Any:
+    """The judges, before the model is loaded: what is wrong with them is said at once. Returns folder -> Jury."""
+    from emosteer.embedded_judge import Encoder
+    from emosteer.jsonl import KeyedLog
+    from emosteer.judges import make_judge
+    from emosteer.jury import Jury
+    from emosteer.soundness import SoundnessCheck
+
+    judge = make_judge(spec, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    encoder = getattr(judge, "encoder", None) or Encoder()
+    soundness = SoundnessCheck.load(encoder=encoder)
+    paid = spec.strip().lower().startswith("openai:")
+    return lambda folder: Jury(judge, soundness, encoder, KeyedLog(folder / "opinions.jsonl"), paid)
+
+
+def _with_directions(
+    settings: EvaluationSettings, model: Model, circuit: Circuit, given: Path | None, usual: Path, insisted: bool
+) -> tuple[EvaluationSettings, Directions | None]:
+    """The directions for random-heads. Where there are none, random-heads is left out, unless it was asked for.
+
+    Raises:
+        ArtifactError: if they are needed and missing, or another model's.
+    """
+    from dataclasses import replace
+
+    from emosteer import artifacts
+    from emosteer.directions import Directions
+    from emosteer.files import sha256_file
+    from emosteer.progress import note
+
+    path = given or usual
+    if "random-heads" not in settings.methods:
+        return settings, None
+    if given is None and not usual.exists():
+        message = f"random-heads needs the directions of {model.name} ({usual}); make them with `emosteer extract`, or name --directions"
+        if insisted:
+            raise ArtifactError(message)
+        note(f"left out: {message}")
+        return replace(settings, methods=tuple(m for m in settings.methods if m != "random-heads")), None
+    found = Directions.load(path)
+    artifacts.require_model(found.provenance, model.sha256, model.name, path)
+    if circuit.provenance.parents.get("directions") not in (None, sha256_file(path)):
+        note(f"the circuit was made from other directions than {path}; random-heads takes its contrasts from these")
+    return settings, found
+
+
+def _contest(
+    model: Model,
+    circuit: Circuit,
+    directions: Directions | None,
+    settings: EvaluationSettings,
+    decoding: Any,
+    batch_size: int,
+    folder: Path,
+) -> Contest:
+    from emosteer.contest import Contest
+    from emosteer.controls import added_key, vectors_of
+    from emosteer.jsonl import KeyedLog
+
+    return Contest(
+        model=model,
+        emotions=circuit.emotions,
+        vectors={m: vectors_of(model, circuit, directions, m, settings.seed) for m in settings.methods},
+        added={m: added_key(circuit, directions, m, settings.seed) for m in settings.methods},
+        decoding=decoding,
+        instruction=circuit.instruction,
+        replies=KeyedLog(folder / "replies.jsonl"),
+        batch_size=batch_size,
+    )
+
+
+def _defaults(circuit: Circuit, settings: EvaluationSettings) -> dict[str, dict[str, float | None]]:
+    """Method -> emotion -> default strength; controls have those of what they control."""
+    from emosteer.controls import CONTROL_OF
+
+    own: Mapping[str, Sequence[float]] = {
+        "circuit": circuit.strength.tolist(),
+        "residual": [circuit.residual_strength] * len(circuit.emotions),
+    }
+    sources = {method: CONTROL_OF.get(method, method) for method in settings.methods}
+    return {
+        method: {emotion: round(strength, 6) for emotion, strength in zip(circuit.emotions, own[source], strict=True)}
+        for method, source in sources.items()
+        if source in own
+    }
+
+
+def _provenance(contest: Contest, jury: Jury, seed: int) -> dict[str, Any]:
+    """How it was done. No clock time: the same contest gives the same bytes."""
+    from emosteer.artifacts import versions
+
+    return {
+        "emosteer": versions()["emosteer"],
+        "versions": versions(),
+        "judge": {"name": jury.judge.name, "key": jury.judge.key, "soundness": jury.soundness.key},
+        "decoding": vars(contest.decoding),
+        "instruction": contest.instruction,
+        "dtype": str(contest.model.dtype).removeprefix("torch."),
+        "emotions": list(contest.emotions),
+        "added": dict(contest.added),
+        "seed": seed,
+    }
+
+
+def _command(context: typer.Context) -> str:
+    """The command line, as far as it differs from the defaults."""
+    parts = ["emosteer", "evaluate"]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE" and parameter.name != "as_json":
+            parts += [max(parameter.opts, key=len)] + ([] if value is True else [str(value)])
+    return shlex.join(parts)

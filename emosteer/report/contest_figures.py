@@ -1,0 +1,277 @@
+"""Figures of the contest: the frontier, the test results, differences, accuracy by emotion and valence, confusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emosteer.report import plots
+from emosteer.report.contest_tables import equal_table, extra_table, frontier_table, pair, results_table, strength_table
+from emosteer.report.figures import Figure, Panel, Table
+from emosteer.report.measured import Measured
+from emosteer.report.plots import PANEL, WIDE, Spec, Steps, Style
+from emosteer.report.wording import (
+    Interval,
+    finite,
+    label,
+    number,
+    number_range,
+    ordered,
+    percent,
+    percent_range,
+    place,
+    plural,
+    points_range,
+    words,
+)
+
+__all__ = ["by_part", "confusion", "differences", "equal_table", "frontier", "outcome", "results_table", "strength_table"]
+
+STYLES = {
+    "circuit": Style("m-circuit", "circle"),
+    "residual": Style("m-residual", "square", (7, 3)),
+    "prompt-tone": Style("m-tone", "triangle-up", (2, 2)),
+    "prompt-system": Style("m-system", "triangle-down", (5, 2, 1, 2)),
+    "prompt-stimulus": Style("m-stimulus", "diamond", (1, 3)),
+    "none": Style("m-none", "cross"),
+    "random-heads": Style("m-control", "circle", (4, 4)),
+    "random-circuit": Style("m-control", "square", (2, 4)),
+    "random-direction": Style("m-control", "diamond", (1, 4)),
+}
+SOURCES = ("evaluation",)
+
+
+def style(method: str) -> Style:
+    """A method's look."""
+    return STYLES.get(method, Style("m-none", "wedge"))
+
+
+# ---- frontier --------------------------------------------------------------------------------------------------------
+
+#: Perplexity ratios beyond this are in the table alone: text that far gone would flatten the rest of the plot.
+RATIO_SHOWN = 3.0
+
+
+def frontier(contest: Measured) -> Figure:
+    """Accuracy against perplexity ratio, every method over its strength, on the development split."""
+    rows = sorted(contest.frontier(), key=lambda row: (place(row["method"]), finite(row.get("setting")) or 0.0))
+    shown = [_point(row) for row in rows if row["ratio"] <= RATIO_SHOWN]
+    alt_text = _frontier_words(contest, rows)
+    drawings = [plots.svg(_frontier_chart(contest, shown, *size), alt_text) for size in ((WIDE, 430), (PANEL, 470))]
+    budget, beyond = contest.budget("ratio"), len(rows) - len(shown)
+    caption = (
+        "Each line follows one method from weak to strong. Higher is a clearer emotion, further left is more ordinary text: the better "
+        f"method lies above and to the left. Dotted: chance. {f'Dashed: the budget, a ratio of {number(budget)}. ' if budget else ''}"
+        f"Development split, {contest.size('dev') or '?'} scenario-events."
+    )
+    if beyond:
+        caption += f" {plural(beyond, 'point')} beyond a ratio of {number(RATIO_SHOWN, 0)} in the table only."
+    panel = Panel("", drawings[0], alt_text, drawings[1])
+    return Figure("frontier", "Accuracy against the cost to the text", caption, [panel], [frontier_table(rows)], SOURCES)
+
+
+def _point(row: Mapping[str, Any]) -> dict[str, Any]:
+    dose = finite(row.get("setting"))
+    strength = f", dose {number(dose)}" if dose is not None else ""
+    said = f"{label(row['method'])}{strength}: {percent(row['accuracy'])} at ratio {number(row['ratio'])}"
+    name = label(row["method"])
+    return {"method": name, "ratio": row["ratio"], "accuracy": row["accuracy"], "order": dose or 0.0, "tip": plots.tip(said)}
+
+
+def _frontier_chart(contest: Measured, points: Sequence[Mapping[str, Any]], width: int, height: int) -> Spec:
+    there = {point["method"] for point in points}
+    styles = {label(m): style(m) for m in ordered({row["method"] for row in contest.frontier()}) if label(m) in there}
+    budget = contest.budget("ratio")
+    ratios = [point["ratio"] for point in points] + [budget or 1.0, 1.0]
+    x = plots.quantity(
+        "ratio",
+        "Perplexity ratio (unsteered text = 1)",
+        domain=(min(ratios) * 0.98, max(ratios) * 1.03),
+        log=True,
+        format=".2~f",
+        tickCount=9 if width == WIDE else 5,
+    )
+    y = plots.quantity("accuracy", "Six-way accuracy", domain=(0, 1), percent=True, tickCount=6)
+    legend = {
+        "title": None,
+        "orient": "top",
+        "columns": 5 if width == WIDE else 2,
+        "symbolSize": 80,
+        "symbolStrokeWidth": 0,
+        "columnPadding": 34,
+    }
+    color, shape = (plots.named("method", styles, look, legend) for look in ("paint", "shape"))
+    dash = plots.named("method", styles, "dash")
+    line = {"x": x, "y": y, "color": color, "strokeDash": dash, "order": {"field": "order", "type": "quantitative"}}
+    point = {"x": x, "y": y, "color": color, "shape": shape, "description": plots.told()}
+    layers = [plots.rule("y", contest.chance, (1, 3)), *([plots.rule("x", budget, (5, 4))] if budget else [])]
+    layers += [plots.mark("line", line, strokeWidth=2), plots.mark("point", point, size=64, filled=True, opacity=1)]
+    return plots.chart(points, layers, height, width)
+
+
+def _frontier_words(contest: Measured, rows: Sequence[Mapping[str, Any]]) -> str:
+    limit = contest.budget("ratio")
+    said = []
+    for method in ordered({row["method"] for row in rows}):
+        within = [row for row in rows if row["method"] == method and (limit is None or row["ratio"] <= limit)]
+        best = max(within, key=lambda row: row["accuracy"], default=None)
+        said.append(f"{label(method)} {percent(best['accuracy'])} at ratio {number(best['ratio'])}" if best else f"{label(method)} never")
+    bound = f" within the budget of {number(limit)}" if limit else ""
+    return f"Line chart of accuracy against perplexity ratio. Best point of each method{bound}: {'; '.join(said)}."
+
+
+# ---- results on the test split -----------------------------------------------------------------------------------------
+
+METRICS = (
+    ("accuracy", "Six-way accuracy", True),
+    ("ratio", "Perplexity ratio", False),
+    ("names", "Replies that name the emotion", True),
+    ("sound", "Replies that are sound text", True),
+)
+
+
+def outcome(contest: Measured) -> Figure:
+    """The chosen settings on the test split: accuracy, cost, naming, soundness, with intervals."""
+    at = {"accuracy": contest.chance, **{name: contest.budget(name) for name in ("ratio", "names", "sound")}}
+    panels = [
+        interval_panel(
+            title,
+            {method: contest.metric(method, metric) for method in contest.results},
+            share,
+            at[metric],
+            (0.0, 1.0) if metric == "accuracy" else None,
+        )
+        for metric, title, share in METRICS
+    ]
+    caption = (
+        "Every method at the setting chosen for it on the development split, on test prompts that were read once. Points with 95 % "
+        "intervals; the dashed lines are chance and the limits that settings had to keep on the development split."
+    )
+    return Figure("outcome", "Results on the test split", caption, panels, [extra_table(contest)], SOURCES)
+
+
+def interval_panel(
+    title: str, found: Mapping[str, Interval], share: bool, at: float | None, domain: tuple[float, float] | None = None
+) -> Panel:
+    """Methods below each other, each a point with its interval. share: percentages; at: a reference line."""
+    form = percent_range if share else number_range
+    rows = [interval_row(label(m), m, i, f"{label(m)}: {form(i)}") for m, i in found.items() if i.value is not None]
+    alt_text = f"{title}. " + ("; ".join(row["tip"][1:] for row in rows) or "Nothing was measured") + "."
+    if not rows:
+        return Panel(title, "", alt_text)
+    chart = plots.dots(rows, {m: style(m) for m in found}, percent=share, at=at, domain=domain)
+    return Panel(title, plots.svg(chart, alt_text), alt_text)
+
+
+def interval_row(name: str, series: str, found: Interval, said: str) -> dict[str, Any]:
+    """A row of `plots.dots`; without an interval, its ends are the value."""
+    low, high = (found.value if end is None else end for end in (found.low, found.high))
+    return {"label": name, "series": series, "value": found.value, "low": low, "high": high, "tip": plots.tip(said)}
+
+
+def differences(contest: Measured) -> Figure | None:
+    """Paired differences of accuracy; None where none was computed."""
+    known = [row for row in contest.raw["comparisons"] if Interval.of(row.get("difference")).value is not None]
+    shown = [row for row in known if row.get("metric") == "accuracy"]
+    if not shown:
+        return None
+    sides = {a: [row for row in shown if row["a"] == a] for a in ordered({row["a"] for row in shown})}
+    panels = [_difference_panel(label(a), rows) for a, rows in sides.items()]
+    table = Table("Paired differences, by metric", ("Pair", "Metric", "Difference", "p", "Pairs"), [pair(row) for row in known])
+    caption = (
+        "Both methods answer the same prompts, so their difference is taken prompt by prompt, with its 95 % interval. An interval that "
+        "misses zero, the dashed line, is a difference that was shown."
+    )
+    return Figure("differences", "Differences of accuracy between methods", caption, panels, [table], SOURCES)
+
+
+def _difference_panel(name: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
+    found = [(row["b"], Interval.of(row["difference"])) for row in rows]
+    drawn = [interval_row(label(b), b, i, f"{name} minus {label(b)}: {points_range(i)}") for b, i in found]
+    alt_text = f"Differences of accuracy. {'; '.join(row['tip'][1:] for row in drawn)}."
+    chart = plots.dots(drawn, {b: style(b) for b, _ in found}, at=0.0)
+    return Panel(f"{name} minus \u2026", plots.svg(chart, alt_text), alt_text)
+
+
+# ---- by emotion and by valence -----------------------------------------------------------------------------------------
+
+
+def by_part(contest: Measured, by: str, title: str) -> Figure:
+    """Accuracy in each emotion or valence, all methods; by: "by_emotion" or "by_valence"."""
+    names, methods = contest.parts(by), list(contest.results)
+    panels = [
+        interval_panel(name.capitalize(), {m: contest.part(m, by, name, "accuracy") for m in methods}, True, contest.chance, (0.0, 1.0))
+        for name in names
+    ]
+    tables = []
+    for metric, heading, form in (
+        ("accuracy", "Accuracy", percent_range),
+        ("ratio", "Perplexity ratio", number_range),
+        ("names", "Naming", percent_range),
+    ):
+        rows = [[label(m), *(form(contest.part(m, by, name, metric)) for name in names)] for m in methods]
+        tables.append(Table(f"{heading} by {title}", ("Method", *(name.capitalize() for name in names)), rows))
+    what = "the emotion asked for" if by == "by_emotion" else "how the prompt's event turned out"
+    caption = f"Test replies split by {what}, with 95 % intervals; the dashed line is chance."
+    return Figure(by.replace("_", "-"), f"Accuracy by {title}", caption, panels, tables, SOURCES)
+
+
+def confusion(contest: Measured) -> Figure:
+    """What the judge saw where an emotion was asked for; the main methods open, the others behind a fold."""
+    steps = Steps.sequential(1.0)
+    methods = [m for m, row in contest.results.items() if row.get("confusion")]
+    panels = {m: _confusion_panel(contest, m, steps) for m in methods}
+    first = [m for m in ("circuit", "residual", contest.best_prompt) if m in panels] or methods[:1]
+    others = [panel for m, panel in panels.items() if m not in first]
+    caption = (
+        "Rows: the emotion asked for; columns: what the judge, blind to it, saw, neutral included. Shares of each row in percent; a "
+        "perfect method fills the diagonal."
+    )
+    return Figure(
+        "confusion",
+        "What was asked for and what was seen",
+        caption,
+        [panels[m] for m in first if m],
+        [_confusion_table(contest, m) for m in methods],
+        SOURCES,
+        steps.key(".0%"),
+        "Share of the row",
+        others,
+        f"The other methods ({len(others)})",
+    )
+
+
+def _confusion_axes(contest: Measured, method: str) -> tuple[list[str], list[str]]:
+    """What was asked for and what was seen, emotions first and in their order."""
+    table = contest.results[method]["confusion"]
+    seen = list(dict.fromkeys(name for row in table.values() for name in row))
+    place = {emotion: index for index, emotion in enumerate(contest.emotions)}
+    first = [sorted(names, key=lambda name: place.get(name, len(place))) for names in (table, seen)]
+    return first[0], first[1]
+
+
+def _confusion_panel(contest: Measured, method: str, steps: Steps) -> Panel:
+    (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
+    rows = []
+    for target in targets:
+        for seen in judged:
+            share = finite(table[target].get(seen)) or 0.0
+            said = plots.tip(f"{target} asked for, {seen} seen: {percent(share)}")
+            rows.append({"x": shortened(seen), "y": target, "value": share, "text": f"{100 * share:.0f}", "tip": said})
+    right = words([f"{target} {percent(finite(table[target].get(target)) or 0.0, 0)}" for target in targets])
+    alt_text = f"Confusion of {label(method)}. Share seen as asked for: {right}."
+    chart = plots.heat(
+        rows, steps, plots.category("x", orient="top"), plots.category("y", room_for=targets), height=30 * len(targets) + 30, numbers=True
+    )
+    return Panel(label(method), plots.svg(chart, alt_text), alt_text)
+
+
+def _confusion_table(contest: Measured, method: str) -> Table:
+    (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
+    rows = [[target, *(percent(finite(table[target].get(seen)) or 0.0) for seen in judged)] for target in targets]
+    return Table(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)
+
+
+def shortened(name: str, length: int = 5) -> str:
+    """A name cut to fit above a narrow column."""
+    return name if len(name) <= length + 1 else name[: length - 1] + "."

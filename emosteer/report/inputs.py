@@ -1,0 +1,241 @@
+"""What a report is made from: the artefacts of one model, read and checked against each other. Loads no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emosteer.artifacts import Provenance
+from emosteer.circuit import Circuit
+from emosteer.directions import Directions
+from emosteer.errors import ArtifactError
+from emosteer.files import read_jsonl, read_text, sha256_file
+from emosteer.pipeline import Places, packaged_circuit
+from emosteer.report import commands
+from emosteer.report.figures import Absent
+from emosteer.report.measured import Measured
+from emosteer.scores import Scores
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that the page was made from. command: what made it, as far as the file tells; facts: whatever else it says of itself."""
+
+    title: str
+    file: str
+    sha256: str
+    command: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything there is. absent: what is not, with the command that makes it; warnings: artefacts that do not belong together."""
+
+    model: str
+    directions: Directions | None
+    scores: Scores | None
+    circuit: Circuit | None
+    check: Mapping[str, Any] | None
+    contest: Measured | None
+    replies: Sequence[Mapping[str, Any]]
+    sources: Mapping[str, Source]
+    absent: Sequence[Absent]
+    warnings: Sequence[str]
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """The emotions, from whichever artefact is there."""
+        for found in (self.contest, self.circuit, self.directions, self.scores):
+            if found is not None:
+                return tuple(found.emotions)
+        return ()
+
+    def lacks(self, name: str) -> list[Absent]:
+        """The entry of a missing artefact, as a list that is empty where it is there."""
+        return [item for item in self.absent if item.what == WHAT[name]]
+
+
+TITLES = {"check": "Check of the intensity dial", "replies": "Test replies"}
+WHAT = {
+    "directions": "the emotion directions",
+    "scores": "the scores of heads and neurons, with ablation and enhancement curves",
+    "curves": "the ablation and enhancement curves",
+    "circuit": "the circuit",
+    "calibration": "the calibration of the intensity dial",
+    "check": "the check of the intensity dial on other prompts",
+    "evaluation": "the evaluation",
+    "replies": "the test replies",
+}
+
+
+def read_inputs(places: Places, model: str | None = None) -> Inputs:
+    """Reads whatever is there of one model.
+
+    Args:
+        model: what the user called it; commands on the page use it.
+
+    Raises:
+        ArtifactError: if a file is damaged or there is none at all.
+    """
+    name = places.folder.name
+    found: dict[str, Any] = {}
+    for kind, path, load in (
+        ("directions", places.directions, Directions.load),
+        ("scores", places.scores, Scores.load),
+        ("circuit", _circuit_file(places), Circuit.load),
+        ("check", places.folder / "calibration-check.json", _read_check),
+        ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
+    ):
+        if path is not None and path.is_file():
+            found[kind] = (path, load(path))
+    replies = places.folder / "evaluation" / "test-replies.jsonl"
+    if replies.is_file():
+        found["replies"] = (replies, [row for _, row in read_jsonl(replies, "file of test replies", may_be_empty=True)])
+    reference = model or _name(found) or name
+    if not set(found) - {"circuit"} and (not found or found["circuit"][0] != places.circuit):
+        raise ArtifactError(f"expected artefacts of {reference} in {places.folder}, found none; {commands.first_steps(reference)}")
+    value = {kind: item for kind, (_, item) in found.items()}
+    sources = {kind: _source(kind, path, item, places, reference) for kind, (path, item) in found.items()}
+    return Inputs(
+        model=_name(found) or name,
+        directions=value.get("directions"),
+        scores=value.get("scores"),
+        circuit=value.get("circuit"),
+        check=value.get("check"),
+        contest=value.get("evaluation"),
+        replies=value.get("replies", []),
+        sources=sources,
+        absent=_absent(value, reference),
+        warnings=_warnings(value, sources),
+    )
+
+
+def _circuit_file(places: Places) -> Path | None:
+    """The model's own circuit, else the shipped one, as `evaluate` and `generate` choose."""
+    return places.circuit if places.circuit.is_file() else packaged_circuit(places.folder.name)
+
+
+def _read_check(path: Path) -> dict[str, Any]:
+    """The check of the intensity dial on other prompts.
+
+    Raises:
+        ArtifactError: if it is none.
+    """
+    try:
+        found = json.loads(read_text(path, "check of the calibration"))
+    except ValueError as error:
+        raise ArtifactError(f"expected {path} to be JSON, found {error}; make it again with `emosteer calibrate --check`") from error
+    if not isinstance(found, dict) or found.get("kind") != "calibration-check" or not isinstance(found.get("emotions"), dict):
+        raise ArtifactError(
+            f"expected {path} to be a calibration check, found something else; make it again with `emosteer calibrate --check`"
+        )
+    return found
+
+
+def _name(found: Mapping[str, tuple[Path, Any]]) -> str | None:
+    for kind in ("circuit", "directions", "scores"):
+        if kind in found:
+            return str(found[kind][1].provenance.model)
+    return str(found["evaluation"][1].raw["model"]) if "evaluation" in found else None
+
+
+def _absent(value: Mapping[str, Any], reference: str) -> list[Absent]:
+    made = {kind: commands.maker(kind, reference) for kind in WHAT}
+    lost = [Absent(WHAT[kind], made[kind]) for kind in ("directions", "scores") if kind not in value]
+    if "scores" in value and not value["scores"].curves:
+        lost.append(Absent(WHAT["curves"], made["curves"], "left out when the scores were made"))
+    if "circuit" not in value:
+        lost.append(Absent(WHAT["circuit"], made["circuit"]))
+    elif not value["circuit"].metrics.get("calibration"):
+        lost.append(Absent(WHAT["calibration"], made["calibration"], "not stored in the circuit"))
+    elif "check" not in value:
+        lost.append(Absent(WHAT["check"], made["check"]))
+    return lost + [Absent(WHAT[kind], made[kind]) for kind in ("evaluation", "replies") if not value.get(kind)]
+
+
+# ---- provenance ------------------------------------------------------------------------------------------------------
+
+
+def _source(kind: str, path: Path, item: Any, places: Places, reference: str) -> Source:
+    title = TITLES.get(kind, kind.capitalize())
+    shipped = path.parent != places.folder and kind == "circuit"
+    file = f"{path.name}, shipped with the package" if shipped else str(path.relative_to(places.folder))
+    if kind == "evaluation":
+        return Source(title, file, sha256_file(path), str(item.raw.get("command") or commands.maker(kind, reference)), _contest_facts(item))
+    if kind == "check":
+        judge, test = item.get("judge") or {}, item.get("test") or {}
+        facts = {
+            "model": str(item.get("model") or ""),
+            "circuit": str(item.get("circuit_sha256")),
+            "judge": f"{judge.get('name')} {judge.get('key')}",
+            "data": f"{test.get('n_groups')} scenario-events, {test.get('file')} {test.get('sha256')}",
+        }
+        return Source(title, file, sha256_file(path), commands.maker(kind, reference), {k: v for k, v in facts.items() if v})
+    if kind == "replies":
+        return Source(title, file, sha256_file(path), commands.maker(kind, reference), {"replies": f"{len(item):,}"})
+    return Source(title, file, sha256_file(path), commands.made_by(kind, item, reference), _facts(item.provenance))
+
+
+def _facts(found: Provenance) -> dict[str, str]:
+    plain = {k: v for k, v in found.params.items() if not isinstance(v, (dict, list)) and v is not None}
+    facts = {
+        "method": found.method,
+        "model": f"{found.model}, weights {found.model_sha256}",
+        "chat template": found.template_sha256,
+        "data": ", ".join(f"{name} {sha}" for name, sha in found.data.items()),
+        "parents": ", ".join(f"{name} {sha}" for name, sha in found.parents.items()),
+        "seed": str(found.seed),
+        "settings": ", ".join(f"{k} {v}" for k, v in plain.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _contest_facts(found: Measured) -> dict[str, str]:
+    raw = found.raw
+    judge, decoding = raw.get("judge") or {}, raw.get("decoding") or {}
+    parts = {split: raw.get(split) or {} for split in ("dev", "test")}
+    splits = [f"{name}: {p.get('n_groups')} scenario-events, {p.get('file')} {p.get('sha256')}" for name, p in parts.items() if p]
+    facts = {
+        "model": f"{raw['model']}, weights {raw.get('model_sha256')}",
+        "circuit": str(raw.get("circuit_sha256") or ""),
+        "judge": f"{judge.get('name')} {judge.get('key')}" if judge else "",
+        "decoding": ", ".join(f"{k} {v}" for k, v in decoding.items()),
+        "instruction": str(raw.get("instruction") or ""),
+        "precision": str(raw.get("dtype") or ""),
+        "data": "; ".join(splits),
+        "seed": str(raw.get("seed", "")),
+        "versions": ", ".join(f"{name} {version}" for name, version in (raw.get("versions") or {"emosteer": raw.get("emosteer")}).items()),
+        "made": str(raw.get("created") or ""),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
+    """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
+    said = []
+    weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit") if kind in value}
+    if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
+        weights["evaluation"] = value["evaluation"].raw["model_sha256"]
+    if len(set(weights.values())) > 1:
+        parts = ", ".join(f"{kind} {sha[:12]}" for kind, sha in weights.items())
+        said.append(f"The artefacts were made with different model weights ({parts}); figures from them must not be compared.")
+    for kind, were, them in (("scores", "were", "them"), ("circuit", "was", "it")):
+        parent = value[kind].provenance.parents.get("directions") if kind in value else None
+        if parent and "directions" in sources and parent != sources["directions"].sha256:
+            again = commands.maker(kind, value[kind].provenance.model)
+            said.append(
+                f"The {kind} {were} made from other directions ({parent[:12]}) than those shown here; `{again}` makes {them} again."
+            )
+    if "circuit" in value:
+        # a circuit that was calibrated after it was evaluated is still the same circuit
+        own = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
+        for kind, what in (("evaluation", "evaluation"), ("check", "check of the intensity dial")):
+            used = (value[kind].raw if kind == "evaluation" else value[kind]).get("circuit_sha256") if kind in value else None
+            if used and used not in own:
+                said.append(f"The {what} used another circuit ({used[:12]}) than the one shown here ({own[0][:12]}).")
+    return said

@@ -1,0 +1,124 @@
+"""Sections and template -> the page: one file, styles, script and plots inside, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from emosteer import __version__
+from emosteer.errors import EmosteerError
+from emosteer.files import write_text
+from emosteer.pipeline import Places
+from emosteer.report.figures import Cell, Table
+from emosteer.report.inputs import Inputs, read_inputs
+from emosteer.report.replies import Browser, browser, clean
+from emosteer.report.sections import sections
+from emosteer.report.verdict import verdict
+from emosteer.report.wording import THIN
+
+#: The page stays below this, and replies below their share of it.
+MAX_BYTES, REPLY_BYTES = 4_900_000, 2_500_000
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Built:
+    """A written page. missing: what is not on it; replies, replies_total: embedded and in the artefact."""
+
+    path: Path
+    size: int
+    missing: Sequence[str]
+    warnings: Sequence[str]
+    replies: int
+    replies_total: int
+
+
+def build_report(places: Places, out: Path, model: str | None = None) -> Built:
+    """Writes the page from whatever artefacts there are; what is missing is named on it. The same artefacts give the same bytes.
+
+    Args:
+        model: what the user called the model; commands on the page use it.
+
+    Raises:
+        ArtifactError: if an artefact is damaged or there is none. EmosteerError: if the page cannot be written.
+    """
+    inputs = read_inputs(places, model)
+    text, shown = render(inputs)
+    write_text(out, text)
+    missing = [item.what for item in inputs.absent]
+    return Built(out, len(text.encode()), missing, inputs.warnings, shown.shown, shown.total)
+
+
+def render(inputs: Inputs) -> tuple[str, Browser]:
+    """The page's text, with as many replies as fit.
+
+    Raises:
+        EmosteerError: if even without replies it is too large.
+    """
+    fixed: dict[str, Any] = {
+        "sections": sections(inputs),
+        "verdict": verdict(inputs.contest, inputs.circuit, inputs.check, inputs.model),
+        "inputs": inputs,
+        "version": __version__,
+    }
+    environment = _environment()
+    bare = len(_page(environment, fixed, browser([], inputs.emotions, 0)).encode())
+    budget = min(REPLY_BYTES, MAX_BYTES - bare)
+    if budget <= 0:
+        raise EmosteerError(
+            f"expected a page below {MAX_BYTES:,} bytes, found {bare:,} without any reply; the model has too many units to draw"
+        )
+    while True:
+        shown = browser(inputs.replies, inputs.emotions, budget)
+        text = _page(environment, fixed, shown)
+        if len(text.encode()) <= MAX_BYTES or not shown.shown:
+            return text, shown
+        budget = int(budget * 0.9)  # escaping made the text longer than it was counted
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_function"] = _json
+    environment.filters |= {"numeric": numeric, "cell": cell, "svg": Markup, "thousands": lambda n: f"{n:,}"}
+    return environment
+
+
+def _page(environment: jinja2.Environment, fixed: Mapping[str, Any], shown: Browser) -> str:
+    style, script = (_HERE / "style.css").read_text(encoding="utf-8"), (_HERE / "filters.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return clean(
+        environment.get_template("template.html").render(
+            **fixed, browser=shown, style=Markup(style), script=Markup(script), script_sha256=Markup(digest)
+        )
+    )
+
+
+def _json(value: Any, **_: Any) -> str:
+    """Compact JSON in the order given; jinja's `tojson` then escapes <, >, & and '."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+_NUMBER = re.compile(r"^[+\u2212<]?\s?[\d.,]|^\u2013?$")
+
+
+def numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers, and are therefore aligned at the right."""
+    return [all(_NUMBER.match(cell(row[i])) for row in table.rows) if i else False for i in range(len(table.head))]
+
+
+def cell(value: Cell) -> str:
+    """A table cell's text."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else value.replace(" %", f"{THIN}%")

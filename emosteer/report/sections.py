@@ -1,0 +1,133 @@
+"""Which figures stand where on the page, and what is said where there is nothing to draw."""
+
+from __future__ import annotations
+
+from emosteer.report import circuit_figures, contest_figures, curve_figures, dial_figures, direction_figures, score_figures
+from emosteer.report.figures import Figure, Section
+from emosteer.report.inputs import Inputs
+from emosteer.report.measured import Measured
+from emosteer.report.wording import percent, plural
+
+
+def sections(inputs: Inputs) -> list[Section]:
+    """The page's sections in order; the verdict before them, the replies among them and the provenance after them are the template's."""
+    return [
+        _contest(inputs),
+        _parts(inputs),
+        _dial(inputs),
+        _replies(inputs),
+        _directions(inputs),
+        _units(inputs),
+        _cause(inputs),
+        _circuit(inputs),
+    ]
+
+
+def _contest(inputs: Inputs) -> Section:
+    title = "The contest"
+    if inputs.contest is None:
+        return Section("contest", title, absent=inputs.lacks("evaluation"))
+    contest = inputs.contest
+    drawn: list[Figure | None] = [
+        contest_figures.outcome(contest),
+        contest_figures.frontier(contest) if contest.frontier() else None,
+        contest_figures.differences(contest),
+    ]
+    tables = [contest_figures.results_table(contest), contest_figures.equal_table(contest), contest_figures.strength_table(contest)]
+    return Section("contest", title, _contest_words(contest), [f for f in drawn if f], [t for t in tables if t])
+
+
+def _contest_words(contest: Measured) -> str:
+    judge = (contest.raw.get("judge") or {}).get("name")
+    n = contest.size("test")
+    size = f" ({plural(n, 'scenario-event')})" if n else ""
+    return (
+        "All methods write replies to the same prompts with the same decoding and seeds. Their settings are chosen on a development "
+        f"split under one budget; the test split{size} is read once. The judge"
+        f"{f' ({judge})' if judge else ''} reads each reply without knowing what was asked for."
+    )
+
+
+def _parts(inputs: Inputs) -> Section:
+    title = "By emotion and by valence"
+    contest = inputs.contest
+    if contest is None:
+        return Section("parts", title, absent=inputs.lacks("evaluation"))
+    figures = [
+        contest_figures.by_part(contest, by, name)
+        for by, name in (("by_emotion", "emotion"), ("by_valence", "valence"))
+        if contest.parts(by)
+    ]
+    if any(row.get("confusion") for row in contest.results.values()):
+        figures.append(contest_figures.confusion(contest))
+    return Section("parts", title, "", figures)
+
+
+def _dial(inputs: Inputs) -> Section:
+    fitted = dial_figures.calibration(inputs.circuit) if inputs.circuit is not None else None
+    figures = [fitted] if fitted else []
+    if inputs.check is not None:
+        figures.append(dial_figures.checked(inputs.check))
+    intro = (
+        "With --intensity, 0 to 100, each emotion gets a strength of its own, fitted so that judged intensity rises evenly and capped "
+        "where the text would break."
+    )
+    lost = inputs.lacks("circuit") or inputs.lacks("calibration") or inputs.lacks("check")
+    return Section("dial", "The intensity dial", intro if figures else "", figures, absent=lost)
+
+
+def _replies(inputs: Inputs) -> Section:
+    return Section("replies", "Replies side by side", absent=inputs.lacks("replies"))
+
+
+def _directions(inputs: Inputs) -> Section:
+    title, found = "The directions", inputs.directions
+    if found is None:
+        return Section("directions", title, absent=inputs.lacks("directions"))
+    intro = (
+        f"Each emotion's direction is the mean difference between replies that express it and the same scenarios' other replies, over "
+        f"{plural(found.n_groups, 'scenario-event')} ({found.elicitation} elicitation), at every layer."
+    )
+    figures = [*direction_figures.evidence(found), direction_figures.layer_similarity(found)]
+    notes = [] if found.evidence else ["No evidence was measured for these directions: too few scenarios were held out."]
+    return Section("directions", title, intro, figures, notes=notes)
+
+
+def _units(inputs: Inputs) -> Section:
+    title, found = "Heads, neurons and sublayers", inputs.scores
+    if found is None:
+        absent = inputs.lacks("scores")
+        if inputs.circuit is None:
+            return Section("units", title, absent=absent)
+        drawn = [score_figures.importance(inputs.circuit.importance, inputs.circuit.emotions, "circuit")]
+        return Section("units", title, "", drawn, absent=absent)
+    figures = [
+        score_figures.head_map(found, inputs.circuit),
+        score_figures.neuron_map(found, inputs.circuit),
+        score_figures.importance(found.importance, found.emotions, "scores"),
+    ]
+    checks = score_figures.checks(found)
+    return Section("units", title, "", figures, after=[checks] if checks else [])
+
+
+def _cause(inputs: Inputs) -> Section:
+    title, found = "Ablation and enhancement", inputs.scores
+    if found is None or not found.curves:
+        return Section("cause", title, absent=inputs.lacks("scores") or inputs.lacks("curves"))
+    return Section("cause", title, "", [curve_figures.curves(found.curves)])
+
+
+def _circuit(inputs: Inputs) -> Section:
+    title, found = "The circuit", inputs.circuit
+    if found is None:
+        return Section("circuit", title, absent=inputs.lacks("circuit"))
+    heads = [int(found.heads[e].sum()) for e in range(len(found.emotions))]
+    total, neurons = found.heads[0].numel(), len(found.neuron_index)
+    size = f"{min(heads)}" if min(heads) == max(heads) else f"{min(heads)} to {max(heads)}"
+    intro = (
+        f"{size} of {total} heads for each emotion ({percent(max(heads) / total, 0)}{'' if min(heads) == max(heads) else ' at most'}) and "
+        f"{plural(neurons, 'neuron') if neurons else 'no neurons'}{' in all' if neurons else ''}. Made as: {found.provenance.method}."
+    )
+    table = circuit_figures.faithfulness(found)
+    figures = [circuit_figures.drawn(found), circuit_figures.shared(found, inputs.directions)]
+    return Section("circuit", title, intro, figures, [table] if table else [])

@@ -1,0 +1,280 @@
+"""The verdict in plain words, computed from the evaluation: does it work, what does it cost, is it better than the alternatives?
+
+Every sentence follows from the numbers by the rules below; nothing is written by hand. An answer is "good" only where the whole
+95 % interval says so, "mixed" where the value does and the interval does not (or nothing was shown either way), "bad" otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emosteer.circuit import Circuit
+from emosteer.report.dial_figures import dial_verdict
+from emosteer.report.measured import Measured
+from emosteer.report.wording import (
+    CONTROLS,
+    MINUS,
+    Interval,
+    finite,
+    in_sentence,
+    number,
+    number_range,
+    percent,
+    percent_range,
+    plural,
+    points_range,
+    words,
+)
+
+GOOD, MIXED, BAD, UNKNOWN = "good", "mixed", "bad", "unknown"
+AHEAD, BEHIND, LEVEL, UNCLEAR = "ahead", "behind", "level", "unclear"
+TONES = {AHEAD: GOOD, BEHIND: BAD, LEVEL: MIXED, UNCLEAR: UNKNOWN}
+#: Controls may stray this far from the unsteered model before they are said to do something.
+NEAR = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question with its answer. tone: good, mixed, bad or unknown; detail: the numbers behind it."""
+
+    question: str
+    answer: str
+    detail: str
+    tone: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """headline: one sentence; lead: the one below it with the numbers; findings: question by question."""
+
+    headline: str
+    lead: str
+    findings: Sequence[Finding]
+
+
+def verdict(contest: Measured | None, circuit: Circuit | None, check: Mapping[str, Any] | None, model: str) -> Verdict:
+    """The verdict on a model's circuit."""
+    dial = _dial(circuit, check)
+    if contest is None:
+        lead = f"There is no evaluation of {model} here, so nothing is known about what its circuit does to replies."
+        return Verdict("Not evaluated yet", lead, dial)
+    if "circuit" not in contest.results:
+        return Verdict("The circuit was not evaluated", "The evaluation holds other methods only; run it again with the circuit.", dial)
+    works, cost = _works(contest), _cost(contest)
+    findings = [works, *_emotions(contest), cost, _prompting(contest), _residual(contest), *_content(contest), _controls(contest)]
+    return Verdict(_headline(works.tone, cost.tone), _lead(contest, model), [*findings, *dial, *_missing(contest)])
+
+
+def _headline(works: str, cost: str) -> str:
+    if works == BAD:
+        return "The circuit does not steer this model"
+    if works == UNKNOWN:
+        return "The evaluation says nothing about accuracy"
+    start = "The circuit works" if works == GOOD else "The circuit works in part"
+    return start + {GOOD: ", and the text holds", MIXED: ", and the text nearly holds", BAD: ", but the text pays for it"}.get(cost, "")
+
+
+def _lead(contest: Measured, model: str) -> str:
+    accuracy, ratio, n = contest.metric("circuit", "accuracy"), contest.metric("circuit", "ratio"), contest.results["circuit"].get("n")
+    replies = f"{n:,} test replies" if isinstance(n, int) else "its test replies"
+    cost = f", at {number(ratio.value)} times the perplexity of unsteered text" if ratio.value is not None else ""
+    return (
+        f"In {replies} of {model}, a blind judge named the emotion that the circuit was set to in {percent(accuracy.value)} of cases "
+        f"(chance {percent(contest.chance)}){cost}."
+    )
+
+
+# ---- does it work, and at what cost? -----------------------------------------------------------------------------------
+
+
+def _works(contest: Measured) -> Finding:
+    question = "Does it work?"
+    mine, none, match = contest.metric("circuit", "accuracy"), contest.metric("none", "accuracy"), contest.metric("circuit", "match")
+    if mine.value is None:
+        return Finding(question, "Not measured", "The evaluation has no accuracy of the circuit.", UNKNOWN)
+    floor = max(contest.chance, none.high or none.value or 0.0)
+    low = mine.low if mine.low is not None else mine.value
+    tone = BAD if low <= floor else GOOD if low >= 0.5 else MIXED
+    detail = f"Named right among {len(contest.emotions)} emotions: {percent_range(mine)}, chance {percent(contest.chance)}"
+    detail += f", the unsteered model {percent_range(none)}." if none.value is not None else "."
+    if match.value is not None:
+        detail += f" With neutral among the answers, at least one half for the target: {percent_range(match)}."
+    return Finding(question, {GOOD: "Yes", MIXED: "In part", BAD: "No"}[tone], detail, tone)
+
+
+def _emotions(contest: Measured) -> list[Finding]:
+    question = "For every emotion?"
+    found = {emotion: contest.part("circuit", "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
+    known = {emotion: interval.value for emotion, interval in found.items() if interval.value is not None}
+    if not known:
+        return []
+    worst, best = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    detail = f"Strongest: {best}, {percent_range(found[best])}. Weakest: {worst}, {percent_range(found[worst])}."
+    lows = {emotion: value if found[emotion].low is None else found[emotion].low for emotion, value in known.items()}
+    weak = [emotion for emotion, low in lows.items() if low is not None and low <= contest.chance]
+    half = [emotion for emotion, value in known.items() if value < 0.5]
+    if weak:
+        return [Finding(question, f"Not shown for {words(weak)}", f"{detail} The interval reaches down to chance.", BAD)]
+    if half:
+        return [Finding(question, f"Above chance for all, but below one half for {words(half)}", detail, MIXED)]
+    return [Finding(question, "Yes", detail, GOOD)]
+
+
+def _cost(contest: Measured) -> Finding:
+    question = "What does it cost the text?"
+    ratio, names, sound = (contest.metric("circuit", name) for name in ("ratio", "names", "sound"))
+    limit, name_limit, plain = contest.budget("ratio"), contest.budget("names"), contest.metric("none", "sound")
+    if ratio.value is None:
+        return Finding(question, "Not measured", "The evaluation has no perplexity ratio of the circuit.", UNKNOWN)
+    tones = {"perplexity": _within(ratio, limit), "naming": _within(names, name_limit), "soundness": _sound(sound, plain, contest)}
+    broken = [what for what, tone in tones.items() if tone == BAD]
+    tone = BAD if broken else MIXED if MIXED in tones.values() else GOOD if limit is not None else UNKNOWN
+    answer = {
+        GOOD: "Little: within the budget",
+        MIXED: "Little: within the budget, but the interval crosses it",
+        BAD: f"Too much: {words(broken)} outside the budget",
+        UNKNOWN: "No budget was set",
+    }[tone]
+    parts = [f"Perplexity ratio {number_range(ratio)}{f', limit {number(limit)}' if limit else ''}"]
+    if names.value is not None:
+        parts.append(f"names its emotion in {percent_range(names)} of replies{f', limit {percent(name_limit)}' if name_limit else ''}")
+    if sound.value is not None:
+        parts.append(f"sound text in {percent_range(sound)}{f', unsteered {percent(plain.value)}' if plain.value is not None else ''}")
+    return Finding(question, answer, "; ".join(parts) + ".", tone)
+
+
+def _within(found: Interval, limit: float | None) -> str | None:
+    if limit is None or found.value is None:
+        return None
+    if found.value > limit:
+        return BAD
+    return GOOD if found.high is None or found.high <= limit else MIXED
+
+
+def _sound(sound: Interval, plain: Interval, contest: Measured) -> str | None:
+    """Soundness is never asked to be above that of unsteered replies."""
+    limit = contest.budget("sound")
+    if limit is None or sound.value is None:
+        return None
+    bound = limit if plain.value is None else min(limit, plain.value)
+    return BAD if sound.value < bound else GOOD if sound.low is None or sound.low >= bound else MIXED
+
+
+# ---- is it better? -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Against:
+    """The circuit against another method. side: ahead, behind, level (no difference shown) or unclear; margin: in points, or empty."""
+
+    side: str
+    detail: str
+    margin: str
+
+
+def against(contest: Measured, other: str) -> Against:
+    """Compares accuracies: by the paired difference, or else by whether the intervals are apart."""
+    mine, theirs = contest.metric("circuit", "accuracy"), contest.metric(other, "accuracy")
+    ratios = [contest.metric(method, "ratio").value for method in ("circuit", other)]
+    costs = f" at perplexity ratios {number(ratios[0])} and {number(ratios[1])}" if None not in ratios else ""
+    values = f"{percent(mine.value)} against {percent(theirs.value)}{costs}"
+    found, p = contest.difference("circuit", other)
+    if found.value is not None and found.low is not None and found.high is not None:
+        side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
+        sign = f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}" if p is not None else ""
+        return Against(side, f"{values}: {points_range(found)}{sign}.", points_range(Interval(found.value)))
+    if mine.low is None or mine.high is None or theirs.low is None or theirs.high is None:
+        return Against(UNCLEAR, f"{values}; no interval was computed.", "")
+    side = AHEAD if mine.low > theirs.high else BEHIND if mine.high < theirs.low else LEVEL
+    return Against(side, f"{values}; {'intervals overlap' if side == LEVEL else 'intervals apart'}, no paired test.", "")
+
+
+def _prompting(contest: Measured) -> Finding:
+    question, best = "Better than asking for it in the prompt?", contest.best_prompt
+    if best is None or best not in contest.results:
+        return Finding(question, "Not compared", "The evaluation holds no prompting method.", UNKNOWN)
+    return _comparison(contest, question, best, f"the best prompt ({best.removeprefix('prompt-')})")
+
+
+def _residual(contest: Measured) -> Finding:
+    question = "Better than residual steering?"
+    if "residual" not in contest.results:
+        return Finding(question, "Not compared", "The evaluation holds no residual steering.", UNKNOWN)
+    return _comparison(contest, question, "residual", "residual steering along the same directions")
+
+
+def _comparison(contest: Measured, question: str, other: str, name: str) -> Finding:
+    found = against(contest, other)
+    by = f", by {found.margin.lstrip(f'+{MINUS}')}" if found.margin else ""
+    answer = {AHEAD: f"Yes{by}", BEHIND: f"No, it is behind{by}", LEVEL: "No difference was shown", UNCLEAR: "Not decided"}[found.side]
+    return Finding(question, answer, f"Against {name}: {found.detail}{_at_equal_ratio(contest, other)}", TONES[found.side])
+
+
+def _at_equal_ratio(contest: Measured, other: str) -> str:
+    """The same comparison where both cost the text the same, as far as the circuit's doses allow."""
+    row = contest.equal_ratio("circuit", other)
+    if row is None:
+        return ""
+    ratios = f"{number(finite(row.get('ratio_a')))} and {number(finite(row.get('ratio_b')))}"
+    return f" At the nearest perplexity ratios ({ratios}, development split): {points_range(Interval.of(row.get('difference')))}."
+
+
+def _content(contest: Measured) -> list[Finding]:
+    """Selectivity: how much of the unsteered reply is kept, against residual steering."""
+    mine, theirs = contest.metric("circuit", "kept"), contest.metric("residual", "kept")
+    found, _ = contest.difference("circuit", "residual", "kept")
+    if mine.value is None or theirs.value is None or found.low is None or found.high is None:
+        return []
+    side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
+    answer = {AHEAD: "Yes", BEHIND: "No, it keeps less", LEVEL: "No difference was shown"}[side]
+    detail = f"Similarity to the unsteered reply {number_range(mine)} against {number_range(theirs)}, difference {number_range(found, 3)}."
+    topic, plain = contest.metric("circuit", "on_topic"), contest.metric("none", "on_topic")
+    if topic.value is not None and plain.value is not None:
+        detail += f" On topic: {percent_range(topic)}, unsteered {percent(plain.value)}."
+    return [Finding("Does it keep more of the content than residual steering?", answer, detail, TONES[side])]
+
+
+def _controls(contest: Measured) -> Finding:
+    question, found = "Better than random interventions of the same size?", [c for c in CONTROLS if c in contest.results]
+    if not found:
+        return Finding(question, "Not compared", "The evaluation holds no random control.", UNKNOWN)
+    accuracy = {control: contest.metric(control, "accuracy") for control in found}
+    behind = [in_sentence(control) for control in found if against(contest, control).side != AHEAD]
+    floor = max(contest.metric("none", "accuracy").value or 0.0, contest.chance) + NEAR
+    moved = [in_sentence(control) for control in found if (accuracy[control].value or 0.0) > floor]
+    said = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
+    detail = f"{said[0].upper()}{said[1:]}."
+    if behind:
+        return Finding(question, f"Not shown against {words(behind, 'or')}", detail, BAD)
+    if moved:
+        return Finding(
+            question, f"Yes, though {words(moved)} also {'do' if moved != ['random direction'] else 'does'} something", detail, MIXED
+        )
+    return Finding(question, "Yes; the controls stay near chance", detail, GOOD)
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------------
+
+
+def _dial(circuit: Circuit | None, check: Mapping[str, Any] | None) -> list[Finding]:
+    where, rows = dial_verdict(circuit, check)
+    if not rows:
+        return []
+    question = "Does more intensity read as more emotion?"
+    falls = [emotion for emotion, rising, _ in rows if not rising]
+    ends = [ratio for _, _, ratio in rows if ratio is not None]
+    detail = f"Measured {where}." + (f" The perplexity ratio is at most {number(max(ends))}." if ends else "")
+    if falls:
+        return [Finding(question, f"Not at every step for {words(falls)}", detail, MIXED)]
+    return [Finding(question, f"Yes, at every step for {plural(len(rows), 'emotion')}", detail, GOOD if check is not None else MIXED)]
+
+
+def _missing(contest: Measured) -> list[Finding]:
+    lost = sum(row.get("missing") or 0 for row in contest.results.values())
+    if not lost:
+        return []
+    total = sum(row.get("n") or 0 for row in contest.results.values())
+    detail = f"The judge failed on {lost:,} of {total:,} replies; they count as missing, not as misses."
+    return [Finding("Was everything judged?", f"{plural(lost, 'reply was', 'replies were')} not", detail, MIXED)]

@@ -1,0 +1,146 @@
+"""Numbers and names as a reader meets them: percentages with intervals, methods by their labels. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: A narrow no-break space: between a number and its unit.
+THIN = "\u202f"
+#: A no-break space: an interval stays on one line with its value.
+TIED = "\u00a0"
+MINUS = "\u2212"
+DASH = "\u2013"
+
+#: The contest's methods in the order that tables and plots keep.
+METHODS = {
+    "circuit": "Circuit",
+    "residual": "Residual steering",
+    "prompt-tone": "Prompt: tone",
+    "prompt-system": "Prompt: system",
+    "prompt-stimulus": "Prompt: stimulus",
+    "none": "Unsteered",
+    "random-heads": "Random heads",
+    "random-circuit": "Random circuit",
+    "random-direction": "Random direction",
+}
+CONTROLS = ("random-heads", "random-circuit", "random-direction")
+PROMPTS = ("prompt-tone", "prompt-system", "prompt-stimulus")
+
+
+def label(method: str) -> str:
+    """A method's name for people."""
+    return METHODS.get(method, method)
+
+
+def in_sentence(method: str) -> str:
+    """A method's name inside a sentence: lower case, with its article."""
+    if method in PROMPTS:
+        return f"the {method.removeprefix('prompt-')} prompt"
+    text = label(method).lower()
+    return text if method in ("residual", *CONTROLS) or method not in METHODS else f"the {text}" if method != "none" else "no steering"
+
+
+def place(method: str) -> tuple[int, str]:
+    """Sort key: the page's order of methods, unknown ones last."""
+    return (list(METHODS).index(method) if method in METHODS else len(METHODS), method)
+
+
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Methods in the page's order."""
+    return sorted(methods, key=place)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value and the ends of its 95 % interval; None where nothing was measured."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, found: Any) -> Interval:
+        """Reads {"value", "low", "high"}, a plain number or None; what is not finite counts as not measured."""
+        if isinstance(found, Mapping):
+            return cls(finite(found.get("value")), finite(found.get("low")), finite(found.get("high")))
+        return cls(finite(found))
+
+    def negated(self) -> Interval:
+        """The interval of the difference taken the other way round."""
+        value, low, high = (None if end is None else -end for end in (self.value, self.low, self.high))
+        return Interval(value, high, low)
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    text = f"{abs(value):,.{digits}f}"
+    negative = value < 0 and float(text.replace(",", "")) != 0
+    return (MINUS if negative else "+" if signed and value > 0 else "") + text
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return DASH if share is None else f"{number(100 * share, digits)}{THIN}%"
+
+
+def ends(low: float, high: float, digits: int, signed: bool = False) -> str:
+    """An interval's ends in brackets, not to be broken over lines."""
+    return f"[{number(low, digits, signed)},{TIED}{number(high, digits, signed)}]"
+
+
+def share_range(found: Interval, digits: int = 1) -> str:
+    """A share in percent without the sign, for columns that have it in their heading: `82.3 [79.9, 84.6]`."""
+    return percent_range(found, digits).replace(f"{THIN}%", "")
+
+
+def percent_range(found: Interval, digits: int = 1) -> str:
+    """`82.3 % [79.9, 84.6]`."""
+    if found.low is None or found.high is None or found.value is None:
+        return percent(found.value, digits)
+    return f"{percent(found.value, digits)}{TIED}{ends(100 * found.low, 100 * found.high, digits)}"
+
+
+def number_range(found: Interval, digits: int = 2) -> str:
+    """`1.07 [1.05, 1.09]`."""
+    if found.low is None or found.high is None or found.value is None:
+        return number(found.value, digits)
+    return f"{number(found.value, digits)}{TIED}{ends(found.low, found.high, digits)}"
+
+
+def points_range(found: Interval) -> str:
+    """A difference of shares: `+21.4 points [18.0, 24.7]`."""
+    if found.value is None:
+        return DASH
+    text = f"{number(100 * found.value, 1, signed=True)} points"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text}{TIED}{ends(100 * found.low, 100 * found.high, 1, signed=True)}"
+
+
+def p_value(p: float | None) -> str:
+    """`< 0.001` or three digits."""
+    return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def words(items: Sequence[str], last: str = "and") -> str:
+    """`a, b and c`."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} {last} {items[-1]}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 head`, `68 heads`, with thousands separated."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
