@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
+# Options for every stage that loads the model, for example OPTIONS="--dtype bfloat16".
+OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test check format clean circuits steer-check
+.PHONY: help setup demo test check format clean circuits judge evaluate report reproduce
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
-	@echo "make steer-check  judge steered replies on the test split (MODEL=$(MODEL))"
+	@echo "make judge        fit the embedded judge again from data/judge/, bit for bit, and print its card"
+	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
+	@echo "make report       one HTML page from what is in artifacts/"
+	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
 
 $(VENV)/.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,12 +44,25 @@ format: setup
 	$(BIN)/ruff check --fix emosteer tests bench
 
 circuits: setup
-	$(BIN)/emosteer extract --model $(MODEL)
-	$(BIN)/emosteer ablate --model $(MODEL)
-	$(BIN)/emosteer circuit --model $(MODEL)
+	$(BIN)/emosteer extract --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer ablate --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer circuit --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer calibrate --model $(MODEL) $(OPTIONS)
 
-steer-check: setup
-	$(BIN)/python bench/steer_check.py --model $(MODEL)
+judge: setup
+	$(BIN)/python -m emosteer.judge_training
+
+evaluate: setup
+	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)
+
+report: setup
+	$(BIN)/emosteer report --model $(MODEL)
+
+# The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
+reproduce: circuits
+	$(BIN)/emosteer calibrate --check --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer report --model $(MODEL)
 
 clean:
 	rm -rf $(VENV) artifacts .pytest_cache .ruff_cache .mypy_cache

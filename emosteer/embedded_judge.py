@@ -37,10 +37,13 @@ class Encoder:
     def __init__(self) -> None:
         """Loads the encoder."""
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as hf_logging
 
         from emosteer.progress import note
         from emosteer.weights import packaged_folder
 
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
         folder = packaged_folder(ENCODER, progress=note).path
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()

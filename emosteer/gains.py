@@ -10,6 +10,7 @@ directions, stay as they are. Then the weakest heads are dropped and the rest is
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,15 +34,18 @@ from emosteer.sites import ATTN_OUT, RESID_MID, Site
 class GainSettings:
     """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
     contrast: weight of what should not become likely (in turn: the other emotion's reply, the other prompt's reply); keep: share of
-    heads left after half of the steps."""
+    heads left after half of the steps; dtype: what a float32 model is read in meanwhile (a copy; half the time, and one number per
+    head does not need more), "float32" for none.
+    """
 
-    steps: int = 60
+    steps: int = 48
     groups: int = 4
     rate: float = 0.3
     start: float = 2.0
     contrast: float = 0.3
     keep: float = 0.5
     seed: int = 0
+    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.steps < 0 or not 0 < self.keep <= 1:
@@ -81,15 +85,16 @@ def learn_gains(
 
     Args:
         z_delta: [emotion, layer, n_heads * d_head], the contrast that a gain of 1 adds.
-        groups: scenario-events of train that the bank has replies to.
+        groups: scenario-events of train; those that the bank lacks an emotion's reply to are left out.
 
     Raises:
-        DataError: if no scenario-event has replies, or a packed group does not fit the model's sliding window.
+        DataError: if no scenario-event has a reply in every emotion, or a prompt and its reply exceed the model's sliding window.
     """
-    usable = [group for group in groups if group.key in bank]
+    usable = [group for group in groups if set(emotions) <= bank.get(group.key, {}).keys()]  # as in `extract`: complete groups only
     if not usable:
-        raise DataError("no scenario-event has bank replies to learn gains from; give --replies, or --gain-steps 0")
+        raise DataError("no scenario-event has bank replies in every emotion to learn gains from; give --replies, or --gain-steps 0")
     written = _written(model, z_delta)
+    model = _reader(model, settings.dtype)
     gains = torch.full(written.shape[:3], settings.start, device=model.device, requires_grad=True)
     mask = torch.ones_like(gains)
     optimiser = torch.optim.Adam([gains], lr=settings.rate, betas=(0.9, 0.95))
@@ -114,6 +119,13 @@ def learn_gains(
             curve.append(round(total, 4))
             advance(1)
     return Gains((gains.detach() * mask).cpu(), tuple(curve))
+
+
+def _reader(model: Model, dtype: str) -> Model:
+    """The model to take gradients through: a copy in lower precision where the model is in float32 and one is wanted."""
+    if model.dtype != torch.float32 or dtype == "float32":
+        return model
+    return Model(copy.deepcopy(model.hf).to(getattr(torch, dtype)), model.tokenizer, model.name, model.sha256)
 
 
 def strongest_mask(gains: Tensor, written: Tensor, keep: float) -> Tensor:
@@ -159,9 +171,9 @@ def _costs(
         owner += [number] * len(reply)
         vector += [emotion] * len(reply)
         target += reply
-    window = getattr(model.hf.config, "sliding_window", None)
-    if window is not None and len(ids) >= window and model.post_norms:
-        raise DataError(f"a group of {len(ids)} tokens does not fit the sliding window of {model.name}; use --gain-steps 0")
+    window, longest = getattr(model.hf.config, "sliding_window", None), 1 + max(positions)
+    if window is not None and longest > window:  # the mask is taken as it is, so that a reply would see further back than it does alone
+        raise DataError(f"{group.key}: {longest} tokens do not fit the sliding window of {model.name} ({window}); use --gain-steps 0")
     row = Row(tuple(ids), tuple(positions), tuple(owner), ((len(prompt) - 1,),))
     batch = make_batch(model, [row])
     hidden = model.run(

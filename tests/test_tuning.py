@@ -1,8 +1,7 @@
-"""The tuned strength, the fluency it rests on, the blind judge's head, and the bank of the model's own replies."""
+"""The tuned strength, the fluency it rests on, and the bank of the model's own replies."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from emosteer import judging, own_replies, tuning
+from emosteer import own_replies, tuning
 from emosteer.assembly import CircuitSettings, assemble
 from emosteer.circuit import Circuit
 from emosteer.errors import DataError
 from emosteer.extract import Settings, extract
 from emosteer.fluency import reply_nll
 from emosteer.generation import Decoding, Reply, Request, generate
-from emosteer.judging import Judge, fit_head
 from emosteer.model import Model
 from emosteer.own_replies import fault, own_bank
 from emosteer.prompts import elicit, plain
@@ -179,111 +176,6 @@ def test_the_prompts_do_not_depend_on_the_groups_order(tiny: Model, circuit: Cir
 def test_nothing_to_tune_on_is_refused(tiny: Model, circuit: Circuit) -> None:
     with pytest.raises(DataError, match="no scenario-event"):
         tune_strength(tiny, circuit, [], SMALL)
-
-
-# ---- the judge -------------------------------------------------------------------------------------------------------
-
-
-def clouds(spread: float, per_class: int = 15) -> tuple[Tensor, Tensor]:
-    """Unit-length points around three centres."""
-    draw = torch.Generator().manual_seed(0)
-    centres = torch.linalg.qr(torch.randn(8, 3, generator=draw))[0].T
-    labels = torch.arange(3).repeat(per_class)
-    return torch.nn.functional.normalize(centres[labels] + spread * torch.randn(len(labels), 8, generator=draw), dim=-1), labels
-
-
-def test_the_head_separates_what_is_separable_and_is_deterministic() -> None:
-    x, labels = clouds(0.1)
-    weight, bias = fit_head(x, labels, 3)
-    assert torch.equal((x @ weight.T + bias).argmax(-1), labels)
-    again = fit_head(x, labels, 3)
-    assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
-    assert weight.shape == (3, 8) and not weight.requires_grad
-
-
-def test_the_head_is_the_minimum_of_the_ridge_loss() -> None:
-    """Its gradient vanishes; where classes overlap, it does not where the ridge is another."""
-    x, labels = clouds(0.8)
-
-    def slope(ridge: float) -> float:
-        weight, bias = (t.requires_grad_() for t in fit_head(x, labels, 3))
-        loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, labels) + ridge * (weight / judging.SCALE).square().sum()
-        return max(float(g.abs().max()) for g in torch.autograd.grad(loss, [weight, bias]))
-
-    assert slope(judging.RIDGE) < 1e-4 < 1e-3 < slope(10 * judging.RIDGE)
-
-
-def test_the_head_fits_within_no_grad() -> None:
-    x, labels = clouds(0.1)
-    with torch.no_grad():
-        assert torch.equal(fit_head(x, labels, 3)[0], fit_head(x, labels, 3)[0])
-
-
-class Stub:
-    """An encoder that knows three words; `noise` makes every text alike."""
-
-    words = ("rage", "tears", "joy")
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        rows = [[float(word in text) for word in self.words] + [0.1 * (len(text) % 5)] for text in texts]
-        return torch.nn.functional.normalize(torch.tensor(rows) + 1e-3, dim=-1)
-
-
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Judge:
-    monkeypatch.setattr(judging, "Encoder", Stub)
-    rows = [
-        {"label": label, "text": f"{word} {'x' * i}"}
-        for i in range(10)
-        for label, word in zip(("anger", "sadness", "neutral"), Stub.words, strict=True)
-    ]
-    path = tmp_path / "judge.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return Judge.train(path)
-
-
-def test_the_judge_learns_its_sentences(judge: Judge) -> None:
-    assert judge.labels == ("anger", "sadness", "neutral")
-    assert judge.held_out_accuracy == 1.0
-    found = judge.probabilities(["so much joy", "tears again", "rage"])
-    assert found.argmax(-1).tolist() == [2, 1, 0]
-    torch.testing.assert_close(found.sum(-1), torch.ones(3))
-
-
-def test_names_are_the_likeliest_of_the_given_labels(judge: Judge) -> None:
-    texts = ["joy and a few tears", "rage", "tears"]
-    assert judge.names(texts, ["sadness", "anger", "neutral"])[1:] == ["anger", "sadness"]
-    assert judge.names(["joy joy", *texts[1:]], ["sadness", "anger"])[1:] == ["anger", "sadness"]
-    forced = judge.probabilities(["joy"])[0]
-    assert judge.names(["joy"], ["anger", "sadness"]) == [("anger", "sadness")[int(forced[:2].argmax())]]
-    with pytest.raises(ValueError):
-        judge.names(texts, ["surprise"])
-
-
-def test_held_out_accuracy_is_at_chance_where_there_is_nothing_to_learn() -> None:
-    draw = torch.Generator().manual_seed(2)
-    x = torch.nn.functional.normalize(torch.randn(120, 48, generator=draw), dim=-1)
-    labels = torch.randint(0, 4, (120,), generator=draw)
-    assert 0.1 < judging._cross_validated(x, labels, 4) < 0.4
-    weight, bias = fit_head(x, labels, 4)
-    assert ((x @ weight.T + bias).argmax(-1) == labels).float().mean() > 0.7, "though the head fits what it saw"
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([{"label": "anger", "text": "rage"}, {"label": "joy"}], "judge.jsonl:2: expected 'label' and 'text'"),
-        ([{"label": "anger", "text": "  "}], "judge.jsonl:1"),
-        ([{"label": 3, "text": "x"}], "judge.jsonl:1"),
-        ([{"label": "anger", "text": "rage"}, {"label": "anger", "text": "fury"}], "at least two labels, found anger"),
-    ],
-)
-def test_bad_judge_sentences_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: list[Any], message: str) -> None:
-    monkeypatch.setattr(judging, "Encoder", Stub)
-    path = tmp_path / "judge.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(DataError, match=message):
-        Judge.train(path)
 
 
 # ---- the model's own replies -----------------------------------------------------------------------------------------
