@@ -259,11 +259,14 @@ def faithfulness(
     samples: Sequence[Sample],
     v_ref: Tensor,
     settings: CircuitSettings,
+    plain_contrast: tuple[Directions, bool] | None = None,
 ) -> dict[str, Any]:
     """What the circuit stands for, against the effect of injecting every unit of the kinds that it uses.
 
     Args:
         units: best first.
+        plain_contrast: the directions without learned gains, where `directions` carries some, and whether names are spared. Everything that is not the circuit then
+            adds its plain contrast, scaled to the length of all that the circuit adds: gains would else only seem to be a larger dose.
 
     Returns:
         faithfulness: the circuit's share of the whole effect; left: the share of all other units (completeness is high when it is
@@ -278,10 +281,11 @@ def faithfulness(
     strongest = unit_mask(model, units[: max(1, len(units) * 3 // 4)])
     seeds = [f"{settings.seed}/{emotion}/{i}" for i in range(settings.n_random)]
     randoms = [unit_mask(model, _random_units(model, n_heads, n_neurons, seed)) for seed in seeds]
-    effects = injected_effect(
-        model, samples, _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms], settings.spare_names), v_ref
-    )
-    total, *shares = effects.tolist()
+    vectors = _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms], settings.spare_names)
+    if plain_contrast is not None:
+        others = _compiled(model, plain_contrast[0], emotion, [whole, mine, rest, strongest, *randoms], plain_contrast[1])
+        vectors = _at_length_of(vectors, 1, others, keep=(1, 3))
+    total, *shares = injected_effect(model, samples, vectors, v_ref).tolist()
     shares = [effect / total if total else 0.0 for effect in shares]
     return {
         "heads": n_heads,
@@ -293,6 +297,20 @@ def faithfulness(
         "random_mean": sum(shares[3:]) / max(1, len(randoms)),
         "random_max": max(shares[3:], default=0.0),
     }
+
+
+def _at_length_of(mine: dict[Site, Tensor], index: int, others: dict[Site, Tensor], keep: Sequence[int]) -> dict[Site, Tensor]:
+    """The variants `others` [set, d_model], each scaled to the total length of variant `index` of `mine`; those of `keep` from `mine`."""
+
+    def lengths(vectors: dict[Site, Tensor]) -> Tensor:
+        return torch.stack([value.square().sum(-1) for value in vectors.values()]).sum(0).sqrt()
+
+    scale = lengths(mine)[index] / lengths(others).clamp_min(1e-12)
+    blank = next(iter(others.values())) * 0
+    made = {site: others.get(site, blank) * scale[:, None] for site in {**others, **mine}}
+    for site, value in made.items():
+        value[list(keep)] = mine[site][list(keep)] if site in mine else 0.0
+    return made
 
 
 def _heads_of(model: Model) -> tuple[int, int]:
@@ -345,13 +363,13 @@ def assemble(
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     n = len(directions.emotions)
     learned: dict[str, Any] = {}
-    plain_contrast = directions
+    plain_contrast = directions, settings.spare_names
     if bank is not None and gain_settings is not None and gain_settings.steps:
         directions, settings, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
-    importance, effects = importance_and_effects(model, samples, plain_contrast, v_ref)
+    importance, effects = importance_and_effects(model, samples, plain_contrast[0], v_ref)
     scores = (
         {"contrast": contrast_scores, "raw": raw_scores}[settings.ranking](model, directions) if settings.ranking != "effect" else effects
     )
@@ -369,7 +387,9 @@ def assemble(
             raise UsageError("the circuit would be empty; raise --heads or --neurons")
         units.sort(key=lambda unit: -scores.of(e, unit))
         sets.append(units)
-        metrics["emotions"][emotion] = faithfulness(model, directions, e, units, samples, v_ref[e], settings)
+        metrics["emotions"][emotion] = faithfulness(
+            model, directions, e, units, samples, v_ref[e], settings, plain_contrast if learned else None
+        )
     hashes = directions.provenance.data if data is None else data
     circuit = _circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {})
     metrics["overlap"] = overlap(circuit)
@@ -402,7 +422,8 @@ def _circuit(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{settings.preset} circuit by {settings.ranking} rank, {directions.elicitation} directions",
+        method=f"{'learned head gains' if 'gains' in metrics else f'{settings.preset} circuit by {settings.ranking} rank'}, "
+        f"{directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
         data=dict(data),

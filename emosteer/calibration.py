@@ -29,7 +29,7 @@ class Guard:
 
     ratio: float = 1.2
     sound: float = 0.95
-    names: float = 0.05
+    names: float = 0.2
 
     def __post_init__(self) -> None:
         checks = (

@@ -46,7 +46,7 @@ def calibrate(
     refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 3,
     ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio against unsteered replies.")] = 1.2,
     sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.95,
-    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.05,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.2,
     default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 75.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,

@@ -110,6 +110,19 @@ def test_the_circuit_knows_its_parent_and_its_units(run: Callable[..., Any], mad
     assert run("inspect", "artifacts/tiny/circuit.safetensors")[0] == 0
 
 
+def test_the_default_circuit_learns_how_much_each_head_adds(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.safetensors"
+    arguments = ["circuit", "-m", "./tiny", "--scenarios", "sev.jsonl", "--strength", "2", "--out", str(out), "--json"]
+    code, printed, _ = run(*arguments, "--replies", "bank.jsonl", "--gain-steps", "3", "--keep", "0.25")
+    assert code == 0 and [json.loads(printed)["emotions"][emotion]["heads"] for emotion in EMOTIONS] == [3, 3, 3]
+    provenance = json.loads(run("inspect", str(out), "--json")[1])["provenance"]
+    assert provenance["data"]["replies/bank.jsonl"] == sha256_file(made / "bank.jsonl") and "learned head gains" in provenance["method"]
+    code, _, err = run(*arguments)
+    assert code == 1 and one_line(err) and "give the bank of these scenarios with --replies" in err, "the shipped bank has other scenarios"
+    assert run(*arguments, "--gain-steps", "0")[0] == 0, "which a ranking does not need"
+    assert "learned" not in json.loads(run("inspect", str(out), "--json")[1])["provenance"]["method"]
+
+
 def test_ablate_prints_checks_and_curves(run: Callable[..., Any], made: Path) -> None:
     options = [
         "--shares",
@@ -317,6 +330,8 @@ BAD = [
     (["ablate", "-m", "./tiny", "--shares", "2"], 2, "--shares"),
     (["circuit", "-m", "./tiny", "--preset", "papr"], 2, "did you mean 'paper'"),
     (["circuit", "-m", "./tiny", "--directions", "truncated.safetensors"], 1, "damaged"),
+    (["circuit", "-m", "./tiny", "--keep", "0"], 2, "--keep above 0"),
+    (["circuit", "-m", "./tiny", "--gain-steps", "-1"], 2, "'--gain-steps'"),
     (["inspect", "missing.safetensors"], 1, "does not exist"),
     (["models", "path", "nosuchmodel"], 1, "unknown model"),
     (["nonsense"], 2, "nonsense"),
