@@ -265,8 +265,9 @@ def faithfulness(
 
     Args:
         units: best first.
-        plain_contrast: the directions without learned gains, where `directions` carries some, and whether names are spared. Everything that is not the circuit then
-            adds its plain contrast, scaled to the length of all that the circuit adds: gains would else only seem to be a larger dose.
+        plain_contrast: the directions without learned gains, where `directions` carries some, and whether names are spared. Everything
+            that is not the circuit then adds its plain contrast, scaled to the length of all that the circuit adds: gains would else
+            only seem to be a larger dose.
 
     Returns:
         faithfulness: the circuit's share of the whole effect; left: the share of all other units (completeness is high when it is
@@ -362,6 +363,7 @@ def assemble(
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     n = len(directions.emotions)
+    _ = model.bridge  # made and proved now: what cannot be measured should not cost minutes of learning first
     learned: dict[str, Any] = {}
     plain_contrast = directions, settings.spare_names
     if bank is not None and gain_settings is not None and gain_settings.steps:

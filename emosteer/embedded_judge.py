@@ -7,6 +7,7 @@ trained for is the topic, while tone and word order live in the layers below. `m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,6 @@ from torch.nn.functional import cross_entropy, normalize
 from emosteer import artifacts
 from emosteer.artifacts import Provenance
 from emosteer.errors import ArtifactError
-from emosteer.files import sha256_file
 from emosteer.judging import Opinion
 
 ENCODER = "all-minilm-l6-v2"
@@ -87,6 +87,12 @@ class Head:
     weight: Tensor
     bias: Tensor
 
+    @cached_property
+    def key(self) -> str:
+        """A short hash of the head: the same opinions, the same key."""
+        parts = (self.mean, self.scale, self.weight, self.bias)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:12]
+
     def probabilities(self, features: Tensor) -> Tensor:
         """[text, label]."""
         return ((features - self.mean) * self.scale @ self.weight.T + self.bias).softmax(-1)
@@ -133,7 +139,8 @@ class EmbeddedJudge:
         Raises:
             ArtifactError: if the file is missing or damaged.
         """
-        return cls(encoder or Encoder(), load_heads(path)["emotion"], f"embedded-{sha256_file(path)[:12]}")
+        head = load_heads(path)["emotion"]  # before the encoder, which may have to be fetched
+        return cls(encoder or Encoder(), head, f"embedded-{head.key}")
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

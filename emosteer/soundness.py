@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import Tensor
 
 from emosteer.embedded_judge import ASSET, Encoder, Head, load_heads
-from emosteer.files import sha256_file
 from emosteer.judging import Soundness
 
 SOUND = "sound"
@@ -25,11 +24,11 @@ FAULTS = ("order", "repetition", "symbols", "language")
 #: A text is unsound when its probability of being broken exceeds this.
 THRESHOLD = 0.35
 #: Version of the rules below, for caches of verdicts.
-RULES = 2
+RULES = 3
 #: Longest run of one word, and largest share of word 3-grams that occurred before, that plain text may have.
 LONGEST_RUN, REPEATED = 4, 0.4
 #: Two to six words three times in a row.
-_THRICE = re.compile(r"\b(\w+(?:\W+\w+){1,5})(?:\W+\1\b){2,}")
+_THRICE = re.compile(r"(?<!\S)(\S+(?: \S+){1,5})(?: \1(?!\S)){2,}")
 
 
 def repeated_share(text: str, n: int = 3) -> float:
@@ -107,7 +106,8 @@ class SoundnessCheck:
         Raises:
             ArtifactError: if the file is missing or damaged.
         """
-        return cls(encoder or Encoder(), load_heads(path)["soundness"], f"soundness-{RULES}-{sha256_file(path)[:12]}")
+        head = load_heads(path)["soundness"]
+        return cls(encoder or Encoder(), head, f"soundness-{RULES}-{head.key}")
 
     def check(self, texts: Sequence[str]) -> list[Soundness]:
         """One verdict per text, in order."""

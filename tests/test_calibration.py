@@ -167,9 +167,9 @@ def test_what_holds_again_beyond_a_break_does_not_count() -> None:
 
 def test_soundness_and_naming_cap_too() -> None:
     assert capped(Curves(sound=lambda e, s: 1 - 0.02 * s), refine=4)["anger"] == pytest.approx(2.5)
-    assert capped(Curves(names=lambda e, s: 0.01 * s), refine=0)["anger"] == 5.0
+    assert capped(Curves(names=lambda e, s: 0.04 * s), refine=0)["anger"] == 5.0
     assert capped(Curves(sound=lambda e, s: 0.9 if s < 3.2 else 0.89))["anger"] == 3.125, "unsteered replies are no better"
-    assert capped(Curves(names=lambda e, s: 0.1 if s < 3.2 else 0.11))["anger"] == 3.125
+    assert capped(Curves(names=lambda e, s: 0.3 if s < 3.2 else 0.31))["anger"] == 3.125
     assert capped(Curves(ratio=lambda e, s: math.nan if s else 1.0))["anger"] == 0.0, "no figure is no licence"
 
 
@@ -184,7 +184,7 @@ def test_a_miss_within_chance_ends_nothing_but_is_no_cap() -> None:
     assert capped(Curves(ratio=lambda e, s: 1.0 if s < 4.2 else 1.3, error=0.1))["anger"] == 4.125, "missed by chance, but to the end"
     few, many = (Curves(sound=lambda e, s: 0.92 if 1.5 < s < 2.5 else 1.0, prompts=n) for n in (24, 1000))
     assert capped(few)["anger"] == 8.0 and capped(many)["anger"] == 1.5
-    few, many = (Curves(names=lambda e, s: 0.08 if 1.5 < s < 2.5 else 0.0, prompts=n) for n in (24, 1000))
+    few, many = (Curves(names=lambda e, s: 0.24 if 1.5 < s < 2.5 else 0.0, prompts=n) for n in (24, 1000))
     assert capped(few)["anger"] == 8.0 and capped(many)["anger"] == 1.5
 
 
