@@ -281,7 +281,7 @@ def faithfulness(
     rest = whole[0] - mine[0], whole[1] - mine[1]
     strongest = unit_mask(model, units[: max(1, len(units) * 3 // 4)])
     seeds = [f"{settings.seed}/{emotion}/{i}" for i in range(settings.n_random)]
-    randoms = [unit_mask(model, _random_units(model, n_heads, n_neurons, seed)) for seed in seeds]
+    randoms = [unit_mask(model, random_units(model, n_heads, n_neurons, seed)) for seed in seeds]
     vectors = _compiled(model, directions, emotion, [whole, mine, rest, strongest, *randoms], settings.spare_names)
     if plain_contrast is not None:
         others = _compiled(model, plain_contrast[0], emotion, [whole, mine, rest, strongest, *randoms], plain_contrast[1])
@@ -332,7 +332,8 @@ def _with_gains(
     return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
 
 
-def _random_units(model: Model, n_heads: int, n_neurons: int, seed: str) -> list[Unit]:
+def random_units(model: Model, n_heads: int, n_neurons: int, seed: str) -> list[Unit]:
+    """Heads and neurons drawn from the whole model; no unit is excluded, the circuit's own neither."""
     shape, draw = model.shape, random.Random(seed)
     heads = draw.sample(range(shape.n_layers * shape.n_heads), n_heads)
     neurons = draw.sample(range(shape.n_layers * shape.d_mlp), n_neurons)

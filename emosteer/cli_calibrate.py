@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,6 @@ from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOptio
 from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, stable_share
 
 if TYPE_CHECKING:
-    from emosteer.jsonl import KeyedLog
-    from emosteer.jury import Jury
     from emosteer.trials import Trials
 
 
@@ -66,7 +63,9 @@ def calibrate(
 
     settings = CalibrateSettings(top, points, refine, default_intensity, Guard(ratio, sound, names))
     decoding = Decoding(max_new_tokens)
-    jury = _jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    from emosteer.jury import make_jury
+
+    jury = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
     from emosteer.hf_judge import refuse_same_weights
     from emosteer.jsonl import KeyedLog
     from emosteer.model import Model
@@ -106,19 +105,6 @@ def _prompts(scenarios: Path | None, count: int, check: bool) -> tuple[list[Grou
     if check:
         return sorted(groups_of(found), key=lambda group: stable_share(str(group.key), 1))[-count:], file
     return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
-
-
-def _jury(spec: str, **options: Any) -> Callable[[KeyedLog], Jury]:
-    """The judges, before the model is loaded: what is wrong with them is said at once. Returns where they keep what they say -> jury."""
-    from emosteer.embedded_judge import Encoder
-    from emosteer.judges import make_judge
-    from emosteer.jury import Jury
-    from emosteer.soundness import SoundnessCheck
-
-    judge = make_judge(spec, **options)
-    encoder = getattr(judge, "encoder", None) or Encoder()  # the embedded judge's encoder serves all
-    soundness = SoundnessCheck.load(encoder=encoder)
-    return lambda kept: Jury(judge, soundness, encoder, kept, paid=spec.strip().lower().startswith("openai:"))
 
 
 def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as_json: bool) -> None:

@@ -98,18 +98,20 @@ def evaluate(
     splits = _splits(scenarios, sizes["groups"], sizes["dev_groups"])
     from emosteer.evaluation import evaluate as hold
     from emosteer.files import sha256_file, write_jsonl, write_text
+    from emosteer.jsonl import KeyedLog
+    from emosteer.jury import make_jury
     from emosteer.model import Model
     from emosteer.pipeline import Places, require_circuit
     from emosteer.standings import print_evaluation
 
-    panel = _jury(judge, base_url, key_env, parallel, device)
+    panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
     loaded = Model.load(model, device=device, dtype=dtype)
     found, path = require_circuit(loaded, circuit, root)
     places = Places.of(loaded.name, root)
     folder = out or places.folder / "evaluation"
     settings, known = _with_directions(settings, loaded, found, directions, places.directions, methods is not None)
     contest = _contest(loaded, found, known, settings, decoding, batch_size, folder)
-    jury = panel(folder)
+    jury = panel(KeyedLog(folder / "opinions.jsonl"))
     body, rows = hold(contest, jury, splits.dev, splits.test, _defaults(found, settings), settings)
     result = {
         "schema": 1,
@@ -153,21 +155,6 @@ def _splits(scenarios: Path | None, groups: int, dev_groups: int) -> Splits:
     # From the end: the first 40 of this order were looked at while the method was developed.
     order = sorted(groups_of(read_scenarios(test)), key=lambda group: stable_share(str(group.key), 1))
     return Splits(dev, order[-groups:] if groups else order, train, test)
-
-
-def _jury(spec: str, base_url: str | None, key_env: str, parallel: int, device: str) -> Any:
-    """The judges, before the model is loaded: what is wrong with them is said at once. Returns folder -> Jury."""
-    from emosteer.embedded_judge import Encoder
-    from emosteer.jsonl import KeyedLog
-    from emosteer.judges import make_judge
-    from emosteer.jury import Jury
-    from emosteer.soundness import SoundnessCheck
-
-    judge = make_judge(spec, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
-    encoder = getattr(judge, "encoder", None) or Encoder()
-    soundness = SoundnessCheck.load(encoder=encoder)
-    paid = spec.strip().lower().startswith("openai:")
-    return lambda folder: Jury(judge, soundness, encoder, KeyedLog(folder / "opinions.jsonl"), paid)
 
 
 def _with_directions(

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from emosteer.assembly import contrasts_of
+from emosteer.assembly import contrasts_of, random_units
 from emosteer.attribution import unit_mask
 from emosteer.circuit import Circuit
 from emosteer.directions import Directions
 from emosteer.errors import ArtifactError
 from emosteer.files import sha256_text
 from emosteer.model import Model
-from emosteer.sites import Head, Neuron, Site, Unit
+from emosteer.sites import Head, Site
 from emosteer.steering import compile_units, residual_vectors
 
 #: The method whose strengths a control takes.
@@ -49,15 +48,6 @@ def vectors_of(model: Model, circuit: Circuit, directions: Directions | None, me
     if method == "random-circuit":
         return random_circuit(model, circuit, seed)
     return random_direction(circuit, seed) if method == "random-direction" else {}
-
-
-def random_units(model: Model, n_heads: int, n_neurons: int, seed: str) -> list[Unit]:
-    """Heads and neurons drawn from the whole model; no unit is excluded, the circuit's own neither."""
-    shape, draw = model.shape, random.Random(seed)
-    heads = draw.sample(range(shape.n_layers * shape.n_heads), n_heads)
-    neurons = draw.sample(range(shape.n_layers * shape.d_mlp), n_neurons)
-    found: list[Unit] = [Head(i // shape.n_heads, i % shape.n_heads) for i in heads]
-    return found + [Neuron(i // shape.d_mlp, i % shape.d_mlp) for i in neurons]
 
 
 def random_heads(model: Model, circuit: Circuit, directions: Directions | None, seed: int) -> Vectors:

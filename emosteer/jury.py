@@ -7,9 +7,9 @@ therefore read in fixed chunks, whole or again. An endpoint's opinions are kept 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from emosteer.files import sha256_text
 from emosteer.jsonl import KeyedLog
@@ -105,6 +105,19 @@ class Jury:
     @staticmethod
     def _key(who: str, text: str) -> str:
         return sha256_text(json.dumps([who, text]))
+
+
+def make_jury(spec: str, **options: Any) -> Callable[[KeyedLog], Jury]:
+    """The judges that a specification names (see `judges.make_judge`, which takes the options), made at once, so that what is wrong with
+    them is said before a model is loaded. Returns where they keep what they say -> jury."""
+    from emosteer.embedded_judge import Encoder as SentenceEncoder
+    from emosteer.judges import make_judge
+    from emosteer.soundness import SoundnessCheck
+
+    judge = make_judge(spec, **options)
+    encoder = getattr(judge, "encoder", None) or SentenceEncoder()  # the embedded judge's encoder serves all
+    soundness = SoundnessCheck.load(encoder=encoder)
+    return lambda kept: Jury(judge, soundness, encoder, kept, paid=spec.strip().lower().startswith("openai:"))
 
 
 def rounded(shares: Mapping[str, float]) -> dict[str, float]:

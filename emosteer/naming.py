@@ -45,21 +45,25 @@ def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delt
     """Takes the direct effect on each emotion's own name out of its contrast.
 
     Args:
-        z_delta: [emotion, layer, n_heads * d_head], zero outside the circuit; mlp_delta: [emotion, layer, d_mlp], alike.
+        emotions: one per row; a name may stand several times. z_delta: [row, layer, n_heads * d_head], zero outside the circuit;
+            mlp_delta: [row, layer, d_mlp], alike.
         push: 0 leaves no direct effect on the name; 1 turns it round, so that the name is held down as much as it was lifted.
 
     Returns:
         The same shapes; entries that were zero stay zero.
     """
     z, mlp = z_delta.clone(), mlp_delta.clone()
-    for e, emotion in enumerate(emotions):
+    for emotion in dict.fromkeys(emotions):
         direction = name_direction(model, emotion)
         if direction is None:
             continue
+        rows = [row for row, name in enumerate(emotions) if name == emotion]
         for layer in range(model.shape.n_layers):
             mid, post = (written_direction(model, layer, kind, direction) for kind in (RESID_MID, RESID_POST))
-            z[e, layer] = _without(z[e, layer], model.w_o(layer).flatten(0, 1).float() @ mid, 1 + push)
-            mlp[e, layer] = _without(mlp[e, layer], model.w_down(layer).float() @ post, 1 + push)
+            of_heads, of_neurons = model.w_o(layer).flatten(0, 1).float() @ mid, model.w_down(layer).float() @ post
+            for row in rows:
+                z[row, layer] = _without(z[row, layer], of_heads, 1 + push)
+                mlp[row, layer] = _without(mlp[row, layer], of_neurons, 1 + push)
     return z, mlp
 
 

@@ -491,7 +491,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Model, circuit: Circ
 def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("EMOSTEER_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(cli_calibrate, "_jury", lambda judge, **options: jury)
+    monkeypatch.setattr("emosteer.jury.make_jury", lambda judge, **options: jury)
     monkeypatch.setattr(cli_calibrate, "data_path", lambda name: folder / "sev.jsonl")
 
     def command(*arguments: str) -> tuple[int, str, str]:
