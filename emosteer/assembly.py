@@ -328,7 +328,7 @@ def _with_gains(
     contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
     found = learn_gains(model, contrast, groups, bank, directions.emotions, directions.instruction, gain_settings)
     mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
-    record = {"gains": {**vars(gain_settings), "curve": list(found.curve)}}
+    record = {"gains": {**vars(gain_settings), "curve": list(found.curve), "margin": list(found.margin)}}
     return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
 
 

@@ -3,9 +3,9 @@
 A circuit adds `gain[e, h] * delta_bar[e, h]` at each head. The mean contrast `delta_bar` says in which direction a head tells emotions
 apart; it does not say how much of it the rest of the model turns into emotional *text*, and for some heads it is the wrong way round.
 The gains are found by gradient descent on what is wanted in the end: under the circuit of emotion e, the bank's reply in e should become
-likely, and neither the reply in another emotion to the same prompt nor the reply in e to another prompt should: the first keeps
-emotions apart, the second keeps replies to the point. Nothing but one number per head and emotion is free; the model's weights, and the
-directions, stay as they are. Then the weakest heads are dropped and the rest is fitted on. docs/CIRCUITS.md says what it gave.
+likely, and above all likelier than the bank's replies in the other emotions to the same prompt. The preference saturates: what is told
+apart already pulls no more. Nothing but one number per head and emotion is free; the model's weights, and the directions, stay as they
+are. Then the weakest heads are dropped and the rest is fitted on. docs/CIRCUITS.md says what it gave.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from emosteer.activations import Row, make_batch
 from emosteer.attribution import written_direction
@@ -33,16 +33,18 @@ from emosteer.sites import ATTN_OUT, RESID_MID, Site
 @dataclass(frozen=True)
 class GainSettings:
     """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
-    contrast: weight of what should not become likely (in turn: the other emotion's reply, the other prompt's reply); keep: share of
-    heads left after half of the steps; dtype: what a float32 model is read in meanwhile (a copy; half the time, and one number per
-    head does not need more), "float32" for none.
+    preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
+    others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
+    model is read in meanwhile (a copy; half the time, and one number per head does not need more), "float32" for none.
     """
 
     steps: int = 48
     groups: int = 4
     rate: float = 0.3
     start: float = 2.0
-    contrast: float = 0.3
+    preference: float = 3.0
+    sharpness: float = 3.0
+    others: int = 2
     keep: float = 0.5
     seed: int = 0
     dtype: str = "bfloat16"
@@ -54,10 +56,12 @@ class GainSettings:
 
 @dataclass(frozen=True, eq=False)
 class Gains:
-    """values: [emotion, layer, n_heads], 0 for heads that are left out; curve: mean nats per token of the wanted replies, by step."""
+    """values: [emotion, layer, n_heads], 0 for heads that are left out; curve, margin: by step, mean nats per token of the wanted
+    replies, and how many more the other emotions' replies cost."""
 
     values: Tensor
     curve: tuple[float, ...]
+    margin: tuple[float, ...]
 
 
 def without_names(model: Model, emotions: Sequence[str], z_delta: Tensor) -> Tensor:
@@ -98,27 +102,35 @@ def learn_gains(
     gains = torch.full(written.shape[:3], settings.start, device=model.device, requires_grad=True)
     mask = torch.ones_like(gains)
     optimiser = torch.optim.Adam([gains], lr=settings.rate, betas=(0.9, 0.95))
-    draw, waiting, curve = random.Random(settings.seed), list[Group](), []
+    draw, waiting, curve, margin = random.Random(settings.seed), list[Group](), list[float](), list[float]()
     with bar("learning gains (steps)", settings.steps) as advance:
         for step in range(settings.steps):
             if step == settings.steps // 2:
                 mask = strongest_mask(gains.detach(), written, settings.keep)
             optimiser.param_groups[0]["lr"] = settings.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
-            total = 0.0
+            total = apart = 0.0
             for _ in range(settings.groups):
                 if not waiting:
                     waiting = draw.sample(usable, len(usable))
                 group = waiting.pop()
-                wanted = [bank[group.key][emotion] for emotion in emotions]
-                unwanted = _unwanted(group, usable, bank, emotions, step, draw)
-                own, other = _costs(model, group, wanted, unwanted, gains * mask, written, instruction)
-                ((own.sum() - settings.contrast * other.sum()) / settings.groups).backward()
-                total += own.mean().item() / settings.groups
+                shifts = draw.sample(range(1, len(emotions)), min(settings.others, len(emotions) - 1))
+                replies = [bank[group.key][emotion] for emotion in emotions]
+                costs = _costs(model, group, replies, shifts, gains * mask, written, instruction)
+                (_loss(costs, settings) / settings.groups).backward()
+                total += costs[0].mean().item() / settings.groups
+                apart += (costs[1:] - costs[0]).mean().item() / settings.groups
             optimiser.step()
             optimiser.zero_grad()
             curve.append(round(total, 4))
+            margin.append(round(apart, 4))
             advance(1)
-    return Gains((gains.detach() * mask).cpu(), tuple(curve))
+    return Gains((gains.detach() * mask).cpu(), tuple(curve), tuple(margin))
+
+
+def _loss(costs: Tensor, settings: GainSettings) -> Tensor:
+    """What is minimised. costs: [1 + other, emotion], the wanted reply first."""
+    preference = softplus(settings.sharpness * (costs[0] - costs[1:])).mean(0)
+    return (costs[0] + settings.preference * preference).sum()
 
 
 def _reader(model: Model, dtype: str) -> Model:
@@ -141,29 +153,22 @@ def _written(model: Model, z_delta: Tensor) -> Tensor:
     return torch.stack([torch.einsum("ehd,hdm->ehm", heads[:, i], model.w_o(i).float()) for i in range(model.shape.n_layers)], 1)
 
 
-def _unwanted(group: Group, groups: Sequence[Group], bank: Bank, emotions: Sequence[str], step: int, draw: random.Random) -> list[str]:
-    """For each emotion a reply that its circuit should not make likely: in even steps another emotion's to the same prompt, in odd
-    ones the same emotion's to another scenario."""
-    n = len(emotions)
-    elsewhere = [other for other in groups if other.key.scenario != group.key.scenario]
-    if step % 2 and elsewhere:
-        other = draw.choice(elsewhere)
-        return [bank[other.key][emotion] for emotion in emotions]
-    shift = 1 + (step // 2) % (n - 1)  # every other emotion takes its turn
-    return [bank[group.key][emotions[(e + shift) % n]] for e in range(n)]
-
-
 def _costs(
-    model: Model, group: Group, wanted: Sequence[str], unwanted: Sequence[str], gains: Tensor, written: Tensor, instruction: str
-) -> tuple[Tensor, Tensor]:
-    """Mean nats per token, under each emotion's circuit, of its wanted and its unwanted reply. Shapes [emotion].
+    model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], gains: Tensor, written: Tensor, instruction: str
+) -> Tensor:
+    """Mean nats per token, under each emotion's circuit, of its own reply and of those that stand `shifts` further in the list of
+    emotions. Shape [1 + shift, emotion].
 
     One forward pass: the prompt stands once, all replies behind it see it but not each other.
+
+    Args:
+        replies: one per emotion.
     """
-    n = len(wanted)
+    n = len(replies)
     prompt = model.prompt_ids(plain(group.text, instruction))
     ending = [model.tokenizer.eos_token_id] if model.tokenizer.eos_token_id is not None else []
-    segments = [(e, model.text_ids(text) + ending) for texts in (wanted, unwanted) for e, text in enumerate(texts)]
+    texts = [model.text_ids(reply) + ending for reply in replies]
+    segments = [(emotion, texts[(emotion + shift) % n]) for shift in (0, *shifts) for emotion in range(n)]
     ids, positions, owner, vector, target = list(prompt[:-1]), list(range(len(prompt) - 1)), [0] * (len(prompt) - 1), [], []
     for number, (emotion, reply) in enumerate(segments, start=1):
         ids += [prompt[-1], *reply[:-1]]
@@ -182,8 +187,7 @@ def _costs(
     logits = model.logits(hidden[0, len(prompt) - 1 :]).float()
     costs = cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
     sizes = [len(reply) for _, reply in segments]
-    means = torch.stack([part.mean() for part in costs.split(sizes)])
-    return means[:n], means[n:]
+    return torch.stack([part.mean() for part in costs.split(sizes)]).view(-1, n)
 
 
 def _edits(gains: Tensor, written: Tensor, start: int, vector: Sequence[int]) -> Mapping[Site, Edit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from emosteer.gains import Gains, GainSettings, learn_gains, strongest_mask, wit
 from emosteer.model import Model
 from emosteer.naming import spare_names
 from emosteer.prompts import plain
-from emosteer.scenarios import Bank, Group
+from emosteer.scenarios import Group
 from emosteer.sites import ATTN_OUT, Head
 from tests import reference
 from tests.conftest import build, small_data
@@ -70,33 +71,38 @@ def cost_by_hand(model: Model, group: Group, reply: str, z: Tensor, gain: Tensor
     return float(cross_entropy(logits.double(), torch.tensor(tokens)))
 
 
-def costs(model: Model, group: Group, wanted: Sequence[str], unwanted: Sequence[str], gain: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    return gains._costs(model, group, wanted, unwanted, gain, gains._written(model, z), INSTRUCTION)
+def costs(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], gain: Tensor, z: Tensor) -> Tensor:
+    return gains._costs(model, group, replies, shifts, gain, gains._written(model, z), INSTRUCTION)
 
 
 def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) -> None:
     z, gain = contrast(family), random_gains()
-    for group, other in zip(GROUPS[:3], GROUPS[4:7], strict=True):
-        wanted, unwanted = [BANK[group.key][e] for e in EMOTIONS], [BANK[other.key][e] for e in EMOTIONS]
-        found = costs(family, group, wanted, unwanted, gain, z)
-        for row, texts in zip(found, (wanted, unwanted), strict=True):
+    for group in GROUPS[:3]:
+        replies = [BANK[group.key][e] for e in EMOTIONS]
+        found = costs(family, group, replies, (2, 1), gain, z)
+        assert found.shape == (3, 3)
+        for row, shift in zip(found, (0, 2, 1), strict=True):
+            texts = [replies[(e + shift) % 3] for e in range(3)]
             by_hand = [cost_by_hand(family, group, text, z[e], gain[e]) for e, text in enumerate(texts)]
             assert row.tolist() == pytest.approx(by_hand, abs=1e-4)
             unsteered = [cost_by_hand(family, group, text, z[e], 0 * gain[e]) for e, text in enumerate(texts)]
-            assert min(abs(a - b) for a, b in zip(by_hand, unsteered, strict=True)) > 1e-3, "the edits are felt"
+            assert min(abs(a - b) for a, b in zip(by_hand, unsteered, strict=True)) > 3e-4, "the edits are felt"
 
 
 def test_a_reply_does_not_feel_the_others(tiny: Model) -> None:
     z, gain, group = contrast(tiny), random_gains(), GROUPS[0]
     wanted = [BANK[group.key][e] for e in EMOTIONS]
-    first = costs(tiny, group, wanted, wanted, gain, z)
+    first = costs(tiny, group, wanted, (1, 2), gain, z)
     changed = gain.clone()
     changed[2] *= -3
-    second = costs(tiny, group, [*wanted[:2], "cry alone"], ["never", wanted[1], "dance"], changed, z)
-    torch.testing.assert_close(first[0][:2], second[0][:2], atol=1e-5, rtol=0)
-    torch.testing.assert_close(first[1][1], second[1][1], atol=1e-5, rtol=0)
-    assert (first[0][2] - second[0][2]).abs() > 1e-2 and (first[1][0] - second[1][0]).abs() > 1e-2
-    torch.testing.assert_close(*first, atol=1e-5, rtol=0)  # wanted and unwanted replies are read alike
+    second = costs(tiny, group, [*wanted[:2], "cry alone"], (1, 2), changed, z)
+    same = [(0, 0), (0, 1), (1, 0), (2, 1)]  # emotions 0 and 1 with the replies of emotions 0 and 1
+    for place in same:
+        torch.testing.assert_close(first[place], second[place], atol=1e-5, rtol=0)
+    felt = [place for place in ((0, 2), (1, 1), (1, 2), (2, 0), (2, 2))]
+    assert all((first[place] - second[place]).abs() > 1e-2 for place in felt)
+    alike = costs(tiny, group, [wanted[0]] * 3, (1, 2), gain, z)
+    torch.testing.assert_close(alike[0].expand(3, -1), alike, atol=1e-5, rtol=0)  # wanted and other replies are read alike
 
 
 def test_a_group_wider_than_the_sliding_window_is_still_exact() -> None:
@@ -107,22 +113,27 @@ def test_a_group_wider_than_the_sliding_window_is_still_exact() -> None:
     texts = [bank[group.key][e] for e in emotions]
     prompt = len(gemma.prompt_ids(plain(group.text, INSTRUCTION)))
     assert prompt + 2 * sum(len(gemma.text_ids(text)) + 1 for text in texts) > gemma.hf.config.sliding_window == 64
-    found = costs(gemma, group, texts, texts, gain, z)[0].tolist()
+    found = costs(gemma, group, texts, (1,), gain, z)[0].tolist()
     assert found == pytest.approx([cost_by_hand(gemma, group, text, z[e], gain[e]) for e, text in enumerate(texts)], abs=1e-4)
     room = 64 - prompt  # of a reply and its end, the last token of which is not read
     fits = ["we " * room, *texts[1:]]
-    row = costs(gemma, group, fits, texts, gain, z)[0].tolist()
+    row = costs(gemma, group, fits, (1,), gain, z)[0].tolist()
     assert row == pytest.approx([cost_by_hand(gemma, group, text, z[e], gain[e]) for e, text in enumerate(fits)], abs=1e-4)
     with pytest.raises(DataError, match="65 tokens do not fit the sliding window of tiny-gemma3 .64.; use --gain-steps 0"):
-        costs(gemma, group, ["we " * (room + 1), *texts[1:]], texts, gain, z)
+        costs(gemma, group, ["we " * (room + 1), *texts[1:]], (1,), gain, z)
 
 
-def test_gradients_are_the_slopes_of_the_cost() -> None:
-    model = double("llama")
+def loss_by_hand(costs: Sequence[float], weight: float, sharpness: float) -> float:
+    """Of one emotion. costs: of the wanted reply, then of the other emotions'."""
+    own, *others = costs
+    return own + weight * sum(math.log(1 + math.exp(sharpness * (own - other))) for other in others) / len(others)
+
+
+def test_gradients_are_the_slopes_of_the_loss() -> None:
+    model, settings = double("llama"), GainSettings(preference=2.0, sharpness=1.5)
     z, gain, group = contrast(model), random_gains().requires_grad_(), GROUPS[1]
-    wanted, unwanted = [BANK[group.key][e] for e in EMOTIONS], [BANK[GROUPS[5].key][e] for e in EMOTIONS]
-    own, other = costs(model, group, wanted, unwanted, gain, z)
-    slopes = torch.autograd.grad(own.sum() - 0.3 * other.sum(), gain)[0]
+    replies = [BANK[group.key][e] for e in EMOTIONS]
+    slopes = torch.autograd.grad(gains._loss(costs(model, group, replies, (1, 2), gain, z), settings), gain)[0]
     found, by_hand, draw, dose = [], [], random.Random(0), 1e-3
     for _ in range(12):
         e, layer, head = draw.randrange(3), draw.randrange(3), draw.randrange(4)
@@ -130,31 +141,29 @@ def test_gradients_are_the_slopes_of_the_cost() -> None:
         for sign in (1, -1):
             moved = gain.detach().double()[e]
             moved[layer, head] += sign * dose
-            mine, others = (cost_by_hand(model, group, texts[e], z[e], moved) for texts in (wanted, unwanted))
-            sides.append(mine - 0.3 * others)
+            some = [cost_by_hand(model, group, replies[(e + shift) % 3], z[e], moved) for shift in (0, 1, 2)]
+            sides.append(loss_by_hand(some, 2.0, 1.5))
         found.append(slopes[e, layer, head].item())
         by_hand.append((sides[0] - sides[1]) / (2 * dose))
     assert found == pytest.approx(by_hand, abs=1e-4)
     assert max(map(abs, by_hand)) > 0.05
 
 
-def test_what_is_unwanted_takes_turns() -> None:
-    bank: Bank = {group.key: {e: f"{group.key} {e}" for e in EMOTIONS} for group in GROUPS}
-    group, draw = GROUPS[4], random.Random(0)
-    seen = {e: set[str]() for e in EMOTIONS}
-    for step in range(0, 4, 2):
-        for emotion, text in zip(EMOTIONS, gains._unwanted(group, GROUPS, bank, EMOTIONS, step, draw), strict=True):
-            seen[emotion].add(text)
-    assert seen == {e: {f"{group.key} {other}" for other in EMOTIONS if other != e} for e in EMOTIONS}, "every other emotion"
-    keys = set()
-    for _ in range(40):
-        texts = gains._unwanted(group, GROUPS, bank, EMOTIONS, 1, draw)
-        assert [text.split()[1] for text in texts] == list(EMOTIONS) and len({text.split()[0] for text in texts}) == 1
-        keys.add(texts[0].split()[0])
-    assert keys == {str(other.key) for other in GROUPS if other.key.scenario != group.key.scenario}, "of another scenario"
-    alone = GROUPS[3:6]
-    assert len({other.key.scenario for other in alone}) == 1
-    assert all(text.split()[0] == str(group.key) for text in gains._unwanted(group, alone, bank, EMOTIONS, 1, draw))
+def test_every_other_emotion_is_compared_with(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    usual = gains._costs
+
+    def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], *rest: Any) -> Tensor:
+        seen.append(tuple(shifts))
+        assert list(replies) == [BANK[group.key][e] for e in EMOTIONS]
+        return usual(model, group, replies, shifts, *rest)
+
+    monkeypatch.setattr(gains, "_costs", watched)
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=2, others=1))
+    assert {shift for shifts in seen for shift in shifts} == {1, 2} and all(len(shifts) == 1 for shifts in seen)
+    seen.clear()
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2, others=5))
+    assert all(sorted(shifts) == [1, 2] for shifts in seen), "no more than there are"
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -182,6 +191,7 @@ def test_learning_makes_the_wanted_replies_likelier(tiny: Model, learned: tuple[
     swapped = mean_cost(tiny, z, found.values.roll(1, 0))
     assert after < swapped, "each emotion's gains are its own"
     assert len(found.curve) == 24 and sum(found.curve[-6:]) / 6 < sum(found.curve[:6]) / 6 - 0.1
+    assert len(found.margin) == 24 and sum(found.margin[-6:]) / 6 > sum(found.margin[:6]) / 6 + 0.1
 
 
 def test_the_curve_is_the_cost_of_the_wanted_replies(tiny: Model) -> None:
@@ -190,6 +200,12 @@ def test_the_curve_is_the_cost_of_the_wanted_replies(tiny: Model) -> None:
     exact = GainSettings(steps=1, groups=9, start=0.7, keep=1.0, dtype="float32")
     found = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, exact)
     assert list(found.curve) == pytest.approx([mean_cost(tiny, z, torch.full((3, 3, 4), 0.7))], abs=1e-3)
+    start, apart = torch.full((3, 4), 0.7), []
+    for group in GROUPS:
+        for e, emotion in enumerate(EMOTIONS):
+            cost = {other: cost_by_hand(tiny, group, BANK[group.key][other], z[e], start) for other in EMOTIONS}
+            apart += [cost[other] - cost[emotion] for other in EMOTIONS if other != emotion]
+    assert list(found.margin) == pytest.approx([sum(apart) / len(apart)], abs=1e-3)
 
 
 def test_a_float32_model_is_read_in_lower_precision_and_not_changed(tiny: Model) -> None:
@@ -197,7 +213,7 @@ def test_a_float32_model_is_read_in_lower_precision_and_not_changed(tiny: Model)
     rough = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, few)
     exact = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, replace(few, dtype="float32"))
     assert few.dtype == "bfloat16" and tiny.dtype == torch.float32 and rough.values.dtype == torch.float32
-    assert not torch.equal(rough.values, exact.values) and rough.curve == pytest.approx(exact.curve, abs=0.05)
+    assert not torch.equal(rough.values, exact.values) and rough.curve == pytest.approx(exact.curve, abs=0.15)
     copied = gains._reader(tiny, "bfloat16")
     assert copied.dtype == torch.bfloat16 and copied.hf is not tiny.hf
     assert gains._reader(tiny, "float32") is tiny and gains._reader(copied, "bfloat16") is copied
@@ -397,7 +413,7 @@ def test_measures_are_of_what_the_circuit_really_adds(tiny: Model, directions: D
     """Known gains instead of learned ones, injected by bare hooks; against the plain contrast of all heads at the same length."""
     values = torch.zeros(3, 3, 4)
     values[:, 1, 2], values[:, 2, 0], values[:, 0, 3] = 1.5, -2.0, 0.5
-    monkeypatch.setattr(assembly, "learn_gains", lambda *_: Gains(values, (1.0,)))
+    monkeypatch.setattr(assembly, "learn_gains", lambda *_: Gains(values, (1.0,), (0.0,)))
     circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings())
     v_ref = reference_directions(directions, stable_band(directions))
     case = Case(tiny, directions, GROUPS, prompt_samples(tiny, GROUPS, 2, 3, INSTRUCTION), v_ref)
