@@ -98,7 +98,9 @@ def _write(to: str, steering: Steering, out: Path, dtype: str, limit: int, force
         from emosteer.export.checkpoint import export_checkpoint
 
         return export_checkpoint(steering, out, precision=dtype, shard_size=limit, force=force)
-    raise UsageError(f"--to {to} is not there yet")
+    from emosteer.export.llamacpp import export_control_vector, export_gguf_model
+
+    return (export_control_vector if to == "gguf" else export_gguf_model)(steering, out, force=force)
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -106,6 +108,15 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     dial = f" (intensity {facts['intensity']:g})" if facts["intensity"] is not None else ""
     first = f"{facts['model']}, {facts['emotion']} at strength {facts['strength']:g}{dial} -> {facts['out']}"
     where = shlex.quote(facts["out"])
-    rounding = f"biases in {facts['dtype']}, rounded by at most {facts['bias_rounding']:.1e} of the largest"
-    lines = [f"{facts['shards']} weights file(s), {facts['bytes'] / 1e6:,.0f} MB, {rounding}", f"serve it: vllm serve {where}"]
-    return [first, *lines]
+    if facts["kind"] == "checkpoint":
+        rounding = f"biases in {facts['dtype']}, rounded by at most {facts['bias_rounding']:.1e} of the largest"
+        lines = [f"{facts['shards']} weights file(s), {facts['bytes'] / 1e6:,.0f} MB, {rounding}", f"serve it: vllm serve {where}"]
+    elif facts["kind"] == "gguf":
+        first_layer, last = facts["layers"]
+        lines = [
+            f"layers {first_layer} to {last}; an approximation: a layer's MLP does not see what its attention adds (docs/EXPORT.md)",
+            f"use it: llama-cli -m MODEL.gguf --control-vector {where}",
+        ]
+    else:
+        lines = [f"{facts['biases']} biases, {facts['bytes'] / 1e6:,.0f} MB, tensors as they were", f"serve it: llama-server -m {where}"]
+    return [first, *lines, "a bias or a control vector acts on the prompt's tokens too; `generate` steers where the reply is written"]

@@ -29,7 +29,7 @@ biases it is the original model.
 ## What to expect
 - It loads and is served like any Llama: `vllm serve THIS_FOLDER`, or `AutoModelForCausalLM.from_pretrained("THIS_FOLDER")`.
 - `emosteer generate` adds the circuit only where reply tokens are written (the prompt's last position and the reply); a bias acts at
-  every position, so texts differ a little from those of `emosteer generate` at the same strength.
+  every position, so its texts are not those of `emosteer generate` at the same strength. An intensity was calibrated with the latter.
 - It expresses an emotion because it was made to. It feels nothing, and it was not tested for any use in care or counselling.
 
 ## Licence
