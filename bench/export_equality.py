@@ -1,4 +1,4 @@
-"""Is an exported checkpoint the steered model? Logits of the folder in plain transformers against the built-in engine, float32, all positions.
+"""Is an exported checkpoint the steered model? Its logits in plain transformers against the built-in engine, float32, all positions.
 
     python bench/export_equality.py --model smollm2-135m
     python bench/export_equality.py --model MODEL.gguf --random      # without a circuit: random contrasts, for the arithmetic alone
