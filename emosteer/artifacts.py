@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,22 @@ class Provenance:
     data: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+
+class Identified(Protocol):
+    """What says which weights are meant: a loaded `Model`, or the `Weights` that one would be loaded from.
+
+    reference: what the user called them, for commands in messages.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def reference(self) -> str: ...
 
 
 def versions() -> dict[str, str]:

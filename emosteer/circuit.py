@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emosteer import artifacts
-from emosteer.artifacts import Provenance
+from emosteer.artifacts import Identified, Provenance
 from emosteer.dial import check_intensity, strength_for
 from emosteer.errors import ArtifactError, UsageError, suggest
 from emosteer.model import Model
@@ -86,6 +86,10 @@ class Circuit:
         kept = self.residual_strength if residual_strength is None else residual_strength
         return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
 
+    def default_strength(self, emotion: str) -> float:
+        """The strength of an emotion when none is asked for."""
+        return round(self.strength[self.index(emotion)].item(), 6)
+
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has fitted the intensity dial."""
@@ -122,7 +126,7 @@ class Circuit:
         artifacts.save(path, KIND, fields, {name: getattr(self, name) for name in names}, self.provenance)
 
     @classmethod
-    def load(cls, path: Path, model: Model | None = None) -> Circuit:
+    def load(cls, path: Path, model: Identified | None = None) -> Circuit:
         """Reads the artefact back.
 
         Args:

@@ -12,6 +12,7 @@ from emosteer import __version__
 from emosteer.cli_build import build
 from emosteer.cli_calibrate import calibrate
 from emosteer.cli_evaluate import evaluate
+from emosteer.cli_export import export
 from emosteer.cli_generate import generate
 from emosteer.cli_judge import judge
 from emosteer.cli_models import models
@@ -40,6 +41,7 @@ app.command()(evaluate)
 app.command()(report)
 app.command()(inspect)
 app.command()(generate)
+app.command()(export)
 app.command()(judge)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emosteer.dial import check_intensity
-from emosteer.errors import ArtifactError, DataError, UsageError, suggest
-from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
+from emosteer.errors import DataError, UsageError, suggest
+from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite, one_of
 from emosteer.prompts import INSTRUCTION, METHODS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
 
@@ -66,7 +64,7 @@ def generate(
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     from emosteer.model import Model
-    from emosteer.pipeline import find_circuit, make_circuit, require_circuit
+    from emosteer.pipeline import find_circuit, make_circuit, require_circuit, require_dial
     from emosteer.writing import Writer
 
     if method == "prompt" and emotion is not None and circuit is None:
@@ -79,10 +77,8 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     elif method == "prompt" and circuit is not None:
         found = require_circuit(loaded, circuit, root)
-    if found and intensity is not None and not found[0].calibrated:
-        command = f"emosteer calibrate --model {shlex.quote(loaded.reference)}"
-        command += f" --circuit {shlex.quote(str(circuit))}" if circuit is not None else ""
-        raise ArtifactError(f"the circuit {found[1]} is not calibrated; run `{command}` first, or use --strength")
+    if found and intensity is not None:
+        require_dial(loaded, found, circuit)
     known = found[0].emotions if found else EMOTIONS
     wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
     dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
@@ -92,13 +88,9 @@ def generate(
 
 
 def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
-    if intensity is None:
-        return
-    if strength is not None:
-        raise UsageError("expected --intensity or --strength, found both")
-    if method != "circuit":
+    if intensity is not None and strength is None and method != "circuit":
         raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method circuit")
-    check_intensity(intensity)
+    one_of(intensity, strength)
 
 
 def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
@@ -164,7 +156,7 @@ def _jobs(
     for emotion in emotions:
         how = dialled.get(emotion, strength)
         if how is None and circuit is not None and method == "circuit":
-            how = round(circuit.strength[circuit.index(emotion)].item(), 6)
+            how = circuit.default_strength(emotion)
         elif how is None and circuit is not None and method == "residual":
             how = circuit.residual_strength
         key = group.key

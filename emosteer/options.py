@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emosteer.dial import check_intensity
 from emosteer.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -36,3 +37,16 @@ def finite(value: float | None, name: str) -> float | None:
     if value is not None and not math.isfinite(value):
         raise UsageError(f"expected {name} to be a finite number, found {value}")
     return value
+
+
+def one_of(intensity: float | None, strength: float | None) -> None:
+    """Checks how much was asked for: an intensity from 0 to 100, or a strength, or neither.
+
+    Raises:
+        UsageError: for both, or an intensity outside the dial.
+    """
+    if intensity is None:
+        return
+    if strength is not None:
+        raise UsageError("expected --intensity or --strength, found both")
+    check_intensity(intensity)

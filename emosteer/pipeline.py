@@ -13,6 +13,7 @@ from emosteer.progress import note
 from emosteer.scenarios import EMOTIONS, Bank, Group, data_path, groups_of, read_bank, read_scenarios, split, spread
 
 if TYPE_CHECKING:
+    from emosteer.artifacts import Identified
     from emosteer.circuit import Circuit
     from emosteer.directions import Directions
     from emosteer.model import Model
@@ -93,7 +94,7 @@ def packaged_circuit(model_name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def find_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) -> tuple[Circuit, Path] | None:
+def find_circuit(model: Identified, given: Path | None, root: Path = ARTIFACTS) -> tuple[Circuit, Path] | None:
     """The circuit to steer with: the given file, else the model's own in `artifacts/`, else the shipped one.
 
     Raises:
@@ -109,7 +110,7 @@ def find_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) -> tu
     return None
 
 
-def require_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
+def require_circuit(model: Identified, given: Path | None, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     """As `find_circuit`, with the commands that make a circuit where there is none.
 
     Raises:
@@ -123,6 +124,18 @@ def require_circuit(model: Model, given: Path | None, root: Path = ARTIFACTS) ->
             f"`emosteer circuit --model {name}`, or add --auto to have it made now"
         )
     return found
+
+
+def require_dial(model: Identified, found: tuple[Circuit, Path], given: Path | None) -> None:
+    """Refuses an intensity where the circuit has no dial.
+
+    Raises:
+        ArtifactError: with the command that calibrates it.
+    """
+    if not found[0].calibrated:
+        command = f"emosteer calibrate --model {shlex.quote(model.reference)}"
+        command += f" --circuit {shlex.quote(str(given))}" if given is not None else ""
+        raise ArtifactError(f"the circuit {found[1]} is not calibrated; run `{command}` first, or use --strength")
 
 
 def ensure_directions(model: Model, places: Places, data: Data) -> Directions:

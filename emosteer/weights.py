@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vo
 class Weights:
     """A local folder that transformers can load.
 
-    sha256: of the weights, wherever the folder lies. source: "packaged", "gguf", "folder" or "hub".
+    sha256: of the weights, wherever the folder lies. source: "packaged", "gguf", "folder" or "hub". reference: what the user wrote.
     """
 
     name: str
     path: Path
     sha256: str
     source: str
+    reference: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,33 @@ def resolve(reference: str, *, progress: Say | None = None) -> Weights:
     Raises:
         ModelError: if they cannot be found, fetched, converted or trusted, or the cache cannot be written.
     """
-    say = progress or silent
-    packaged = {alias.lower(): model for model in PACKAGED for alias in (model.name, *model.aliases)}
+    return replace(_resolve(reference, progress or silent), reference=reference)
+
+
+def gguf_file(reference: str, *, progress: Say | None = None) -> Path | None:
+    """The GGUF file that a reference stands for: itself, the one in a folder, or a packaged model's. None if it stands for none.
+
+    Raises:
+        ModelError: if a packaged model cannot be fetched.
+    """
+    path = Path(reference).expanduser()
+    with _readable(reference):
+        if model := _packaged().get(reference.lower()):
+            room = cache_dir() / "downloads"
+            room.mkdir(parents=True, exist_ok=True)
+            return packages.packaged_file(model, room / model.file, progress or silent)
+        if path.is_dir() and not (path / "config.json").is_file():
+            files = sorted(path.glob("*.gguf"))
+            return files[0] if len(files) == 1 else None
+        return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _packaged() -> dict[str, Packaged]:
+    return {alias.lower(): model for model in PACKAGED for alias in (model.name, *model.aliases)}
+
+
+def _resolve(reference: str, say: Say) -> Weights:
+    packaged = _packaged()
     with _readable(reference):
         if model := packaged.get(reference.lower()):
             path = converted(lambda folder: packages.packaged_file(model, folder, say), model.sha256, model.name, say)

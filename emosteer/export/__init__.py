@@ -1,0 +1,1 @@
+"""A circuit at one strength, written for other engines: a plain checkpoint, a llama.cpp control vector, a GGUF model."""
