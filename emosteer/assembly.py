@@ -399,7 +399,8 @@ def assemble(
     return circuit
 
 
-#: Strength of a circuit that nobody has calibrated (FINDINGS: 2 to 4 on every model tried); residual steering in rms.
+#: Strength of a ranked circuit that nobody has calibrated (2 to 4 on every model tried; learned gains are learned at strength 1);
+#: residual steering in rms.
 DEFAULT_STRENGTH, DEFAULT_RESIDUAL_STRENGTH = 3.0, 1.0
 
 
@@ -439,7 +440,7 @@ def _circuit(
         z_delta=z_delta,
         neuron_index=index,
         neuron_delta=mlp_delta[tuple(index.T)],
-        strength=torch.full((len(sets),), DEFAULT_STRENGTH),
+        strength=torch.full((len(sets),), 1.0 if "gains" in metrics else DEFAULT_STRENGTH),
         importance=importance,
         vectors=directions.at(RESID_POST),
         rms=directions.rms[post],

@@ -223,7 +223,7 @@ def circuit(
     replies: RepliesOption = None,
     gain_steps: Annotated[
         int, typer.Option(min=0, help="Steps of learning how much each head adds, on the reply bank; 0 ranks heads instead.")
-    ] = 48,
+    ] = 40,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = 0.5,
     strength: Annotated[
         str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)

@@ -38,7 +38,7 @@ class GainSettings:
     model is read in meanwhile (a copy; half the time, and one number per head does not need more), "float32" for none.
     """
 
-    steps: int = 48
+    steps: int = 40
     groups: int = 4
     rate: float = 0.3
     start: float = 2.0

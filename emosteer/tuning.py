@@ -23,9 +23,11 @@ from emosteer.writing import Job, Writer
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """strengths: tried in rising order; tolerance: nats per token; residual_strengths: the same for the comparison method."""
+    """strengths: tried in rising order; learned_strengths: those of a circuit with learned gains, never above 1, which they were learned
+    at; residual_strengths: the same for the comparison method; tolerance: nats per token."""
 
     strengths: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
+    learned_strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
     residual_strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     tolerance: float = 0.08
     n_prompts: int = 8
@@ -60,7 +62,8 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
     if not groups:
         raise DataError("no scenario-event to tune the strength on; check the scenario file")
     chosen = sorted(groups, key=lambda group: stable_share(f"tune/{group.key}", settings.seed))[: settings.n_prompts]
-    grids = {"circuit": settings.strengths, "residual": settings.residual_strengths}
+    own = settings.learned_strengths if "gains" in circuit.metrics else settings.strengths
+    grids = {"circuit": own, "residual": settings.residual_strengths}
     curves: dict[str, dict[float, float]] = {}
     with bar("tuning strength (points)", 1 + sum(map(len, grids.values()))) as advance:
         unsteered = _cost(model, circuit, chosen, "none", 0.0, settings)

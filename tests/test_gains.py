@@ -394,6 +394,7 @@ def test_the_circuit_adds_its_gains_times_the_contrast(tiny: Model, directions: 
         lift = lifts(tiny, circuit.z_delta[e], emotion).abs().max()
         assert lift < 1e-5 if spare else lift > 0.02
     assert len(circuit.neuron_index) == 0 and torch.equal(directions.z.mean, before)
+    assert circuit.strength.tolist() == [1.0, 1.0, 1.0], "what was learned"
     assert circuit.metrics["gains"]["steps"] == 4 and len(circuit.metrics["gains"]["curve"]) == 4
 
 

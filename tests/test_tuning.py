@@ -146,6 +146,10 @@ def test_where_all_is_too_much_the_weakest_is_taken(tiny: Model, circuit: Circui
     monkeypatch.setattr(tuning, "_cost", lambda model, circuit, groups, method, strength, settings: 1.0 + strength)
     tuned = tune_strength(tiny, circuit, groups, SMALL)
     assert tuned.strength.tolist() == [1.0, 1.0] and tuned.residual_strength == 0.5
+    monkeypatch.setattr(tuning, "_cost", lambda *_: 1.0)
+    learned = replace(circuit, metrics={**circuit.metrics, "gains": {}})
+    assert tune_strength(tiny, learned, groups, SMALL).strength.tolist() == [1.0, 1.0], "never above what gains are learned at"
+    assert tune_strength(tiny, circuit, groups, SMALL).strength.tolist() == [9.0, 9.0]
 
 
 def test_tuning_keeps_the_rest_of_the_circuit(tiny: Model, circuit: Circuit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
