@@ -76,7 +76,9 @@ def extract(
     from emosteer.extract import Settings, finish_checkpoint
     from emosteer.extract import extract as run
     from emosteer.model import Model
+    from emosteer.workers import join
 
+    crew = join()
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     target = out or places.directions
@@ -84,7 +86,7 @@ def extract(
     settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
     bank = _own_bank(loaded, data, wanted, target, settings, fresh) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
-    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh)
+    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
     found.save(target)
     finish_checkpoint(checkpoint)
     from emosteer.summaries import directions_summary, print_directions
