@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from emosteer.model import Model
     from emosteer.pipeline import Data, Places
     from emosteer.scenarios import Bank
+    from emosteer.workers import Crew
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
 DirectionsOption = Annotated[
@@ -84,7 +85,7 @@ def extract(
     target = out or places.directions
     tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
     settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
-    bank = _own_bank(loaded, data, wanted, target, settings, fresh) if own else data.bank
+    bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
     found.save(target)
@@ -95,7 +96,7 @@ def extract(
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_directions(summary)
 
 
-def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, settings: Settings, fresh: bool) -> Bank:
+def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, settings: Settings, fresh: bool, crew: Crew) -> Bank:
     """The model's own replies, written beside the directions (`own-replies.jsonl`), and those that pass the filter
     (`own-bank.jsonl`, which `ablate --replies` takes)."""
     from emosteer.files import sha256_file, write_jsonl
@@ -103,7 +104,7 @@ def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path,
     from emosteer.progress import note
 
     file, kept = target.with_name("own-replies.jsonl"), target.with_name("own-bank.jsonl")
-    bank, reasons = own_bank(model, data.groups, emotions, file, settings.instruction, seed=settings.seed, fresh=fresh)
+    bank, reasons = own_bank(model, data.groups, emotions, file, settings.instruction, seed=settings.seed, fresh=fresh, crew=crew)
     rows = [
         {"skeleton_id": key.scenario, "valence": key.valence, "emotion": emotion, "text": text}
         for key, replies in bank.items()

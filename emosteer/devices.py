@@ -8,17 +8,21 @@ import ctypes
 import torch
 
 from emosteer.errors import UsageError, says_out_of_memory
+from emosteer.workers import local_rank
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
+    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists. "auto" gives each process of `torchrun` a GPU of its own.
 
     Raises:
         UsageError: if the name is unknown or the device is not there.
     """
     if device == "auto":
+        own = local_rank()
+        if own is not None and torch.cuda.is_available():  # more processes than GPUs: they share
+            return torch.device("cuda", own % torch.cuda.device_count())
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
