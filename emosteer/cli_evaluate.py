@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from emosteer.evaluation import EvaluationSettings
     from emosteer.jury import Jury
     from emosteer.model import Model
+    from emosteer.workers import Crew
 
 DOSES = "0.25,0.5,0.75,1,1.25,1.5,1.75"
 #: A look, not a result: minutes on the default model.
@@ -103,16 +104,24 @@ def evaluate(
     from emosteer.model import Model
     from emosteer.pipeline import Places, require_circuit
     from emosteer.standings import print_evaluation
+    from emosteer.workers import join
 
-    panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    crew = join()
+    # one process judges: opinions may cost money, and what a local judge says depends on the texts that it reads together
+    panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device) if crew.lead else None
     loaded = Model.load(model, device=device, dtype=dtype)
     found, path = require_circuit(loaded, circuit, root)
     places = Places.of(loaded.name, root)
     folder = out or places.folder / "evaluation"
     settings, known = _with_directions(settings, loaded, found, directions, places.directions, methods is not None)
-    contest = _contest(loaded, found, known, settings, decoding, batch_size, folder)
+    contest = _contest(loaded, found, known, settings, decoding, batch_size, folder, crew)
+    if panel is None:
+        contest.serve()
+        return
+    contest.adopt()
     jury = panel(KeyedLog(folder / "opinions.jsonl"))
     body, rows = hold(contest, jury, splits.dev, splits.test, _defaults(found, settings), settings)
+    crew.tell("over")
     result = {
         "schema": 1,
         "kind": "evaluation",
@@ -196,10 +205,12 @@ def _contest(
     decoding: Any,
     batch_size: int,
     folder: Path,
+    crew: Crew,
 ) -> Contest:
     from emosteer.contest import Contest
     from emosteer.controls import added_key, vectors_of
     from emosteer.jsonl import KeyedLog
+    from emosteer.workers import part
 
     return Contest(
         model=model,
@@ -208,8 +219,9 @@ def _contest(
         added={m: added_key(circuit, directions, m, settings.seed) for m in settings.methods},
         decoding=decoding,
         instruction=circuit.instruction,
-        replies=KeyedLog(folder / "replies.jsonl"),
+        replies=KeyedLog(part(folder / "replies.jsonl", crew.rank)),
         batch_size=batch_size,
+        crew=crew,
     )
 
 

@@ -188,9 +188,7 @@ def _jobs(
     return jobs
 
 
-def _write(
-    writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew
-) -> None:
+def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew) -> None:
     from emosteer.files import sha256_file
     from emosteer.progress import bar
     from emosteer.writing import row_of, write_file

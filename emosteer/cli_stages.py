@@ -171,11 +171,14 @@ def ablate(
         _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
     )
     from emosteer.files import sha256_file
+    from emosteer.gathering import clear
     from emosteer.model import Model
     from emosteer.pipeline import Places, read_data
-    from emosteer.scores import AblateSettings
+    from emosteer.scores import AblateSettings, pieces_of
     from emosteer.scores import ablate as run
+    from emosteer.workers import join, parts
 
+    crew = join()
     loaded = Model.load(model, device=device, dtype=dtype)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
@@ -193,11 +196,12 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    scores = run(
-        loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents={"directions": sha256_file(path)}
-    )
+    parents = {"directions": sha256_file(path)}
+    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
     scores.save(target)
-    partial.unlink(missing_ok=True)
+    for file in (partial, *parts(partial).values()):
+        file.unlink(missing_ok=True)
+    clear(pieces_of(partial))
     from emosteer.summaries import print_scores, scores_summary
 
     summary = {"file": str(target), **scores_summary(scores, top)}

@@ -76,7 +76,8 @@ def extract(
         crew: the processes that share the work; they need a checkpoint on a disk that all see.
 
     Raises:
-        ShareDone: in every process but the first, once its share is on disk. DataError: if no group is complete. DegenerateDirection: if the data do not tell the emotions apart.
+        ShareDone: in every process but the first, once its share is on disk.
+        DataError: if no group is complete. DegenerateDirection: if the data do not tell the emotions apart.
     """
     samples, dropped = _samples(model, groups, settings, bank)
     plan = make_plan([(s.key.scenario, s.theme) for s in samples], settings.emotions, settings.holdout, settings.seed)

@@ -66,7 +66,9 @@ def refuse(command: str | None) -> None:
         UsageError: naming those that can be run by several processes.
     """
     if world() > 1 and command not in COMMANDS:
-        raise UsageError(f"`{command}` runs as one process, found {world()}; start it without torchrun ({', '.join(COMMANDS)} can be split)")
+        raise UsageError(
+            f"`{command}` runs as one process, found {world()}; start it without torchrun ({', '.join(COMMANDS)} can be split)"
+        )
 
 
 def part(path: Path, number: int) -> Path:
@@ -162,6 +164,9 @@ class Crew:
     def _put(self, name: str, word: str) -> None:
         self._ask(lambda: self._store.set(name, word))
 
+    def _there(self, name: str) -> bool:
+        return bool(self._ask(lambda: self._store.check([name])))
+
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
@@ -174,7 +179,7 @@ class Crew:
     def _wait(self, names: dict[int, str]) -> None:
         """Waits until all names (process -> name) are in the store, as long as the processes that owe them are alive."""
         start, pause = time.monotonic(), 0.005
-        while missing := [r for r, name in names.items() if not self._ask(lambda name=name: self._store.check([name]))]:
+        while missing := [r for r, name in names.items() if not self._there(name)]:
             for other in missing:
                 self._require_alive(other, start)
             time.sleep(pause)
@@ -182,7 +187,7 @@ class Crew:
 
     def _require_alive(self, other: int, since: float) -> None:
         name, now = f"emosteer/beat/{other}", time.monotonic()
-        if not self._ask(lambda: self._store.check([name])):
+        if not self._there(name):
             if now - since > START:
                 raise self._lost(f"process {other} of {self.world} has not started within {START / 60:.0f} minutes")
             return
@@ -245,7 +250,9 @@ def join() -> Crew:
         raise UsageError(f"RANK and WORLD_SIZE are set, but {error}; start it with torchrun") from error
     except RuntimeError as error:
         text = str(error).strip().splitlines()[0]
-        raise EmosteerError(f"the other processes cannot be reached ({text}); check MASTER_ADDR and MASTER_PORT, or use torchrun") from error
+        raise EmosteerError(
+            f"the other processes cannot be reached ({text}); check MASTER_ADDR and MASTER_PORT, or use torchrun"
+        ) from error
     crew = Crew(rank(), world(), store)
     crew.live()
     return crew

@@ -13,9 +13,9 @@ from torch import Tensor
 from emosteer.activations import halve_on_oom
 from emosteer.circuit import Circuit
 from emosteer.errors import EmosteerError, UsageError
-from emosteer.files import parse_jsonl, sha256_text, write_jsonl
+from emosteer.files import sha256_text, write_jsonl
 from emosteer.generation import Decoding, Reply, Request, batches, generate
-from emosteer.jsonl import JsonlLog
+from emosteer.jsonl import JsonlLog, whole_rows
 from emosteer.model import Model
 from emosteer.progress import bar, note
 from emosteer.prompts import elicit, plain
@@ -198,7 +198,8 @@ def _write_shared(writer: Writer, jobs: Sequence[Job], out: Path, run: str, crew
     crew.meet()  # all have ended the torn lines of their files
 
     def there() -> dict[str, dict[str, Any]]:
-        return {job_key(row): row for path in parts(shares_of(out)).values() for row in _whole_rows(path, run)}
+        rows = (row for path in parts(shares_of(out)).values() for row in whole_rows(path))
+        return {job_key(row): row for row in rows if row.get("run") == run}
 
     known = there()
     crew.kept = lambda: f"{len(keys) + len(there())} of {len(jobs)} replies are kept in {out} and {shares_of(out)}*"
@@ -223,12 +224,6 @@ def _write_shared(writer: Writer, jobs: Sequence[Job], out: Path, run: str, crew
     crew.meet()
     keys = _opened(out, run)[1]
     return [keys[job_key(vars(job))] for job in jobs]
-
-
-def _whole_rows(path: Path, run: str) -> list[dict[str, Any]]:
-    """Rows of another process's file; a last line that is not whole yet does not count."""
-    text = path.read_bytes().rpartition(b"\n")[0].decode()
-    return [row for _, row in parse_jsonl(text, str(path)) if row.get("run") == run]
 
 
 def job_key(row: Any) -> str:
