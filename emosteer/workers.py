@@ -8,12 +8,14 @@ run, of however many processes, goes on. The files must be on a disk that all pr
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -79,7 +81,7 @@ def part(path: Path, number: int) -> Path:
 def parts(path: Path) -> dict[int, Path]:
     """The shares that are on disk: process -> file, `path` itself included."""
     found = {0: path} if path.is_file() else {}
-    for other in path.parent.glob(f"{path.name}.rank*"):  # the pattern's own special characters match too much: the names are checked
+    for other in path.parent.glob(f"{glob.escape(path.name)}.rank*"):
         if match := re.fullmatch(re.escape(path.name) + r"\.rank(\d+)", other.name):
             found[int(match[1])] = other
     return dict(sorted(found.items()))
@@ -228,8 +230,9 @@ class Crew:
 ALONE = Crew()
 
 
+@cache
 def join() -> Crew:
-    """Joins the processes that `torchrun` started; alone where it did not.
+    """Joins the processes that `torchrun` started, once; alone where it did not.
 
     Raises:
         UsageError: if its variables are missing. EmosteerError: if the others cannot be reached.
