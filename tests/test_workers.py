@@ -6,11 +6,13 @@ Most tests run the processes as threads over torch's in-memory store, each with 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,9 +188,7 @@ def test_parts_are_found_by_their_numbers(tmp_path: Path) -> None:
 
 
 def test_sums_are_the_same_bits_however_they_are_divided_and_plain_ones_are_not() -> None:
-    """Numbers of very different size, added one by one, against exact fractions."""
-    import math
-
+    """Numbers of very different size, added one by one, against the exact sum."""
     draw = random.Random(0)
     values = [draw.gauss(0, 1) * 10 ** draw.randint(-6, 6) for _ in range(600)]
     plan = Plan(("a", "b"), (), frozenset(), 0)
@@ -348,25 +348,22 @@ def test_replies_of_other_settings_are_refused_by_all(models: list[Model], tiny:
     out = tmp_path / "out.jsonl"
     written(tiny, out)
     kept = out.read_bytes()
-    lead, _ = Crew(0, 2, HashStore()), None
+    lead = Crew(0, 2, HashStore())
     lead.meet = lambda: None  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="replies of another run"):
         written(tiny, out, lead, seed=1)
     assert out.read_bytes() == kept
 
 
-def test_a_contest_by_several_processes_has_the_same_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
+def test_a_contest_by_several_processes_has_the_same_replies(models: list[Model], tmp_path: Path) -> None:
     base = contest_setup.contest(tmp_path / "one", ("none", "circuit"), batch_size=4)
     wanted = cells_of("none", contest_setup.groups(6), {}) + cells_of("circuit", contest_setup.groups(6), {"anger": 2.0, "sadness": 1.0})
     rows = base.write(wanted, "test")
     sizes: dict[int, list[int]] = {0: [], 1: []}
 
     def work(crew: Crew) -> Any:
-        own = Model(build("llama").hf, base.model.tokenizer, base.model.name, base.model.sha256)
         log = KeyedLog(part(tmp_path / "two" / "replies.jsonl", crew.rank))
-        mine: Contest = replace(base, model=own, replies=log, crew=crew, _prompts={})
+        mine: Contest = replace(base, model=models[crew.rank], replies=log, crew=crew, _prompts={})
         real = Contest._write_batch
 
         def counting(self: Contest, cells: Any, keys: Any, kept: Any) -> None:
@@ -383,7 +380,9 @@ def test_a_contest_by_several_processes_has_the_same_replies(tmp_path: Path, mon
         return found
 
     found = together(2, work)
-    assert found[0] == (rows[:6], rows) and found[1] is None
+    assert found[1] is None
+    assert found[0][0] == rows[:6]
+    assert found[0][1] == rows
     assert sizes[0] and sizes[1]
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["replies.jsonl"]
 
