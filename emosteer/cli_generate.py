@@ -13,7 +13,7 @@ import typer
 
 from emosteer.dial import check_intensity
 from emosteer.errors import ArtifactError, DataError, UsageError, suggest
-from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
+from emosteer.options import DEFAULT_MODEL, DeviceMapOption, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite
 from emosteer.prompts import INSTRUCTION, METHODS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
 from emosteer.workers import world
@@ -49,6 +49,7 @@ def generate(
     seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
@@ -76,7 +77,7 @@ def generate(
     if method == "prompt" and emotion is not None and circuit is None:
         parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
     crew = join()
-    loaded = Model.load(model, device=device, dtype=dtype)
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     found: tuple[Circuit, Path] | None = None
     if method in ("circuit", "residual"):
         if auto and find_circuit(loaded, circuit, root) is None:

@@ -12,6 +12,7 @@ import typer
 from emosteer.errors import ArtifactError, UsageError
 from emosteer.options import (
     DEFAULT_MODEL,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -58,6 +59,7 @@ def extract(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -80,7 +82,7 @@ def extract(
     from emosteer.workers import join
 
     crew = join()
-    loaded = Model.load(model, device=device, dtype=dtype)
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions
     tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
@@ -155,6 +157,7 @@ def ablate(
     top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -179,7 +182,7 @@ def ablate(
     from emosteer.workers import join, parts
 
     crew = join()
-    loaded = Model.load(model, device=device, dtype=dtype)
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
     own = path.with_name("own-bank.jsonl")
@@ -239,6 +242,7 @@ def circuit(
     out: OutOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -256,7 +260,7 @@ def circuit(
     from emosteer.tuning import TuneSettings, tune_strength
 
     gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)
-    loaded = Model.load(model, device=device, dtype=dtype)
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
     own = path.with_name("own-bank.jsonl")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 
 import torch
 
 from emosteer.errors import UsageError, says_out_of_memory
-from emosteer.workers import local_rank
+from emosteer.workers import local_rank, world
 
+#: Ways to lay a model's layers over the GPUs of a machine.
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +36,23 @@ def resolve_device(device: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto")
     return found
+
+
+def check_device_map(name: str, device: str) -> str:
+    """A layout over several devices that can be used here.
+
+    Raises:
+        UsageError: if the name is unknown, accelerate is missing, or processes or a device were asked for as well.
+    """
+    if name not in DEVICE_MAPS:
+        raise UsageError(f"unknown device map '{name}'; expected {', '.join(DEVICE_MAPS)}")
+    if device != "auto":
+        raise UsageError(f"expected --device or --device-map, found both ('{device}' and '{name}')")
+    if world() > 1:
+        raise UsageError("--device-map lays one process over all GPUs; start it without torchrun, or give each process a GPU of its own")
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError("--device-map needs the package accelerate, which is not installed; run `pip install accelerate`")
+    return name
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

@@ -1,0 +1,83 @@
+"""A model laid over several devices by accelerate: the same results on the plain tree. One machine has one device here: what is tested is
+that accelerate's hooks and ours bear each other, and (on fake devices) that every edit sees activations at home."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from emosteer import devices
+from emosteer.errors import UsageError
+from emosteer.extract import Settings, extract
+from emosteer.generation import Decoding, Request, generate
+from emosteer.model import Model
+from emosteer.scenarios import EMOTIONS
+from emosteer.sites import ATTN_OUT, RESID_POST, Site
+from emosteer.steering import SteeringPlan
+from emosteer.taps import at_home
+from tests.conftest import build, small_data
+
+accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(scope="module")
+def spread() -> Model:
+    plain = build("llama")
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
+    hf = accelerate.dispatch_model(plain.hf, dict.fromkeys(names, "cpu"), main_device="cpu", force_hooks=True)
+    return Model.from_hf(hf, plain.tokenizer, plain.name)
+
+
+def test_directions_and_replies_are_those_of_the_model_in_one_piece(tiny: Model, spread: Model) -> None:
+    assert spread.spread and not tiny.spread
+    groups, bank = small_data(3)
+    settings = Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=200)
+    found, base = (extract(model, groups, settings, bank=bank) for model in (spread, tiny))
+    torch.testing.assert_close(found.vectors, base.vectors, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.z.mean, base.z.mean, rtol=1e-4, atol=1e-5)
+    assert "bridge" not in spread.__dict__
+    requests = [Request(str(i), tuple(tiny.prompt_ids([{"role": "user", "content": group.text}]))) for i, group in enumerate(groups)]
+    vector = torch.linspace(-1, 1, 32).expand(len(requests), -1)
+    plan = SteeringPlan({Site(1, ATTN_OUT): vector, Site(2, RESID_POST): vector}, len(requests))
+    texts = [[reply.text for reply in generate(model, requests, plan, Decoding(max_new_tokens=12))] for model in (spread, tiny)]
+    assert texts[0] == texts[1]
+
+
+def test_an_edit_sees_activations_at_home_and_what_it_returns_goes_back() -> None:
+    away, home = torch.device("meta"), torch.device("cpu")
+    seen: list[torch.device] = []
+
+    def edit(activation: torch.Tensor) -> torch.Tensor:
+        seen.append(activation.device)
+        return activation.to("meta")
+
+    assert at_home(edit, away)(torch.ones(1, 2, 3)).device == home  # type: ignore[union-attr]
+    assert seen == [away]
+    assert at_home(lambda activation: None, home)(torch.ones(1, 2, 3)) is None
+
+
+def test_loading_with_a_device_map(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMOSTEER_CACHE", str(tmp_path / "cache"))
+    tiny.hf.save_pretrained(tmp_path / "m")
+    tiny.tokenizer.save_pretrained(tmp_path / "m")
+    found = Model.load(str(tmp_path / "m"), device_map="auto", dtype="float32")
+    assert found.spread
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(found.run(ids, bridge=False), tiny.run(ids, bridge=False))
+
+
+def test_what_cannot_be_laid_out_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, device, message in (("wide", "auto", "unknown device map 'wide'; expected auto"), ("auto", "cpu", "found both")):
+        with pytest.raises(UsageError, match=message):
+            devices.check_device_map(name, device)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="without torchrun"):
+            devices.check_device_map("auto", "auto")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs the package accelerate.*pip install accelerate"):
+        devices.check_device_map("auto", "auto")
