@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emosteer import devices
 from emosteer.errors import UsageError
@@ -33,8 +34,8 @@ def spread() -> Model:
 
 def test_directions_and_replies_are_those_of_the_model_in_one_piece(tiny: Model, spread: Model) -> None:
     assert spread.spread and not tiny.spread
-    groups, bank = small_data(3)
-    settings = Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=200)
+    groups, bank = small_data(2)
+    settings = Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=1000)
     found, base = (extract(model, groups, settings, bank=bank) for model in (spread, tiny))
     torch.testing.assert_close(found.vectors, base.vectors, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.z.mean, base.z.mean, rtol=1e-4, atol=1e-5)
@@ -42,21 +43,19 @@ def test_directions_and_replies_are_those_of_the_model_in_one_piece(tiny: Model,
     requests = [Request(str(i), tuple(tiny.prompt_ids([{"role": "user", "content": group.text}]))) for i, group in enumerate(groups)]
     vector = torch.linspace(-1, 1, 32).expand(len(requests), -1)
     plan = SteeringPlan({Site(1, ATTN_OUT): vector, Site(2, RESID_POST): vector}, len(requests))
-    texts = [[reply.text for reply in generate(model, requests, plan, Decoding(max_new_tokens=12))] for model in (spread, tiny)]
+    texts = [[reply.text for reply in generate(model, requests, plan, Decoding(max_new_tokens=6))] for model in (spread, tiny)]
     assert texts[0] == texts[1]
 
 
 def test_an_edit_sees_activations_at_home_and_what_it_returns_goes_back() -> None:
-    away, home = torch.device("meta"), torch.device("cpu")
-    seen: list[torch.device] = []
-
-    def edit(activation: torch.Tensor) -> torch.Tensor:
-        seen.append(activation.device)
-        return activation.to("meta")
-
-    assert at_home(edit, away)(torch.ones(1, 2, 3)).device == home  # type: ignore[union-attr]
-    assert seen == [away]
-    assert at_home(lambda activation: None, home)(torch.ones(1, 2, 3)) is None
+    """On two GPUs that torch pretends to have: tensors without content, but operations across devices are refused as on real ones."""
+    with FakeTensorMode():
+        vector, activation = torch.ones(3, device="cuda:0"), torch.ones(1, 2, 3, device="cuda:1")
+        with pytest.raises(RuntimeError, match="same device"):
+            activation + vector
+        moved = at_home(lambda found: found + vector, torch.device("cuda:0"))(activation)
+        assert moved is not None and str(moved.device) == "cuda:1"
+        assert at_home(lambda found: None, torch.device("cuda:0"))(activation) is None
 
 
 def test_loading_with_a_device_map(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +63,7 @@ def test_loading_with_a_device_map(tiny: Model, tmp_path: Path, monkeypatch: pyt
     tiny.hf.save_pretrained(tmp_path / "m")
     tiny.tokenizer.save_pretrained(tmp_path / "m")
     found = Model.load(str(tmp_path / "m"), device_map="auto", dtype="float32")
-    assert found.spread
+    assert not found.spread  # one device: nothing to lay out
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(found.run(ids, bridge=False), tiny.run(ids, bridge=False))
 
