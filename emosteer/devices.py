@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 from emosteer.errors import UsageError, says_out_of_memory
-from emosteer.workers import local_rank, world
+from emosteer.workers import local_rank, local_world
 
 #: Ways to lay a model's layers over the GPUs of a machine.
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -42,17 +42,31 @@ def check_device_map(name: str, device: str) -> str:
     """A layout over several devices that can be used here.
 
     Raises:
-        UsageError: if the name is unknown, accelerate is missing, or processes or a device were asked for as well.
+        UsageError: if the name is unknown, accelerate is missing, or a device was asked for as well.
     """
     if name not in DEVICE_MAPS:
         raise UsageError(f"unknown device map '{name}'; expected {', '.join(DEVICE_MAPS)}")
     if device != "auto":
         raise UsageError(f"expected --device or --device-map, found both ('{device}' and '{name}')")
-    if world() > 1:
-        raise UsageError("--device-map lays one process over all GPUs; start it without torchrun, or give each process a GPU of its own")
     if importlib.util.find_spec("accelerate") is None:
         raise UsageError("--device-map needs the package accelerate, which is not installed; run `pip install accelerate`")
     return name
+
+
+def own_gpus() -> list[int]:
+    """The GPUs that a model may be laid over: all, or this process's equal share of them (4 processes on 8 GPUs have 2 each).
+
+    Raises:
+        UsageError: if there are more processes on this machine than GPUs.
+    """
+    count, processes = torch.cuda.device_count(), local_world()
+    if processes == 1:
+        return list(range(count))
+    share = count // processes
+    if count and not share:
+        raise UsageError(f"expected at most {count} processes on this machine, one per GPU, found {processes}; lower --nproc-per-node")
+    first = (local_rank() or 0) * share
+    return list(range(first, first + share))
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

@@ -21,7 +21,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from emosteer.devices import check_device_map, is_out_of_memory, resolve_device, resolve_dtype
+from emosteer.devices import check_device_map, is_out_of_memory, own_gpus, resolve_device, resolve_dtype
 from emosteer.errors import ModelError, first_line
 from emosteer.files import sha256_text, slug
 from emosteer.progress import note
@@ -87,7 +87,7 @@ class Model:
         from emosteer import weights
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
-        layout = {} if device_map is None else {"device_map": check_device_map(device_map, device)}
+        layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
         found = weights.resolve(reference, progress=note)
         hf_logging: Any = untyped
         hf_logging.set_verbosity_error()
@@ -340,3 +340,8 @@ class Model:
         error = ((found.to(expected.device) - expected).abs().max() / scale).item()
         if not error <= tolerance:
             raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
+
+
+def _memory_of(gpus: Sequence[int]) -> dict[str, Any]:
+    """Keeps a layout to some GPUs, and on them leaves a tenth of what is free to activations."""
+    return {"max_memory": {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}} if gpus else {}

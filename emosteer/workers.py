@@ -61,6 +61,11 @@ def local_rank() -> int | None:
     return _number("LOCAL_RANK", 0) if world() > 1 else None
 
 
+def local_world() -> int:
+    """How many processes run on this machine; 1 without `torchrun`."""
+    return max(_number("LOCAL_WORLD_SIZE", 1), 1) if world() > 1 else 1
+
+
 def refuse(command: str | None) -> None:
     """Refuses commands that are one process's work.
 

@@ -72,11 +72,17 @@ def test_what_cannot_be_laid_out_is_said_in_one_line(monkeypatch: pytest.MonkeyP
     for name, device, message in (("wide", "auto", "unknown device map 'wide'; expected auto"), ("auto", "cpu", "found both")):
         with pytest.raises(UsageError, match=message):
             devices.check_device_map(name, device)
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UsageError, match="without torchrun"):
-            devices.check_device_map("auto", "auto")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs the package accelerate.*pip install accelerate"):
         devices.check_device_map("auto", "auto")
+
+
+def test_processes_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert devices.own_gpus() == [*range(8)]
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "6"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    assert devices.own_gpus() == [4, 5]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(UsageError, match="at most 8 processes"):
+        devices.own_gpus()
