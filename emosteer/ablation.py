@@ -24,12 +24,13 @@ from emosteer.errors import DataError
 from emosteer.files import sha256_text
 from emosteer.generation import Decoding, Request, generate
 from emosteer.interventions import RowEdits, unit_masks
-from emosteer.jsonl import JsonlLog
+from emosteer.jsonl import JsonlLog, whole_rows
 from emosteer.model import Model
 from emosteer.progress import bar
 from emosteer.prompts import elicit, plain
 from emosteer.scenarios import Group, GroupKey, spread, stable_share
 from emosteer.sites import RESID_POST, Head, Neuron, Site, Unit, Z
+from emosteer.workers import ALONE, Crew, part, parts
 
 ABLATIONS = ("zero", "mean", "resample")
 ENHANCE = "enhance"
@@ -126,8 +127,12 @@ def curves(
     *,
     partial: Path | None = None,
     points: Sequence[Condition] | None = None,
+    crew: Crew = ALONE,
 ) -> list[dict[str, Any]]:
     """Measures the points; with `partial`, finished ones are kept there and a rerun goes on.
+
+    Args:
+        crew: the processes that share the points; each keeps its own beside `partial`, and all get all.
 
     Returns:
         One row per point and emotion: the condition's fields, emotion, score (mean over prompts), n.
@@ -140,23 +145,30 @@ def curves(
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
     origin = asdict(directions.provenance) | {"versions": None}
-    parts = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
-    key = sha256_text(json.dumps(parts, sort_keys=True, default=str))
-    log = JsonlLog(partial) if partial is not None else None
-    done = {row["point"]: row["scores"] for row in (log.rows if log else []) if row.get("key") == key}
+    shaping = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
+    key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
+    log = JsonlLog(part(partial, crew.rank)) if partial is not None else None
+
+    def finished() -> dict[str, dict[str, float]]:
+        rows = (row for path in (parts(partial).values() if partial is not None else ()) for row in whole_rows(path))
+        return {row["point"]: row["scores"] for row in rows if row.get("key") == key}
+
+    crew.meet()  # all have ended the torn lines of their files
+    done = finished()
+    crew.kept = lambda: f"{len(finished())} of {len(points)} points of the curves are kept in {partial}*"
+    crew.meet()  # nobody writes before all have read
+    names = {point: json.dumps(asdict(point), sort_keys=True) for point in points}
+    todo = [point for point in points if names[point] not in done]
     run = _Runner(model, directions, scores, chosen, TextScore(model, directions, band, directions.instruction), settings)
-    rows: list[dict[str, Any]] = []
-    with bar("ablation curves (points)", len(points)) as advance:
-        for point in points:
-            name = json.dumps(asdict(point), sort_keys=True)
-            if name not in done:
-                found = run(point)
-                done[name] = found
-                if log:
-                    log.append({"key": key, "point": name, "scores": found})
-            rows += [{**asdict(point), "emotion": e, "score": s, "n": len(chosen)} for e, s in done[name].items()]
-            advance(1)
-    return rows
+    with bar("ablation curves (points)", len(points), len(points) - len(todo)) as advance:
+        for point in crew.claim(todo):
+            done[names[point]] = run(point)
+            if log:
+                log.append({"key": key, "point": names[point], "scores": done[names[point]]})
+            advance(crew.world)
+    crew.meet()
+    done = done if crew.alone else finished()
+    return [{**asdict(p), "emotion": e, "score": s, "n": len(chosen)} for p in points for e, s in done[names[p]].items()]
 
 
 class _Runner:

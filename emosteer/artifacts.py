@@ -95,6 +95,17 @@ def save(path: Path, kind: str, fields: Mapping[str, Any], tensors: Mapping[str,
             raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
 
 
+def load_fields(path: Path, kind: str) -> dict[str, Any] | None:
+    """The plain fields of an artefact without its tensors; None where it is missing, damaged or of another kind."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    fields = header.get("fields") if isinstance(header, dict) and header.get("schema") == f"emosteer/{kind}" else None
+    return fields if isinstance(fields, dict) else None
+
+
 def load(path: Path, kind: str | None = None) -> Artifact:
     """Reads an artefact, or refuses with one line.
 

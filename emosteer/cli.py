@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from emosteer import __version__
+from emosteer import __version__, workers
 from emosteer.cli_build import build
 from emosteer.cli_calibrate import calibrate
 from emosteer.cli_evaluate import evaluate
@@ -53,10 +53,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Find emotion circuits in language models and write with them."""
+    workers.refuse(context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,6 +78,8 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
+    except workers.ShareDone:
+        sys.exit(0)
     except _ClickException as error:
         context = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
@@ -109,5 +113,8 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"emosteer: {message}", err=True)
+    """One line. Of several processes only the first says what goes for all: a wrong command line, or the end of the run."""
+    rank = workers.rank()
+    if not rank or code not in (2, workers.Stopped.exit_code):
+        typer.echo(f"emosteer: {message}" if not rank else f"emosteer, process {rank}: {message}", err=True)
     sys.exit(code)

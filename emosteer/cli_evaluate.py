@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.errors import ArtifactError, UsageError
-from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption, SeedOption, finite
+from emosteer.options import (
+    DEFAULT_MODEL,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RootOption,
+    SeedOption,
+    finite,
+)
 from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, stable_share
 
 if TYPE_CHECKING:
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from emosteer.evaluation import EvaluationSettings
     from emosteer.jury import Jury
     from emosteer.model import Model
+    from emosteer.workers import Crew
 
 DOSES = "0.5,0.75,1,1.25,1.5,1.75,2"
 #: A look, not a result: minutes on the default model.
@@ -86,6 +97,7 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="Folder for results and cache; artifacts/MODEL/evaluation/.", metavar="DIR")
     ] = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -105,17 +117,26 @@ def evaluate(
     from emosteer.model import Model
     from emosteer.pipeline import Places, require_circuit
     from emosteer.standings import print_evaluation
+    from emosteer.workers import join
 
-    panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
-    loaded = Model.load(model, device=device, dtype=dtype)
+    crew = join()
+    # one process judges: opinions may cost money, and what a local judge says depends on the texts that it reads together
+    panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device) if crew.lead else None
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     found, path = require_circuit(loaded, circuit, root)
     places = Places.of(loaded.name, root)
     folder = out or places.folder / "evaluation"
-    jury = panel(KeyedLog(folder / "opinions.jsonl"))
-    refuse_same_weights(jury.judge, loaded.sha256)
+    jury = panel(KeyedLog(folder / "opinions.jsonl")) if panel is not None else None
+    if jury is not None:
+        refuse_same_weights(jury.judge, loaded.sha256)
     settings, known = _with_directions(settings, loaded, found, directions, places.directions, methods is not None)
-    contest = _contest(loaded, found, known, settings, decoding, batch_size, folder)
+    contest = _contest(loaded, found, known, settings, decoding, batch_size, folder, crew)
+    if jury is None:
+        contest.serve()
+        return
+    contest.adopt()
     body, rows = hold(contest, jury, splits.dev, splits.test, _defaults(found, settings), settings)
+    crew.tell("over")
     result = {
         "schema": 1,
         "kind": "evaluation",
@@ -202,10 +223,12 @@ def _contest(
     decoding: Any,
     batch_size: int,
     folder: Path,
+    crew: Crew,
 ) -> Contest:
     from emosteer.contest import Contest
     from emosteer.controls import added_key, vectors_of
     from emosteer.jsonl import KeyedLog
+    from emosteer.workers import part
 
     return Contest(
         model=model,
@@ -214,8 +237,9 @@ def _contest(
         added={m: added_key(circuit, directions, m, settings.seed) for m in settings.methods},
         decoding=decoding,
         instruction=circuit.instruction,
-        replies=KeyedLog(folder / "replies.jsonl"),
+        replies=KeyedLog(part(folder / "replies.jsonl", crew.rank)),
         batch_size=batch_size,
+        crew=crew,
     )
 
 

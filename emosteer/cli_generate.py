@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.errors import DataError, UsageError, suggest
-from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption, finite, one_of
+from emosteer.options import (
+    DEFAULT_MODEL,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RootOption,
+    SeedOption,
+    finite,
+    one_of,
+)
 from emosteer.prompts import INSTRUCTION, METHODS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
+from emosteer.workers import world
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
+    from emosteer.workers import Crew
     from emosteer.writing import Job, Writer
 
 
@@ -45,6 +57,7 @@ def generate(
     seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
@@ -59,17 +72,20 @@ def generate(
     if method in ("prompt", "none") and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
+    _check_processes(text, source, out, auto)
     inputs = _inputs(text, source)
     from emosteer.generation import Decoding
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     from emosteer.model import Model
     from emosteer.pipeline import find_circuit, make_circuit, require_circuit, require_dial
+    from emosteer.workers import join
     from emosteer.writing import Writer
 
     if method == "prompt" and emotion is not None and circuit is None:
         parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
-    loaded = Model.load(model, device=device, dtype=dtype)
+    crew = join()
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     found: tuple[Circuit, Path] | None = None
     if method in ("circuit", "residual"):
         if auto and find_circuit(loaded, circuit, root) is None:
@@ -84,7 +100,18 @@ def generate(
     dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
     jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None, dialled)]
     writer = Writer(loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size)
-    _write(writer, jobs, out, found[1] if found else None, fresh, as_json)
+    _write(writer, jobs, out, found[1] if found else None, fresh, as_json, crew)
+
+
+def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool) -> None:
+    """What several processes need: an input that each can read, one file to write, and a circuit that is there."""
+    if world() == 1:
+        return
+    if out is None or (source is None and text in (None, "-")) or auto:
+        raise UsageError(
+            "several processes need --input FILE (or a text) and --out FILE, and a circuit that is there already (no --auto); "
+            "start it without torchrun for anything else"
+        )
 
 
 def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
@@ -164,14 +191,16 @@ def _jobs(
     return jobs
 
 
-def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool) -> None:
+def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew) -> None:
     from emosteer.files import sha256_file
     from emosteer.progress import bar
     from emosteer.writing import row_of, write_file
 
     sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
     if out is not None:
-        rows = write_file(writer, jobs, out, sha256, fresh=fresh)
+        rows = write_file(writer, jobs, out, sha256, fresh=fresh, crew=crew)
+        if not crew.lead:
+            return
         if as_json:
             _print_json(rows)
         else:

@@ -12,6 +12,7 @@ import typer
 from emosteer.errors import ArtifactError, UsageError
 from emosteer.options import (
     DEFAULT_MODEL,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from emosteer.model import Model
     from emosteer.pipeline import Data, Places
     from emosteer.scenarios import Bank
+    from emosteer.workers import Crew
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
 DirectionsOption = Annotated[
@@ -57,6 +59,7 @@ def extract(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -76,15 +79,17 @@ def extract(
     from emosteer.extract import Settings, finish_checkpoint
     from emosteer.extract import extract as run
     from emosteer.model import Model
+    from emosteer.workers import join
 
-    loaded = Model.load(model, device=device, dtype=dtype)
+    crew = join()
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions
     tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
     settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
-    bank = _own_bank(loaded, data, wanted, target, settings, fresh) if own else data.bank
+    bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
-    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh)
+    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
     found.save(target)
     finish_checkpoint(checkpoint)
     from emosteer.summaries import directions_summary, print_directions
@@ -93,7 +98,7 @@ def extract(
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_directions(summary)
 
 
-def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, settings: Settings, fresh: bool) -> Bank:
+def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path, settings: Settings, fresh: bool, crew: Crew) -> Bank:
     """The model's own replies, written beside the directions (`own-replies.jsonl`), and those that pass the filter
     (`own-bank.jsonl`, which `ablate --replies` takes)."""
     from emosteer.files import sha256_file, write_jsonl
@@ -101,7 +106,7 @@ def _own_bank(model: Model, data: Data, emotions: tuple[str, ...], target: Path,
     from emosteer.progress import note
 
     file, kept = target.with_name("own-replies.jsonl"), target.with_name("own-bank.jsonl")
-    bank, reasons = own_bank(model, data.groups, emotions, file, settings.instruction, seed=settings.seed, fresh=fresh)
+    bank, reasons = own_bank(model, data.groups, emotions, file, settings.instruction, seed=settings.seed, fresh=fresh, crew=crew)
     rows = [
         {"skeleton_id": key.scenario, "valence": key.valence, "emotion": emotion, "text": text}
         for key, replies in bank.items()
@@ -152,6 +157,7 @@ def ablate(
     top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -168,12 +174,15 @@ def ablate(
         _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
     )
     from emosteer.files import sha256_file
+    from emosteer.gathering import clear
     from emosteer.model import Model
     from emosteer.pipeline import Places, read_data
-    from emosteer.scores import AblateSettings
+    from emosteer.scores import AblateSettings, pieces_of
     from emosteer.scores import ablate as run
+    from emosteer.workers import join, parts
 
-    loaded = Model.load(model, device=device, dtype=dtype)
+    crew = join()
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
     own = path.with_name("own-bank.jsonl")
@@ -190,11 +199,12 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    scores = run(
-        loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents={"directions": sha256_file(path)}
-    )
+    parents = {"directions": sha256_file(path)}
+    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
     scores.save(target)
-    partial.unlink(missing_ok=True)
+    for file in (partial, *parts(partial).values()):
+        file.unlink(missing_ok=True)
+    clear(pieces_of(partial))
     from emosteer.summaries import print_scores, scores_summary
 
     summary = {"file": str(target), **scores_summary(scores, top)}
@@ -232,6 +242,7 @@ def circuit(
     out: OutOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -249,7 +260,7 @@ def circuit(
     from emosteer.tuning import TuneSettings, tune_strength
 
     gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)
-    loaded = Model.load(model, device=device, dtype=dtype)
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     found, path = _directions(loaded, directions, places)
     own = path.with_name("own-bank.jsonl")

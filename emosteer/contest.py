@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emosteer.activations import halve_on_oom
-from emosteer.files import sha256_text
+from emosteer.files import read_text, sha256_text, write_text
 from emosteer.fluency import reply_nll
 from emosteer.generation import Decoding, Request, batches, generate
-from emosteer.jsonl import KeyedLog
+from emosteer.jsonl import KeyedLog, whole_rows
 from emosteer.model import Model
 from emosteer.progress import bar, note
 from emosteer.prompts import elicit, plain
-from emosteer.scenarios import Group
+from emosteer.scenarios import Group, GroupKey
 from emosteer.sites import Site
 from emosteer.steering import SteeringPlan
+from emosteer.workers import ALONE, Crew, parts
 
 NONE = "none"
 PROMPTS = ("prompt-system", "prompt-tone", "prompt-stimulus")
@@ -60,7 +62,8 @@ def cells_of(method: str, groups: Sequence[Group], strengths: Mapping[str, float
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that."""
+    """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that;
+    crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each."""
 
     model: Model
     emotions: tuple[str, ...]
@@ -70,6 +73,7 @@ class Contest:
     instruction: str
     replies: KeyedLog
     batch_size: int = 64
+    crew: Crew = ALONE
     _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
 
     def key(self, cell: Cell) -> str:
@@ -117,16 +121,65 @@ class Contest:
         if 0 < done < len(keys):
             note(f"{what}: going on, {done} of {len(keys)} replies are there")
         with bar(f"{what} (replies)", len(cells)) as advance:
-            for method in dict.fromkeys(cell.method for cell in cells):
-                mine = [i for i, cell in enumerate(cells) if cell.method == method]
-                for index in batches([self._request(cells[i]) for i in mine], self.batch_size):
-                    batch = [mine[i] for i in index]
-                    if any(keys[i] not in self.replies.rows for i in batch):
-                        self._write_batch([cells[i] for i in batch], [keys[i] for i in batch])
-                    advance(len(batch))
+            if not self.crew.alone:
+                self._share(cells, keys)
+            for batch in self._batches(cells):
+                if any(keys[i] not in self.replies.rows for i in batch):
+                    self._write_batch([cells[i] for i in batch], [keys[i] for i in batch], self.replies)
+                advance(len(batch))
         return [self.replies.rows[key] for key in keys]
 
-    def _write_batch(self, cells: Sequence[Cell], keys: Sequence[str]) -> None:
+    def _batches(self, cells: Sequence[Cell]) -> Iterator[list[int]]:
+        """Indices of cells, one method per batch."""
+        for method in dict.fromkeys(cell.method for cell in cells):
+            mine = [i for i, cell in enumerate(cells) if cell.method == method]
+            for index in batches([self._request(cells[i]) for i in mine], self.batch_size):
+                yield [mine[i] for i in index]
+
+    # ---- several processes -----------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Writes its share of whatever process 0 wants written, until that says that the contest is over."""
+        path = self.replies.path
+        while self.crew.hear() == "write":
+            cells, wanted = _read_work(self._work)
+            self._write_claimed(cells, wanted, KeyedLog(path))  # opened anew: process 0 has taken over what was in it
+        if path.is_file() and not path.stat().st_size:
+            path.unlink()
+
+    def adopt(self) -> None:
+        """Takes over what other processes wrote, of this run or of one that was killed."""
+        for number, path in parts(self.replies.path).items():
+            if number and self.crew.lead:
+                self.replies.add({row["key"]: row for row in whole_rows(path)})
+                path.unlink(missing_ok=True)
+
+    @property
+    def _work(self) -> Path:
+        return self.replies.path.with_name("replies-to-write.json")
+
+    def _share(self, cells: Sequence[Cell], keys: Sequence[str]) -> None:
+        """Has all processes write the batches that are missing, and takes over what they wrote."""
+        wanted = [batch for batch in self._batches(cells) if any(keys[i] not in self.replies.rows for i in batch)]
+        if not wanted:
+            return
+        self.crew.kept = lambda: (
+            f"{sum(key in self.replies.rows for key in keys)} of {len(keys)} replies and more are kept in {self.replies.path}*"
+        )
+        _write_work(self._work, cells, wanted)
+        self.crew.tell("write")
+        self._write_claimed(cells, wanted, self.replies)
+        self._work.unlink(missing_ok=True)
+        self.adopt()
+
+    def _write_claimed(self, cells: Sequence[Cell], wanted: Sequence[list[int]], kept: KeyedLog) -> None:
+        for batch in self.crew.claim(wanted):
+            self._write_batch([cells[i] for i in batch], [self.key(cells[i]) for i in batch], kept)
+        self.crew.meet()
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
+
+    def _write_batch(self, cells: Sequence[Cell], keys: Sequence[str], kept: KeyedLog) -> None:
         def compute(index: list[int]) -> list[tuple[int, Row]]:
             some = [cells[i] for i in index]
             replies = generate(self.model, [self._request(cell) for cell in some], self._plan(some), self.decoding)
@@ -136,6 +189,18 @@ class Contest:
                 for i, r, cost in zip(index, replies, costs, strict=True)
             ]
 
-        for part in halve_on_oom(list(range(len(cells))), compute, note, "replies"):
-            of = {i: {name: getattr(cells[i], name) for name in ("method", "emotion", "strength")} for i, _ in part}
-            self.replies.add({keys[i]: {**of[i], **row} for i, row in part})
+        for done in halve_on_oom(list(range(len(cells))), compute, note, "replies"):
+            of = {i: {name: getattr(cells[i], name) for name in ("method", "emotion", "strength")} for i, _ in done}
+            kept.add({keys[i]: {**of[i], **row} for i, row in done})
+
+
+def _write_work(path: Path, cells: Sequence[Cell], wanted: Sequence[list[int]]) -> None:
+    """What is to be written, for the other processes. wanted: batches of indices of the cells."""
+    rows = [[*astuple(cell.group.key), cell.group.theme, cell.group.text, cell.emotion, cell.method, cell.strength] for cell in cells]
+    write_text(path, json.dumps({"cells": rows, "batches": wanted}))
+
+
+def _read_work(path: Path) -> tuple[list[Cell], list[list[int]]]:
+    found = json.loads(read_text(path, "list of replies to write"))
+    cells = [Cell(Group(GroupKey(s, v), theme, text), emotion, *how) for s, v, theme, text, emotion, *how in found["cells"]]
+    return cells, found["batches"]

@@ -1,7 +1,8 @@
 """Streaming contrast statistics: running sums of `delta[g,e] = h[g,e] - mean_e' h[g,e']`, per site and stratum.
 
-Memory is O(sites x d_model), independent of the number of groups. Sums are kept in float64 so that the order of batches does
-not show. A stratum is a set of groups whose mean is wanted by itself: each half, each theme, each valence, the held-out groups,
+Memory is O(sites x d_model), independent of the number of groups. Sums are kept in float64 with the rounding error of every
+addition beside them (twice the precision): neither the order of batches shows, nor how they were divided among processes, not even in
+the last bit. A stratum is a set of groups whose mean is wanted by itself: each half, each theme, each valence, the held-out groups,
 and both halves again with the emotions' labels shuffled inside each group (the control for every claim).
 """
 
@@ -23,6 +24,8 @@ from emosteer.sites import MLP_POST, Site, Z, residual_sites
 HALVES = ("half:0", "half:1")
 SHUFFLED = ("shuffled:0", "shuffled:1")
 HELDOUT = "heldout"
+#: Sums of whole numbers: float64 holds them exactly.
+COUNTS = ("count", "correct")
 #: Themes with a mean of their own; more would cost memory and be too small to compare.
 MAX_THEMES = 12
 
@@ -58,12 +61,17 @@ class Plan:
 
 
 class Contrasts:
-    """The running sums of one extraction; `state`/`restore` move them to and from a checkpoint."""
+    """The running sums of one extraction; `state`/`restore` move them to and from a checkpoint, `merge` adds another process's.
+
+    sums: by name, rounded to float64; rest: what rounding took off them; readers: directions that held-out groups are read with,
+    [halves or shuffled halves] -> [emotion, site, d_model]; their own, as far as they have come, where none are given.
+    """
 
     def __init__(self, plan: Plan, n_layers: int, d_model: int, z_width: int, d_mlp: int) -> None:
         """Starts at zero. Memory: strata x emotions x sites x d_model numbers, and two per emotion and unit."""
         n, sites = len(plan.emotions), residual_sites(n_layers)
         self.plan, self.sites, self.n_layers = plan, sites, n_layers
+        self.sizes = plan, n_layers, d_model, z_width, d_mlp  # what another one of the same shape is made from
         kinds = {Z: z_width, MLP_POST: d_mlp}
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
         self.sums: dict[str, Tensor] = {
@@ -77,15 +85,41 @@ class Contrasts:
             **{f"{kind}_sq": zeros(n, n_layers, width) for kind, width in kinds.items()},
             **{f"{kind}_base": zeros(n_layers, width) for kind, width in kinds.items()},
         }
+        self.rest = {name: torch.zeros_like(value) for name, value in self.sums.items() if name not in COUNTS}
+        self.readers: tuple[Tensor, ...] | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """The sums, by name."""
-        return self.sums
+        """The sums and what rounding took off them, by name."""
+        return {**self.sums, **{f"rest.{name}": value for name, value in self.rest.items()}}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""
         for name in self.sums:
             self.sums[name] = tensors[name].clone()
+        for name in self.rest:
+            self.rest[name] = tensors[f"rest.{name}"].clone()
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Adds the `state` of other groups."""
+        for name in self.sums:
+            if name in COUNTS:
+                self.sums[name] += tensors[name]
+            else:
+                self._add(name, tensors[name])
+                self._add(name, tensors[f"rest.{name}"])
+
+    def _add(self, name: str, value: Tensor, index: int | slice = slice(None)) -> None:
+        """Adds to a sum and keeps what rounding takes off it."""
+        high, low = self.sums[name][index], self.rest[name][index]
+        total = high + value
+        back = total - high
+        error = (high - (total - back)) + (value - back) + low  # exact: what total lacks, and what was owed before
+        high.copy_(total + error)
+        low.copy_(error - (high - total))
+
+    def directions(self) -> tuple[Tensor, ...]:
+        """What held-out groups are read with: directions of the groups counted so far, with true and with shuffled labels."""
+        return tuple(unit_vectors(self.mean(*strata)) for strata in (HALVES, SHUFFLED))
 
     @property
     def n_groups(self) -> int:
@@ -105,17 +139,17 @@ class Contrasts:
             wanted = HALVES[SHUFFLED.index(name)] if name in SHUFFLED else name
             mine = [i for i, sample in enumerate(samples) if wanted in self.plan.strata_of(sample)]
             if mine:
-                self.sums["resid"][index] += source[mine].sum(0)
+                self._add("resid", source[mine].sum(0), index)
                 self.sums["count"][index] += len(mine)
-        self.sums["resid_sq"] += delta.square().sum(0)
-        self.sums["resid_base"] += resid.mean(1).sum(0)
-        self.sums["resid_rms"] += resid.square().mean((1, 3)).sum(0)
+        self._add("resid_sq", delta.square().sum(0))
+        self._add("resid_base", resid.mean(1).sum(0))
+        self._add("resid_rms", resid.square().mean((1, 3)).sum(0))
         for kind in (Z, MLP_POST):
             unit = torch.stack([states[Site(layer, kind)].double().cpu() for layer in range(self.n_layers)], dim=2)
             base = unit.mean(1)
-            self.sums[f"{kind}_base"] += base.sum(0)
-            self.sums[f"{kind}_sum"] += (unit - base[:, None]).sum(0)
-            self.sums[f"{kind}_sq"] += (unit - base[:, None]).square().sum(0)
+            self._add(f"{kind}_base", base.sum(0))
+            self._add(f"{kind}_sum", (unit - base[:, None]).sum(0))
+            self._add(f"{kind}_sq", (unit - base[:, None]).square().sum(0))
 
     def _classify(self, samples: Sequence[Sample], delta: Tensor, shuffled: Tensor) -> None:
         """Names the emotion of held-out groups by the largest projection, with the true and the shuffled directions."""
@@ -123,8 +157,7 @@ class Contrasts:
         if not mine:
             return
         wanted = torch.arange(len(self.plan.emotions))
-        for index, strata in enumerate((HALVES, SHUFFLED)):
-            vectors = unit_vectors(self.mean(*strata))
+        for index, vectors in enumerate(self.readers or self.directions()):
             scores = torch.einsum("gend,fnd->gnef", delta[mine], vectors)
             self.sums["correct"][index] += (scores.argmax(-1) == wanted).double().sum(0)
 

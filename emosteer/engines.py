@@ -146,7 +146,7 @@ class HookedEngine:
         """Lets the other rows go."""
         index = torch.tensor(kept, device=self.alive.device)
         self.alive, self.mask, self.positions = self.alive[index], self.mask[index], self.positions[index]
-        self.cache.batch_select_indices(index)
+        self.cache.batch_select_indices(index.cpu() if self.model.spread else index)  # a spread model's cache is on many devices
         self.injector.keep(self.alive)
         if self.row_edits:
             self.row_edits.keep(self.alive)

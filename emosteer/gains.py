@@ -135,7 +135,7 @@ def _loss(costs: Tensor, settings: GainSettings) -> Tensor:
 
 def _reader(model: Model, dtype: str) -> Model:
     """The model to take gradients through: a copy in lower precision where the model is in float32 and one is wanted."""
-    if model.dtype != torch.float32 or dtype == "float32":
+    if model.dtype != torch.float32 or dtype == "float32" or model.spread:  # a copy of a spread model would run the original's layers
         return model
     return Model(copy.deepcopy(model.hf).to(getattr(torch, dtype)), model.tokenizer, model.name, model.sha256)
 

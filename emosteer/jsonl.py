@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emosteer.errors import DataError, EmosteerError, UsageError
-from emosteer.files import read_jsonl, write_error
+from emosteer.files import parse_jsonl, read_jsonl, write_error
 
 
 class JsonlLog:
@@ -82,6 +82,7 @@ class KeyedLog:
         Raises:
             DataError: if it holds rows without a key. Otherwise as `JsonlLog`.
         """
+        self.path = Path(path)
         self._log, self._lock = JsonlLog(path, first_key="key"), threading.Lock()
         self.rows: dict[str, dict[str, Any]] = {}
         for row in self._log.rows:
@@ -96,6 +97,19 @@ class KeyedLog:
             if new:
                 self._log.append(*new.values())
                 self.rows |= new
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log that another process writes or wrote: a last line that is not whole does not count, and the file stays as it is.
+
+    Raises:
+        DataError: if it holds something other than JSON lines.
+    """
+    try:
+        text = path.read_bytes().rpartition(b"\n")[0].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; move the file away") from error
+    return [row for _, row in parse_jsonl(text, str(path))]
 
 
 def _mend(path: Path, start: bytes) -> None:

@@ -21,13 +21,13 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from emosteer.devices import is_out_of_memory, resolve_device, resolve_dtype
+from emosteer.devices import check_device_map, is_out_of_memory, own_gpus, resolve_device, resolve_dtype
 from emosteer.errors import ModelError, first_line
 from emosteer.files import sha256_text, slug
 from emosteer.progress import note
 from emosteer.shapes import Shape, decoder_body, shape_of
 from emosteer.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
-from emosteer.taps import Edit, flat, hooked, reading
+from emosteer.taps import Edit, at_home, flat, hooked, reading
 
 __all__ = ["Edit", "Model", "Shape", "is_out_of_memory", "resolve_device", "resolve_dtype", "slug"]
 
@@ -61,19 +61,23 @@ class Model:
         self.layers: Any = self.body.layers
         self.shape = shape_of(hf)
         self.post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
+        #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
+        self.spread = bool(getattr(hf, "hf_device_map", None))
         self._prove(bridge=False)
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, reference: str, *, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(cls, reference: str, *, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> Model:
         """Loads a model by hub id, local folder, GGUF file or packaged name (see `emosteer models list`).
 
         Args:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+            device_map: how to lay a model over all GPUs of the machine ("auto", "balanced", "sequential"); needs accelerate.
 
         Raises:
+            UsageError: if it cannot be laid over devices.
             ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
         """
         from safetensors import SafetensorError
@@ -83,19 +87,24 @@ class Model:
         from emosteer import weights
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
+        layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
         found = weights.resolve(reference, progress=note)
         hf_logging: Any = untyped
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
-            hf: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa")
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa", **layout
+            )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
+        if any(weight.is_meta for weight in hf.parameters()):
+            raise ModelError(f"{found.name} does not fit on the GPUs of this machine, even together; try --dtype bfloat16 or more GPUs")
         try:
-            hf = hf.to(target)
+            hf = hf if layout else hf.to(target)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
@@ -163,12 +172,12 @@ class Model:
 
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
-        weight: Tensor = self.layers[layer].self_attn.o_proj.weight
+        weight: Tensor = self.layers[layer].self_attn.o_proj.weight.to(self.device)  # moves it only where a model is spread
         return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
-        weight: Tensor = self.layers[layer].mlp.down_proj.weight
+        weight: Tensor = self.layers[layer].mlp.down_proj.weight.to(self.device)
         return weight.T
 
     def width(self, kind: str) -> int:
@@ -230,7 +239,9 @@ class Model:
             edits: site -> function of the activation [batch, pos, width].
             bridge: hook the TransformerBridge (analysis) or the plain model (generation).
         """
-        if bridge:
+        if self.spread:
+            edits = {site: at_home(edit, self.device) for site, edit in edits.items()}
+        elif bridge:
             named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
             with self.bridge.hooks(fwd_hooks=named):
                 yield decoder_body(self.bridge.original_model)
@@ -261,12 +272,12 @@ class Model:
         """
         with self.hooks(edits or {}, bridge=bridge) as body:
             out = body(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        hidden: Tensor = out.last_hidden_state
+        hidden: Tensor = out.last_hidden_state.to(self.device)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
-        logits: Tensor = self.hf.lm_head(hidden)
+        logits: Tensor = self.hf.lm_head(hidden).to(self.device)
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -326,6 +337,11 @@ class Model:
     def _close(self, found: Tensor, expected: Tensor, message: str) -> None:
         tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
         scale = expected.abs().max().clamp_min(1e-6)
-        error = ((found - expected).abs().max() / scale).item()
+        error = ((found.to(expected.device) - expected).abs().max() / scale).item()
         if not error <= tolerance:
             raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
+
+
+def _memory_of(gpus: Sequence[int]) -> dict[str, Any]:
+    """Keeps a layout to some GPUs, and on them leaves a tenth of what is free to activations."""
+    return {"max_memory": {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}} if gpus else {}

@@ -15,6 +15,12 @@ DEFAULT_MODEL = "smollm2-135m"
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="Lay a large model over all GPUs: auto, balanced or sequential; needs accelerate.", show_default=False
+    ),
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]

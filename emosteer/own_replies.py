@@ -15,6 +15,7 @@ from pathlib import Path
 from emosteer.generation import Decoding
 from emosteer.model import Model
 from emosteer.scenarios import Bank, Group, name_pattern
+from emosteer.workers import ALONE, Crew
 from emosteer.writing import Job, Writer, write_file
 
 MIN_WORDS = 5
@@ -43,6 +44,7 @@ def own_bank(
     batch_size: int = 32,
     seed: int = 0,
     fresh: bool = False,
+    crew: Crew = ALONE,
 ) -> tuple[Bank, Counter[str]]:
     """Writes (or goes on writing) the model's replies to `out` and filters them.
 
@@ -54,7 +56,7 @@ def own_bank(
     bank: Bank = {}
     reasons: Counter[str] = Counter()
     keys = {job.id: group.key for group in groups for job in (Job.of(group, e, "prompt", None) for e in emotions)}
-    for row in write_file(writer, jobs, out, fresh=fresh):
+    for row in write_file(writer, jobs, out, fresh=fresh, crew=crew):
         found = fault(row["text"], row["emotion"], row["finish_reason"])
         replies = bank.setdefault(keys[row["id"]], {})
         if found is None and row["text"] in replies.values():

@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from emosteer.workers import rank
+
 #: Advances the bar by a number of steps.
 Advance = Callable[[float], None]
 _console: Console | None = None
 
 
 def console() -> Console:
-    """The console on stderr; stdout is for results."""
+    """The console on stderr; stdout is for results. Of several processes only the first says how far it is."""
     global _console
     if _console is None or _console.file is not sys.stderr:
-        _console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        _console = Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=rank() > 0)
     return _console
 
 

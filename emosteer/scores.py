@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from emosteer.attribution import (
 )
 from emosteer.directions import Directions
 from emosteer.errors import ArtifactError, DataError, EmosteerError
+from emosteer.files import sha256_text
+from emosteer.gathering import gather
 from emosteer.model import Model
 from emosteer.progress import bar
 from emosteer.prompts import plain
 from emosteer.scenarios import Bank, Group, spread
 from emosteer.sites import Head, Neuron, Unit
 from emosteer.verification import verify
+from emosteer.workers import ALONE, Crew
 
 KIND = "scores"
 FORMS = ("contrast", "raw", "patch", "effect")
@@ -114,33 +118,39 @@ def ablate(
     partial: Path | None = None,
     data: Mapping[str, str] | None = None,
     parents: Mapping[str, str] | None = None,
+    crew: Crew = ALONE,
 ) -> Scores:
     """Scores every unit in four ways, checks them by intervening, and measures the curves.
 
     Args:
         groups: scenario-events (train); bank: their replies, for the `reply` elicitation; partial: where finished curve points are
-            kept, so that a rerun goes on; data, parents: hashes for the provenance.
+            kept, so that a rerun goes on; data, parents: hashes for the provenance; crew: the processes that share the groups and the
+            points of the curves, which need `partial` on a disk that all see.
 
     Raises:
+        ShareDone: in every process but the first, once its share is done.
         ArtifactError: if the directions are another model's. DataError: if no group is complete.
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     forms = {"contrast": contrast_scores(model, directions), "raw": raw_scores(model, directions)}
+    team = _Team(model, directions, v_ref, crew, None if partial is None else pieces_of(partial))
     with bar("ablate (steps)", 4) as advance:
         prompts = prompt_samples(model, groups, settings.effect_prompts, len(directions.emotions), directions.instruction)
-        importance, forms["effect"] = importance_and_effects(model, prompts, directions, v_ref)
+        importance, forms["effect"] = team.importance_and_effects(prompts)
         advance(1)
         samples = _complete(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
         if samples:
-            forms["patch"], _ = attribution_patching(model, samples, v_ref)
+            forms["patch"] = team.attribution_patching(samples, "patch")
         advance(1)
-        patches = _patches(model, directions, forms["patch"], samples, v_ref, settings) if samples and settings.true_units else {}
+        patches = _patches(team, forms["patch"], samples, settings) if samples and settings.true_units else {}
         advance(1)
-        checked = _verify(model, directions, groups, settings)
+        checked = _verify(model, directions, groups, settings) if crew.lead else {}
         advance(1)
-    rows = curves(model, directions, forms["contrast"], groups, band, settings.curves, partial=partial) if settings.curves else []
+    wanted = settings.curves
+    rows = curves(model, directions, forms["contrast"], groups, band, wanted, partial=partial, crew=crew) if wanted else []
+    crew.finish()
     provenance = Provenance(
         model=model.name,
         model_sha256=model.sha256,
@@ -170,27 +180,77 @@ def _complete(model: Model, directions: Directions, groups: Sequence[Group], ban
     return chosen
 
 
-def _patches(
-    model: Model, directions: Directions, estimates: UnitScores, samples: Sequence[Sample], v_ref: Tensor, settings: AblateSettings
-) -> dict[str, Any]:
+def pieces_of(partial: Path) -> Path:
+    """The folder in which several processes keep the groups' scores, beside the finished points of the curves."""
+    return partial.with_name(partial.name + ".pieces")
+
+
+@dataclass(frozen=True, eq=False)
+class _Team:
+    """What is averaged over groups, group by group: shared by the processes, added up in the groups' order."""
+
+    model: Model
+    directions: Directions
+    v_ref: Tensor
+    crew: Crew
+    folder: Path | None
+
+    def importance_and_effects(self, prompts: Sequence[Sample]) -> tuple[Tensor, UnitScores]:
+        """As `assembly.importance_and_effects`."""
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            importance, effects = importance_and_effects(self.model, [sample], self.directions, self.v_ref)
+            return {"importance": importance, "heads": effects.heads, "neurons": effects.neurons}
+
+        found = self._mean("effect", prompts, one)
+        return found["importance"], UnitScores(found["heads"], found["neurons"])
+
+    def attribution_patching(self, samples: Sequence[Sample], name: str) -> UnitScores:
+        """As `attribution.attribution_patching`."""
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            scores, _ = attribution_patching(self.model, [sample], self.v_ref)
+            return {"heads": scores.heads, "neurons": scores.neurons}
+
+        found = self._mean(name, samples, one)
+        return UnitScores(found["heads"], found["neurons"])
+
+    def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
+        """As `attribution.true_patches`."""
+        name = f"true-{sha256_text(json.dumps([emotion, [str(unit) for unit in units]]))[:12]}"
+        return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
+
+    def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
+        origin = [asdict(self.directions.provenance) | {"versions": None}, self.model.sha256, str(self.model.dtype), torch.__version__]
+        tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
+        fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
+        pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))
+        total = {key: torch.zeros_like(value) for key, value in pieces[0].items()}
+        for piece in pieces:
+            for key in total:
+                total[key] += piece[key]
+        return {key: value / len(samples) for key, value in total.items()}
+
+
+def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
     """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
     some = list(samples[: settings.true_groups])
-    local, _ = attribution_patching(model, some, v_ref)
+    local = team.attribution_patching(some, "patch-some")
     units: list[Unit] = []
     half = settings.true_units // 2
     draw = random.Random(f"{settings.seed}/patches")
-    emotion = draw.randrange(len(directions.emotions))
+    emotion = draw.randrange(len(team.directions.emotions))
     units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
-    shape = model.shape
+    shape = team.model.shape
     while len(units) < settings.true_units:
         make, size = draw.choice(((Head, shape.n_heads), (Neuron, shape.d_mlp)))
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:
             units.append(unit)
-    truth = true_patches(model, some, v_ref, emotion, units)
+    truth = team.true_patches(some, emotion, units)
     estimate = torch.tensor([local.of(emotion, unit) for unit in units])
     return {
-        "emotion": directions.emotions[emotion],
+        "emotion": team.directions.emotions[emotion],
         "units": [str(unit) for unit in units],
         "estimate": estimate.tolist(),
         "truth": truth.tolist(),
@@ -210,6 +270,8 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
     """The one-pass check; models whose sublayer outputs are normed (Gemma) are exact only up to a factor and are left out."""
     if not settings.verify_prompts:
         return {}
+    if model.spread:
+        return {"skipped": "the model lies on several devices, and the check runs single layers on the CPU"}
     if model.post_norms:
         return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
     prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in spread(groups, settings.verify_prompts)]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emosteer.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_POST, Site, Z
@@ -23,6 +24,16 @@ def flat(edit: Edit) -> Callable[..., Tensor | None]:
         return None if new is None else new.reshape(activation.shape)
 
     return hook
+
+
+def at_home(edit: Edit, home: torch.device) -> Edit:
+    """An edit that sees activations on one device, wherever the layer is; what it returns goes back to the layer's."""
+
+    def moved(activation: Tensor) -> Tensor | None:
+        new = edit(activation.to(home))
+        return None if new is None else new.to(activation.device)
+
+    return moved
 
 
 def before(edit: Edit) -> Callable[..., Any]:

@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parent.parent / "emosteer"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("errors",),
-    ("sites", "files", "dial"),
+    ("sites", "files", "dial", "workers"),
     ("jsonl", "progress", "tables", "scenarios"),
     ("prompts", "openai", "store", "artifacts"),
-    ("briefs", "folders", "conversion"),
+    ("briefs", "folders", "conversion", "gathering"),
     ("authoring", "packages"),
     ("weights",),
     ("shapes", "devices", "taps", "trie", "packed"),
@@ -69,7 +69,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ROW = {name: index for index, row in enumerate(LAYERS) for name in row}
 
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
-LIGHT = ("errors", "sites", "files", "jsonl", "scenarios", "prompts", "progress", "weights", "authoring", "cli", "__init__", "__main__")
+LIGHT = (
+    "errors",
+    "sites",
+    "files",
+    "jsonl",
+    "scenarios",
+    "prompts",
+    "progress",
+    "workers",
+    "weights",
+    "authoring",
+    "cli",
+    "__init__",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

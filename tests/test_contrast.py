@@ -160,9 +160,9 @@ def test_held_out_groups_are_named_by_the_directions_of_the_others(world: World)
 
 def same_sums(first: Contrasts, second: Contrasts) -> None:
     assert set(first.state()) == set(second.state())
-    for name, value in first.state().items():
+    for name, value in first.sums.items():
         scale = value.abs().max().item()
-        torch.testing.assert_close(second.state()[name], value, rtol=1e-9, atol=1e-9 * scale, msg=name)
+        torch.testing.assert_close(second.sums[name], value, rtol=1e-9, atol=1e-9 * scale, msg=name)
 
 
 def test_the_order_and_the_size_of_batches_do_not_matter(world: World) -> None:
