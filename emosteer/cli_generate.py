@@ -45,6 +45,9 @@ def generate(
     intensity: Annotated[
         float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
     ] = None,
+    positions: Annotated[
+        str, typer.Option(help="Where steering acts: reply (what writes the reply), or all (the prompt too, as in an exported model).")
+    ] = "reply",
     source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
@@ -72,6 +75,8 @@ def generate(
     if method in ("prompt", "none") and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
+    if positions not in ("reply", "all"):
+        raise UsageError(f"expected --positions to be reply or all, found '{positions}'")
     _check_processes(text, source, out, auto)
     inputs = _inputs(text, source)
     from emosteer.generation import Decoding
@@ -99,7 +104,9 @@ def generate(
     wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
     dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
     jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None, dialled)]
-    writer = Writer(loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size)
+    writer = Writer(
+        loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size, positions=positions
+    )
     _write(writer, jobs, out, found[1] if found else None, fresh, as_json, crew)
 
 

@@ -45,7 +45,9 @@ def engine_for(
         prompts: token ids; steps: how many tokens are written at most.
     """
     plan = plan.to(model.device, model.dtype)
-    simple = row_edits is None and all(site.kind in STEERED_KINDS for site in plan.vectors)
+    simple = (
+        row_edits is None and (plan.positions == "reply" or not plan.vectors) and all(site.kind in STEERED_KINDS for site in plan.vectors)
+    )
     lean = lean_of(model) if simple else None
     if lean is not None:
         yield LeanEngine(lean, prompts, plan, steps)

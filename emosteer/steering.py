@@ -16,14 +16,18 @@ from emosteer.model import Edit, Model
 from emosteer.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_POST, Site, Z
 
 STEERED_KINDS = (ATTN_OUT, MLP_OUT, RESID_POST)
+#: Where a plan acts.
+POSITIONS = ("reply", "all")
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringPlan:
-    """What is added where, per row of a batch. vectors: site -> [row, d_model]. An empty plan changes nothing."""
+    """What is added where, per row of a batch. vectors: site -> [row, d_model]; positions: "reply", those that write the reply (the last
+    of the prompt and every token after it), or "all", as a bias in the weights adds it. An empty plan changes nothing."""
 
     vectors: Mapping[Site, Tensor]
     n_rows: int
+    positions: str = "reply"
 
     @classmethod
     def none(cls, n_rows: int) -> SteeringPlan:
@@ -32,11 +36,11 @@ class SteeringPlan:
 
     def rows(self, index: Sequence[int]) -> SteeringPlan:
         """The plan for some of the rows, in the given order."""
-        return SteeringPlan({site: value[list(index)] for site, value in self.vectors.items()}, len(index))
+        return SteeringPlan({site: value[list(index)] for site, value in self.vectors.items()}, len(index), self.positions)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SteeringPlan:
         """The plan on a device, without the sites whose vectors are all zero (strength 0 hooks nothing)."""
-        return SteeringPlan({s: v.to(device, dtype) for s, v in self.vectors.items() if v.any()}, self.n_rows)
+        return SteeringPlan({s: v.to(device, dtype) for s, v in self.vectors.items() if v.any()}, self.n_rows, self.positions)
 
 
 def compile_units(model: Model, z_delta: Tensor, mlp_delta: Tensor) -> dict[Site, Tensor]:
@@ -99,10 +103,11 @@ def scaled(vectors: Mapping[Site, Tensor], emotion_index: Sequence[int], strengt
 
 class Injector:
     """The edits of a plan for generation: everything the forward pass computes is shifted, but in the prompt only its last
-    position, which writes the first reply token. `rows` may shrink as replies end."""
+    position, which writes the first reply token (unless the plan acts everywhere). `rows` may shrink as replies end."""
 
     def __init__(self, plan: SteeringPlan, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the plan to the model's device and precision."""
+        self._everywhere = plan.positions == "all"
         self._vectors = {site: value[:, None] for site, value in plan.to(device, dtype).vectors.items()}
         self._whole = dict(self._vectors)
 
@@ -113,7 +118,7 @@ class Injector:
     def _edit(self, site: Site) -> Edit:
         def add(activation: Tensor) -> Tensor:
             value = self._vectors[site]
-            if activation.shape[1] == 1:
+            if activation.shape[1] == 1 or self._everywhere:
                 return activation + value
             shifted = activation.clone()
             shifted[:, -1:] += value

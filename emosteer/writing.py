@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ def request_of(model: Model, job: Job, instruction: str, elicitation: str = "ton
     return Request(job.id, tuple(model.prompt_ids(messages)))
 
 
-def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor]) -> SteeringPlan:
+def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:
     """The steering of a batch, one emotion and strength per row."""
     if not vectors or circuit is None:
         return SteeringPlan.none(len(jobs))
     steered = [job.method in ("circuit", "residual") for job in jobs]
     index = [circuit.index(job.emotion) if on else -1 for job, on in zip(jobs, steered, strict=True)]
-    return scaled(vectors, index, [job.strength or 0.0 for job in jobs])
+    return replace(scaled(vectors, index, [job.strength or 0.0 for job in jobs]), positions=positions)
 
 
 def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model, a circuit and a decoding, ready to write jobs of one method."""
+    """A model, a circuit and a decoding, ready to write jobs of one method. positions: where steering acts (`SteeringPlan`)."""
 
     model: Model
     circuit: Circuit | None
@@ -87,6 +87,7 @@ class Writer:
     method: str
     batch_size: int = 32
     elicitation: str = "tone"
+    positions: str = "reply"
 
     def run_key(self, circuit_sha256: str = "") -> str:
         """A short hash of everything that shapes a reply beside the job itself."""
@@ -98,6 +99,7 @@ class Writer:
             self.instruction,
             self.method,
             self.elicitation,
+            *([self.positions] if self.positions != "reply" else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
@@ -124,7 +126,7 @@ class Writer:
             vectors = self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
 
         def compute(index: list[int]) -> list[tuple[int, Reply]]:
-            plan = plan_of([jobs[i] for i in index], self.circuit, vectors)
+            plan = plan_of([jobs[i] for i in index], self.circuit, vectors, self.positions)
             return list(zip(index, generate(self.model, [requests[i] for i in index], plan, self.decoding, on_token=on_token), strict=True))
 
         for index in wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -176,3 +178,30 @@ def test_the_injector_shifts_the_last_prompt_position_only_and_kept_rows_keep_th
         injector.keep(torch.tensor(kept))
         single = torch.zeros(len(kept), 1, tiny.shape.d_model)  # under the cache every pass has length 1
         assert torch.equal(edits[site](single)[:, 0], vectors[kept])
+
+
+STRONG = [3.0, 5.0, 0.0]
+
+
+@torch.no_grad()
+def test_a_plan_for_all_positions_acts_like_biases_in_the_weights(family: Model) -> None:
+    """Against a loop without cache that shifts every position of prompts of different lengths."""
+    vectors = compile_units(family, *circuit(family))
+    plan = replace(scaled(vectors, [0, 1, 2], STRONG), positions="all")
+    requests = [Request(str(row), prompt) for row, prompt in enumerate(PROMPTS[:3])]
+    found = generate(family, requests, plan, Decoding(max_new_tokens=5, repetition_penalty=1.0))
+    assert plan.rows([1]).positions == plan.to(family.device, family.dtype).positions == "all"
+    differs = False
+    for row, prompt in enumerate(PROMPTS[:3]):
+        added = {site: value[row] for site, value in plan.vectors.items()}
+        edits = {site: lambda x, value=value: x + value.to(x) for site, value in added.items()}
+        ids = list(prompt)
+        for _ in range(5):
+            token = int(family.logits(family.run(torch.tensor([ids]), edits, bridge=False)[0, -1]).argmax())
+            if token in family.stop_ids:
+                break
+            ids.append(token)
+        assert found[row].ids == tuple(ids[len(prompt) :])
+        usual = generate(family, requests[row : row + 1], scaled(vectors, [row], [STRONG[row]]), Decoding(5, repetition_penalty=1.0))
+        differs |= usual[0].ids != found[row].ids
+    assert differs, "the prompt's positions matter"
