@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from emosteer import generation
 from emosteer.generation import Decoding, Request, generate
 from emosteer.model import Model
 from emosteer.sites import Site
@@ -55,6 +58,17 @@ def test_compiled_vectors_are_what_the_units_write(family: Model) -> None:
         torch.testing.assert_close(vectors[Site(layer, "mlp_out")], mlp[:, layer] @ block.mlp.down_proj.weight.T, rtol=1e-4, atol=1e-5)
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], Any]) -> None:
+    """Shows the logits of every step, whichever forward pass made them, as tokens are chosen from them."""
+    usual = generation.choose
+
+    def choose(logits: Tensor, *rest: Any) -> Tensor:
+        see(logits.clone())
+        return usual(logits, *rest)
+
+    monkeypatch.setattr(generation, "choose", choose)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bridge", [False, True])
 def test_compiled_logits_equal_those_of_unit_edits(family: Model, bridge: bool) -> None:
@@ -98,8 +112,7 @@ def test_steered_generation_in_a_mixed_batch_equals_unit_edits_without_a_cache(
     assert (len(lengths) > 2) is stopping, "rows end at different times"
 
     trace: list[Tensor] = []
-    real = family.logits
-    monkeypatch.setattr(family, "logits", lambda hidden: trace.append(real(hidden)) or trace[-1])
+    watch(monkeypatch, trace.append)
     plan = scaled(compile_units(family, z, mlp), [e for e, _ in ROWS], [s for _, s in ROWS])
     requests = [Request(str(row), prompt) for row, prompt in enumerate(PROMPTS)]
     replies = generate(family, requests, plan, Decoding(max_new_tokens=steps, repetition_penalty=PENALTY))
@@ -121,8 +134,7 @@ def test_strength_zero_changes_no_bit(family: Model, monkeypatch: pytest.MonkeyP
     requests = [Request(str(row), prompt) for row, prompt in enumerate(PROMPTS[:3])]
     decoding = Decoding(max_new_tokens=6)
     traces: list[list[Tensor]] = []
-    real = family.logits
-    monkeypatch.setattr(family, "logits", lambda hidden: traces[-1].append(real(hidden)) or traces[-1][-1])
+    watch(monkeypatch, lambda logits: traces[-1].append(logits))
     monkeypatch.setitem(family.__dict__, "stop_ids", frozenset())
     plans = [None, scaled(vectors, [0, 1, 2], [0.0] * 3), scaled(vectors, [-1] * 3, [1.0] * 3), scaled(vectors, [0, 1, 2], [0.0, 2.0, 0.0])]
     for plan in plans:
