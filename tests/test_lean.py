@@ -236,13 +236,24 @@ def test_other_sites_and_unit_edits_are_hooked(tiny: Model) -> None:
     assert engine_used(tiny, nothing) is LeanEngine
 
 
-def test_it_is_proved_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = generate(build("llama"), requests(), decoding=Decoding(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_proved_before_it_is_used(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    def make() -> Model:
+        made = build("llama")
+        return Model.from_hf(made.hf.to(dtype), made.tokenizer)
+
+    assert lean_of(make()) is not None
     rotary = Lean.rotary
     monkeypatch.setattr(Lean, "rotary", lambda self, positions: rotary(self, positions + (positions > 3)))
-    model = build("llama")
+    model = make()
     assert lean_of(model) is None
-    assert generate(model, requests(), decoding=Decoding(6)) == expected
+    assert engine_used(model) is HookedEngine
+    prompt = PROMPTS[0]
+    if dtype == torch.float32:
+        assert (
+            generate(model, requests([prompt]), decoding=Decoding(6))[0].ids
+            == reference.greedy(model, prompt, {}, 6, model.stop_ids, 1.1)[0]
+        )
 
 
 def test_it_follows_weights_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
