@@ -18,6 +18,9 @@ from emosteer.interventions import RowEdits
 from emosteer.model import Model
 from emosteer.steering import SteeringPlan
 
+#: How many of the likeliest tokens are sorted when sampling; a nucleus that is larger is found among all.
+LIKELY = 1024
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -184,12 +187,29 @@ def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decodin
         logits = logits.scatter(1, seen, scores) if listed else torch.where(seen, scores, logits)
     if noise is None:
         return logits.argmax(-1)
-    probabilities, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
+    probabilities = (logits / decoding.temperature).softmax(-1)
+    if decoding.top_p == 1 or probabilities.shape[1] < 4 * LIKELY:
+        return _draw(probabilities, noise, decoding.top_p)[0]
+    # Sorting the whole vocabulary costs more than the model's own work: the likeliest tokens do wherever the nucleus ends among them.
+    likely = probabilities.topk(LIKELY).indices.sort(-1).values
+    places, least = _draw(probabilities.gather(1, likely), noise, decoding.top_p)
+    tokens = likely.gather(1, places[:, None])[:, 0]
+    rest = (least <= probabilities.gather(1, likely).amin(-1)).nonzero()[:, 0]
+    if len(rest):
+        tokens[rest] = _draw(probabilities[rest], noise[rest], decoding.top_p)[0]
+    return tokens
+
+
+def _draw(probabilities: Tensor, noise: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The token of every row at its place in the nucleus, likeliest first, and the probability of the nucleus' last token."""
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)  # the first token always stays
+    outside = before >= top_p
+    probabilities = probabilities.masked_fill(outside, 0)  # the first token always stays
     heaped = probabilities.cumsum(-1)
     target = noise[:, None] * heaped[:, -1:]
-    return order.gather(1, torch.searchsorted(heaped, target, right=True).clamp_max(order.shape[1] - 1))[:, 0]
+    token = order.gather(1, torch.searchsorted(heaped, target, right=True).clamp_max(order.shape[1] - 1))[:, 0]
+    return token, probabilities.masked_fill(outside, torch.inf).amin(-1)
 
 
 def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:

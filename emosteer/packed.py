@@ -44,11 +44,12 @@ class PackedLinear:
 
     def pack(self) -> None:
         """Makes the ordered copy, where it is worth one."""
-        first = self.linears[0].weight
+        first: Tensor = self.linears[0].weight
         if self.is_packed or sum(self.sizes) * first.shape[1] < LEAST_ENTRIES:
             return
-        weight = first if len(self.linears) == 1 else torch.cat([linear.weight for linear in self.linears])
-        biases = [torch.zeros_like(first[:, 0]) if linear.bias is None else linear.bias for linear in self.linears]
+        weights: list[Tensor] = [linear.weight for linear in self.linears]
+        weight = first if len(weights) == 1 else torch.cat(weights)
+        biases: list[Tensor] = [torch.zeros_like(first[:, 0]) if linear.bias is None else linear.bias for linear in self.linears]
         self._bias = torch.cat(biases) if any(linear.bias is not None for linear in self.linears) else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._rows = _ROWS[first.dtype]

@@ -60,9 +60,11 @@ def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device) -
 
 
 def chunks(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the sequences in ascending groups of about `budget` distinct tokens; those that begin alike come together, empty ones not at all."""
+    """Indices of the sequences in ascending groups of at most `budget` distinct tokens (or one sequence); those that begin alike come
+    together, empty ones not at all."""
     group: list[int] = []
-    size, before = 0, ()  # type: int, Sequence[int]
+    before: Sequence[int] = ()
+    size = 0
     for index in sorted((i for i in range(len(sequences)) if sequences[i]), key=lambda i: tuple(sequences[i])):
         here = sequences[index]
         new = len(here) - _shared(before, here) if group else len(here)
