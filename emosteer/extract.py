@@ -136,7 +136,7 @@ def _ordered(samples: Sequence[Sample], plan: Plan, settings: Settings) -> list[
     """Batches: all groups that make directions first, the held-out ones after, so that one pass is enough."""
     fit = [s for s in samples if s.key.scenario not in plan.heldout]
     held = [s for s in samples if s.key.scenario in plan.heldout]
-    return batches_by_cost(fit, settings.batch_tokens) + batches_by_cost(held, settings.batch_tokens)
+    return batches_by_cost(fit, settings.batch_tokens, settings.packed) + batches_by_cost(held, settings.batch_tokens, settings.packed)
 
 
 def _run(
