@@ -32,7 +32,7 @@ def _rows(bench: Workbench, size: int, tokens: int, rounds: int, mixed: bool) ->
     if mixed:
         plans["mixed"] = bench.plan([index % n for index in range(size)])
     with endless(model):
-        work = {name: lambda plan=plan: generate(model, requests, plan, decoding(tokens)) for name, plan in plans.items()}  # type: ignore[misc]
+        work = {name: lambda plan=plan: generate(model, requests, plan, decoding(tokens)) for name, plan in plans.items()}
         seconds = interleaved(work, rounds, warmup=1)
     rate = {name: size * tokens / median(times) for name, times in seconds.items()}
     found = ratio(seconds["unsteered"], seconds["steered"])
