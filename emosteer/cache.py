@@ -1,12 +1,16 @@
-"""A KV cache that grows in place. Hugging Face's dynamic cache copies all keys and values at every token; this one writes into room
-allocated ahead, and rows that end leave it without moving the others."""
+"""KV caches that grow in place. Hugging Face's dynamic cache copies all keys and values at every token; these write into room
+allocated ahead. `growing_cache` serves the Hugging Face forward pass, `RowCache` the lean one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from emosteer.shapes import Shape
 
 #: Positions allocated ahead of need.
 ROOM = 64
@@ -48,3 +52,71 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class RowCache:
+    """Keys and values of every row in one block [layer, 2, row, n_kv_heads, pos, d_head] that ends at the same column for all rows.
+
+    Shorter prompts leave columns on the left unused. Rows are slots: a row that ends is overwritten by the last one.
+    """
+
+    def __init__(self, shape: Shape, lengths: Sequence[int], steps: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Room for prompts of the given lengths and the first tokens of their replies; steps: how many tokens may follow at most."""
+        self.width = self.end = max(lengths)
+        self.steps = steps
+        self.unused = torch.tensor([self.width - length for length in lengths])
+        size = self.width + min(steps, ROOM)
+        self.block = torch.zeros(shape.n_layers, 2, len(lengths), shape.n_kv_heads, size, shape.d_head, device=device, dtype=dtype)
+        self._set_mask()
+
+    def _set_mask(self) -> None:
+        """What is added to the scores of every column, or nothing where all rows are equally long."""
+        self.start = int(self.unused.min())
+        self.mask: Tensor | None = None
+        if int(self.unused.max()) > self.start:
+            hidden = torch.arange(self.block.shape[4])[None] < self.unused[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill_(hidden, -torch.inf)
+            self.mask = mask[:, None, None].to(self.block.device)
+
+    def fill(self, layer: int, rows: Sequence[int], nodes: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Gives rows their prompts. nodes: [row, width], indices into keys and values [node, n_kv_heads, d_head]."""
+        everything = len(rows) == self.block.shape[2]
+        for index, states in enumerate((keys, values)):
+            found = states[nodes].transpose(1, 2)
+            if everything:
+                self.block[layer, index, :, :, : self.width] = found
+            else:
+                self.block[layer, index, torch.tensor(list(rows), device=found.device), :, : self.width] = found
+
+    def advance(self) -> Tensor | None:
+        """Makes room for one more column; returns what is to be added to the scores."""
+        if self.end == self.block.shape[4]:
+            room = min(max(self.width + self.steps - self.end, 1), max(ROOM, self.end // 2))
+            larger = self.block.new_zeros(*self.block.shape[:4], self.end + room, self.block.shape[5])
+            larger[..., : self.end, :] = self.block
+            self.block = larger
+            self._set_mask()
+        self.end += 1
+        return None if self.mask is None else self.mask[..., self.start : self.end]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new column [row, n_kv_heads, d_head] and returns all keys and values [row, n_kv_heads, pos, d_head]."""
+        block = self.block[layer]
+        block[0, :, :, self.end - 1] = keys
+        block[1, :, :, self.end - 1] = values
+        return block[0, :, :, self.start : self.end], block[1, :, :, self.start : self.end]
+
+    def drop(self, gone: Sequence[int]) -> list[int]:
+        """Takes slots out. Returns for each remaining slot the slot whose row it holds now; only as many rows move as leave."""
+        n_rows = self.block.shape[2]
+        left = n_rows - len(set(gone))
+        holes = sorted(slot for slot in set(gone) if slot < left)
+        movers = [slot for slot in range(left, n_rows) if slot not in set(gone)]
+        order = list(range(left))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+            self.block[:, :, hole, :, self.start : self.end] = self.block[:, :, mover, :, self.start : self.end]
+        self.block = self.block[:, :, :left]
+        self.unused = self.unused[order]
+        self._set_mask()
+        return order

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from emosteer.jury import Jury
     from emosteer.model import Model
 
-DOSES = "0.25,0.5,0.75,1,1.25,1.5,1.75"
+DOSES = "0.5,0.75,1,1.25,1.5,1.75,2"
 #: A look, not a result: minutes on the default model.
 FAST = {"groups": 12, "dev_groups": 6, "doses": "0.5,1,1.5"}
-FULL = {"groups": 160, "dev_groups": 16, "doses": DOSES}
+FULL = {"groups": 160, "dev_groups": 24, "doses": DOSES}
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def evaluate(
         Path | None, typer.Option(help="SEV file to test on; the shipped test set if not given.", metavar="FILE", show_default=False)
     ] = None,
     groups: Annotated[int | None, typer.Option(min=0, help="Test scenario-events, 160 if not given; 0 is all.", show_default=False)] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out as many test scenario-events first: those read before.")] = 0,
     dev_groups: Annotated[
-        int | None, typer.Option(min=1, help="Scenario-events that strengths are chosen on, 16 if not given.", show_default=False)
+        int | None, typer.Option(min=1, help="Scenario-events that strengths are chosen on, 24 if not given.", show_default=False)
     ] = None,
     doses: Annotated[
         str | None,
@@ -95,9 +96,10 @@ def evaluate(
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
-    splits = _splits(scenarios, sizes["groups"], sizes["dev_groups"])
+    splits = _splits(scenarios, sizes["groups"], skip, sizes["dev_groups"])
     from emosteer.evaluation import evaluate as hold
     from emosteer.files import sha256_file, write_jsonl, write_text
+    from emosteer.hf_judge import refuse_same_weights
     from emosteer.jsonl import KeyedLog
     from emosteer.jury import make_jury
     from emosteer.model import Model
@@ -109,9 +111,10 @@ def evaluate(
     found, path = require_circuit(loaded, circuit, root)
     places = Places.of(loaded.name, root)
     folder = out or places.folder / "evaluation"
+    jury = panel(KeyedLog(folder / "opinions.jsonl"))
+    refuse_same_weights(jury.judge, loaded.sha256)
     settings, known = _with_directions(settings, loaded, found, directions, places.directions, methods is not None)
     contest = _contest(loaded, found, known, settings, decoding, batch_size, folder)
-    jury = panel(KeyedLog(folder / "opinions.jsonl"))
     body, rows = hold(contest, jury, splits.dev, splits.test, _defaults(found, settings), settings)
     result = {
         "schema": 1,
@@ -149,12 +152,15 @@ def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, s
     return EvaluationSettings(tuple(unknown) or order, grid, control_groups=max(2, dev_groups // 2), budget=Budget(ratio=budget), seed=seed)
 
 
-def _splits(scenarios: Path | None, groups: int, dev_groups: int) -> Splits:
+def _splits(scenarios: Path | None, groups: int, skip: int, dev_groups: int) -> Splits:
     train, test = data_path("sev/train.jsonl"), scenarios or data_path("sev/test.jsonl")
     dev = spread(groups_of(split(read_scenarios(train), 0.2, 0)[1]), dev_groups)
     # From the end: the first 40 of this order were looked at while the method was developed.
     order = sorted(groups_of(read_scenarios(test)), key=lambda group: stable_share(str(group.key), 1))
-    return Splits(dev, order[-groups:] if groups else order, train, test)
+    left = order[: len(order) - skip]
+    if not left:
+        raise UsageError(f"--skip {skip} leaves nothing of {len(order)} scenario-events")
+    return Splits(dev, left[-groups:] if groups else left, train, test)
 
 
 def _with_directions(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from emosteer.choosing import Budget, Point, best_prompt, choose, within
+from emosteer.choosing import Budget, Point, best_prompt, choose
 from emosteer.contest import METHODS, NONE, PROMPTS, STEERED, Cell, Contest, Row, cells_of
 from emosteer.controls import CONTROL_OF
 from emosteer.errors import UsageError, suggest
@@ -31,7 +31,7 @@ class EvaluationSettings:
     development scenario-events that random controls write to at every dose (for the frontier only)."""
 
     methods: tuple[str, ...] = METHODS
-    doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    doses: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
     control_groups: int = 8
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
@@ -88,8 +88,8 @@ def groups_of_cells(cells: Sequence[Cell]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """doses: method -> emotion -> dose, None where there is nothing to choose; unfit: method -> emotions for which no dose kept to the
-    budget, so that the weakest was taken."""
+    """doses: method -> emotion -> dose, None where there is nothing to choose; unfit: method -> what no allocation of doses kept to:
+    "budget" (ratio and soundness of all replies together), or an emotion that no dose left sound enough."""
 
     doses: dict[str, dict[str, float | None]]
     unfit: dict[str, list[str]]
@@ -98,17 +98,18 @@ class Chosen:
 def chosen_doses(trials: Trials, emotions: Sequence[str], settings: EvaluationSettings) -> Chosen:
     """The rule, for every method. A control takes the doses of what it controls."""
     base = trials[NONE, None]
+    plain = {emotion: Point.of(base, base, e) for e, emotion in enumerate(emotions)}
     found = Chosen({}, {})
     for method in settings.methods:
         found.doses[method] = dict.fromkeys(emotions)
         source = CONTROL_OF.get(method, method)
-        if source in STEERED:
-            for e, emotion in enumerate(emotions):
-                points = {dose: Point.of(trials[source, dose], base, e) for dose in settings.doses}
-                plain = Point.of(base, base, e)
-                found.doses[method][emotion] = choose(points, plain, settings.budget)
-                if method == source and not within(points, plain, settings.budget):
-                    found.unfit.setdefault(method, []).append(emotion)
+        if source not in STEERED:
+            continue
+        points = {e: {dose: Point.of(trials[source, dose], base, i) for dose in settings.doses} for i, e in enumerate(emotions)}
+        choice = choose(points, plain, settings.budget)
+        found.doses[method] = dict(choice.doses)
+        if method == source and not choice.fits:
+            found.unfit[method] = list(choice.unsound) or ["budget"]
     return found
 
 

@@ -6,18 +6,17 @@ noise is drawn per row, so batch size and neighbours do not change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emosteer.cache import growing_cache
+from emosteer.engines import engine_for
 from emosteer.errors import DataError, UsageError
 from emosteer.interventions import RowEdits
-from emosteer.model import Edit, Model
-from emosteer.sites import Site
-from emosteer.steering import Injector, SteeringPlan
+from emosteer.model import Model
+from emosteer.steering import SteeringPlan
 
 
 @dataclass(frozen=True)
@@ -105,96 +104,62 @@ def generate(
                 f"context of {model.name} ({model.shape.context}); shorten it or lower --max-new-tokens"
             )
     batch = _Batch(model, requests, decoding)
-    injector = Injector(plan, model.device, model.dtype)
-    combined = _combine(injector.edits(), row_edits.edits() if row_edits else {})
     stream = _Stream(model, on_token) if on_token and len(requests) == 1 else None
-    with model.hooks(combined, bridge=False):
+    with engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens) as engine:
+        tokens = None
         for _ in range(decoding.max_new_tokens):
-            batch.step()
+            tokens, kept = batch.take(engine.step(tokens))
             if stream:
                 stream.push(batch.written[0])
-            kept = batch.drop_finished()
-            if kept is None:
+            if not kept:
                 break
-            injector.keep(kept)
-            if row_edits:
-                row_edits.keep(kept)
+            if len(kept) < len(tokens):
+                tokens = batch.keep(kept, tokens)
+                engine.keep(kept)
     if stream:
         stream.flush(batch.written[0])
     return batch.replies()
 
 
-def _combine(first: Mapping[Site, Edit], second: Mapping[Site, Edit]) -> dict[Site, Edit]:
-    edits = dict(first)
-    for site, edit in second.items():
-        edits[site] = _both(edits[site], edit) if site in edits else edit
-    return edits
-
-
-def _both(first: Edit, second: Edit) -> Edit:
-    def edit(activation: Tensor) -> Tensor | None:
-        middle = first(activation)
-        last = second(activation if middle is None else middle)
-        return middle if last is None else last
-
-    return edit
-
-
 class _Batch:
-    """The state of one batch while it is written. Rows that end leave the batch, so that the others go on faster."""
+    """The replies of one batch while they are written. Rows that end leave the batch, so that the others go on faster."""
 
     def __init__(self, model: Model, requests: Sequence[Request], decoding: Decoding) -> None:
         self.model, self.requests, self.decoding = model, requests, decoding
         device = model.device
         width = max(len(request.ids) for request in requests)
-        ids = torch.full((len(requests), width), model.pad_id)
-        mask = torch.zeros((len(requests), width), dtype=torch.long)
-        seen = torch.zeros((len(requests), model.shape.d_vocab), dtype=torch.bool)
-        for row, request in enumerate(requests):  # padded on the left: every row's last position is t*
-            ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
-            mask[row, width - len(request.ids) :] = 1
-            seen[row, list(request.ids)] = True
-        self.ids, self.mask, self.seen = ids.to(device), mask.to(device), seen.to(device)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+        # What each row has seen: its prompt, filled up with its first token, and room for its reply.
+        seen = [[*request.ids, *[request.ids[0]] * (width - len(request.ids) + decoding.max_new_tokens)] for request in requests]
+        self.seen = torch.tensor(seen, device=device)
         self.noise = _noise(requests, decoding).to(device) if decoding.temperature > 0 else None
-        self.cache = growing_cache(model.hf.config)
-        self.alive = torch.arange(len(requests), device=device)
+        self.alive = list(range(len(requests)))
         self.written: list[list[int]] = [[] for _ in requests]
         self.reason = ["length"] * len(requests)
-        self.stop = torch.tensor(sorted(model.stop_ids), device=device)
-        self.steps = 0
+        self.width, self.steps = width, 0
 
-    def step(self) -> None:
-        """One forward pass and one token for every row that is alive."""
-        hidden = self.model.body(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
-        logits = self.model.logits(hidden[:, -1]).float()
-        noise = None if self.noise is None else self.noise[self.alive, self.steps]
-        tokens = choose(logits, self.seen, noise, self.decoding)
-        self.seen.scatter_(1, tokens[:, None], True)
-        self.ids = tokens[:, None]
-        self.positions = self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self.ended = torch.isin(tokens, self.stop)
-        for row, token, ended in zip(self.alive.tolist(), tokens.tolist(), self.ended.tolist(), strict=True):
-            if ended:
+    def take(self, logits: Tensor) -> tuple[Tensor, list[int]]:
+        """Chooses one token for every row that is alive. Returns the tokens [row] and which of the rows go on."""
+        noise = None if self.noise is None else self.noise[:, self.steps]
+        end = self.width + self.steps
+        tokens = choose(logits.float(), self.seen[:, :end], noise, self.decoding)
+        self.seen[:, end] = tokens
+        self.steps += 1
+        kept = []
+        for place, (row, token) in enumerate(zip(self.alive, tokens.tolist(), strict=True)):
+            if token in self.model.stop_ids:
                 self.reason[row] = "stop"
             else:
                 self.written[row].append(token)
-        self.steps += 1
+                kept.append(place)
+        return tokens, kept
 
-    def drop_finished(self) -> Tensor | None:
-        """Removes ended rows; returns the rows that go on, or None when all have ended."""
-        if not bool(self.ended.any()):
-            return self.alive
-        keep = (~self.ended).nonzero()[:, 0]
-        if not len(keep):
-            return None
-        self.alive = self.alive[keep]
-        self.ids, self.mask, self.positions, self.seen = self.ids[keep], self.mask[keep], self.positions[keep], self.seen[keep]
-        self.cache.batch_select_indices(keep)
-        return self.alive
+    def keep(self, kept: Sequence[int], tokens: Tensor) -> Tensor:
+        """Lets the rows go that have ended; returns the tokens of the others."""
+        index = torch.tensor(kept, device=tokens.device)
+        self.alive, self.seen = [self.alive[place] for place in kept], self.seen[index]
+        if self.noise is not None:
+            self.noise = self.noise[index]
+        return tokens[index]
 
     def replies(self) -> list[Reply]:
         decode = self.model.tokenizer.decode
@@ -208,12 +173,15 @@ def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decodin
     """The next token of every row: repetition penalty, temperature and nucleus in Hugging Face's order. Shape [row].
 
     Args:
-        logits: [row, d_vocab], float32; seen: [row, d_vocab], the tokens of prompt and reply so far.
+        logits: [row, d_vocab], float32; seen: the tokens of prompt and reply so far, as a mask [row, d_vocab] or, which is cheaper,
+            as token ids [row, n] in any order, repeated or not.
         noise: [row], a uniform number in [0, 1) per row; None is greedy.
     """
     if decoding.repetition_penalty != 1:
-        punished = torch.where(logits > 0, logits / decoding.repetition_penalty, logits * decoding.repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+        listed = seen.dtype != torch.bool
+        scores = logits.gather(1, seen) if listed else logits
+        scores = torch.where(scores > 0, scores / decoding.repetition_penalty, scores * decoding.repetition_penalty)
+        logits = logits.scatter(1, seen, scores) if listed else torch.where(seen, scores, logits)
     if noise is None:
         return logits.argmax(-1)
     probabilities, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)

@@ -23,8 +23,8 @@ def print_evaluation(found: Row, file: str) -> None:
     print(f"settings, chosen on {dev['n_groups']} other scenario-events of {dev['file']}: {_rule(found['budget'])}")
     rows = [(method, *(f"{own[e]:g}" for e in found["emotions"])) for method, own in found["chosen"].items() if any(own.values())]
     print_table(("strength", *found["emotions"]), rows)
-    for method, emotions in found["unfit"].items():
-        print(f"{method}: no strength kept to the budget for {', '.join(emotions)}; the weakest was taken")
+    for method, what in found["unfit"].items():
+        print(f"{method}: no strengths kept to the budget ({', '.join(what)}); the nearest to it were taken")
     if found["best_prompt"]:
         print(f"best prompt: {found['best_prompt']}")
     _print_comparisons(found["comparisons"])
@@ -35,7 +35,7 @@ def print_evaluation(found: Row, file: str) -> None:
 def _rule(budget: Row) -> str:
     return (
         f"the highest mean P(target) with ratio up to {budget['ratio']:g}, naming up to {budget['names']:.0%} (or the least) "
-        f"and {budget['sound']:.0%} sound"
+        f"and {budget['sound']:.0%} sound, all emotions together, and {budget['each_sound']:.0%} sound for each"
     )
 
 

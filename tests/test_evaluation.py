@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from emosteer import cli, embedded_judge, judges, pipeline, soundness
 from emosteer import model as model_module
-from emosteer.choosing import Budget, Point, best_prompt, choose, within
+from emosteer.choosing import Budget, Point, best_prompt, choose
 from emosteer.contest import METHODS, NONE, PROMPTS, STEERED, Row
 from emosteer.controls import CONTROL_OF
 from emosteer.errors import UsageError
 from emosteer.evaluation import COMPARED, METRICS, EvaluationSettings, compare, equal_ratio, evaluate, frontier, result_of, rivals_of
+from emosteer.hf_judge import HfJudge
 from emosteer.measures import EMPTY, confusion, content_tables, measure, repetition, table_of
 from emosteer.resampling import Draws
 from emosteer.scenarios import EMOTIONS as SIX
@@ -145,36 +148,76 @@ def point(probability: float | None, ratio: float = 1.0, names: float = 0.0, sou
 PLAIN = point(0.1)
 
 
+def one(points: dict[float, Point], unsteered: Point = PLAIN, budget: Budget | None = None) -> tuple[float, bool]:
+    """The choice for a single emotion, whose own share of sound replies is the pooled one."""
+    choice = choose({"fear": points}, {"fear": unsteered}, budget or Budget())
+    return choice.doses["fear"], choice.fits
+
+
 @pytest.mark.parametrize(
-    ("points", "dose"),
+    ("points", "dose", "fits"),
     [
-        ({0.5: point(0.3), 1.0: point(0.6), 1.5: point(0.5)}, 1.0),  # the highest
-        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.11), 1.5: point(0.5)}, 1.5),  # over budget
-        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.1)}, 1.0),  # the budget itself is within
-        ({0.5: point(0.3), 1.0: point(0.6, names=0.025)}, 0.5),  # names too often
-        ({0.5: point(0.3, names=0.1), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5),  # all do: the fewest
-        ({0.5: point(0.3, names=0.0, ratio=2.0), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5),  # of those within
-        ({0.5: point(0.3), 1.0: point(0.6, sound=0.92)}, 0.5),  # 3 of 40 unsound, 2 allowed
-        ({0.5: point(0.3), 1.0: point(0.6, sound=0.95)}, 1.0),
-        ({1.5: point(0.9, ratio=1.3), 0.5: point(0.3, ratio=1.2), 1.0: point(0.6, sound=0.5)}, 0.5),  # nothing fits: the weakest
-        ({0.5: point(0.6), 1.0: point(0.6)}, 0.5),  # equals: the weaker
-        ({0.5: point(0.3), 1.0: point(None)}, 0.5),  # no opinion is no evidence
-        ({0.5: point(None), 1.0: point(None)}, 0.5),
+        ({0.5: point(0.3), 1.0: point(0.6), 1.5: point(0.5)}, 1.0, True),  # the highest
+        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.11), 1.5: point(0.5)}, 1.5, True),  # over budget
+        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.1)}, 1.0, True),  # the budget itself is within
+        ({0.5: point(0.3), 1.0: point(0.6, names=0.025)}, 0.5, True),  # names too often
+        ({0.5: point(0.3, names=0.1), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5, True),  # all do: the fewest
+        ({0.5: point(0.3, ratio=2.0), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5, True),  # of those within
+        ({0.5: point(0.3), 1.0: point(0.6, sound=0.875)}, 0.5, True),
+        ({0.5: point(0.3), 1.0: point(0.6, sound=0.9)}, 1.0, True),
+        ({1.5: point(0.9, ratio=1.3), 0.5: point(0.3, ratio=1.2)}, 0.5, False),  # nothing fits: the nearest to the budget
+        ({1.5: point(0.9, sound=0.7), 0.5: point(0.3, sound=0.75), 1.0: point(0.6, sound=0.5)}, 0.5, False),  # or the weakest, unsound
+        ({0.5: point(0.6), 1.0: point(0.6)}, 0.5, True),  # equals: the weaker
+        ({0.5: point(0.3), 1.0: point(None)}, 0.5, True),  # no opinion is no evidence
+        ({0.5: point(None), 1.0: point(None)}, 0.5, False),
     ],
 )
-def test_the_rule(points: dict[float, Point], dose: float) -> None:
-    assert choose(points, PLAIN, Budget()) == dose
-    assert (choose(points, PLAIN, Budget()) in within(points, PLAIN, Budget())) == any(
-        p.probability is not None and p.ratio <= 1.1 and p.sound >= 0.95 for p in points.values()
+def test_the_rule(points: dict[float, Point], dose: float, fits: bool) -> None:
+    assert one(points) == (dose, fits)
+
+
+def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
+    points = {0.5: point(0.3), 1.0: point(0.6, sound=0.75)}
+    assert one(points) == (0.5, True)
+    assert one(points, point(0.1, sound=0.75)) == (1.0, True)
+    assert one(points, budget=Budget(sound=0.7, each_sound=0.7)) == (1.0, True)
+    assert one(points, budget=Budget(sound=0.7)) == (0.5, True), "one emotion alone falls below its own share"
+
+
+def test_the_budget_is_that_of_all_replies_together() -> None:
+    mild, wild = {1.0: point(0.3, ratio=0.8), 2.0: point(0.5, ratio=0.9)}, {1.0: point(0.2, ratio=1.0), 2.0: point(0.8, ratio=1.3)}
+    choice = choose({"fear": mild, "anger": wild}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    assert choice.doses == {"fear": 2.0, "anger": 2.0} and choice.fits, "sqrt(0.9 * 1.3) = 1.08"
+    named = {1.0: point(0.2), 2.0: point(0.8, names=0.05)}
+    assert choose({"fear": named, "anger": named}, {"fear": PLAIN, "anger": PLAIN}, Budget()).doses in ({"fear": 1.0, "anger": 1.0},), (
+        "2.5 % of all replies"
     )
+    more = choose({"fear": named, "anger": {1.0: point(0.2, n=80)}}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    assert more.doses["fear"] == 2.0, "2 of 120 replies: an emotion counts by its replies"
 
 
-def test_a_small_sample_may_hold_one_unsound_reply_and_as_many_as_the_unsteered() -> None:
-    few = {0.5: point(0.3, n=16), 1.0: point(0.6, sound=15 / 16, n=16)}
-    assert choose(few, point(0.1, n=16), Budget()) == 1.0
-    assert choose({**few, 1.0: point(0.6, sound=14 / 16, n=16)}, point(0.1, n=16), Budget()) == 0.5
-    assert choose({**few, 1.0: point(0.6, sound=14 / 16, n=16)}, point(0.1, sound=14 / 16, n=16), Budget()) == 1.0
-    assert choose(few, point(0.1, n=16), Budget(ratio=0.9)) == 0.5
+def test_the_choice_is_the_best_of_all_allocations() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        points = {
+            e: {d: point(draw.random(), draw.uniform(0.7, 1.6), draw.choice([0, 0, 0.05]), draw.uniform(0.82, 1)) for d in (1.0, 2.0, 3.0)}
+            for e in ("fear", "anger", "disgust")
+        }
+        choice = choose(points, dict.fromkeys(points, PLAIN), Budget())
+        fitting = {}
+        for doses in itertools.product((1.0, 2.0, 3.0), repeat=3):
+            some = [points[e][d] for e, d in zip(points, doses, strict=True)]
+            ratio = math.exp(sum(math.log(p.ratio) for p in some) / 3)
+            if ratio <= 1.1 and sum(p.sound for p in some) / 3 >= 0.9 and sum(p.names for p in some) / 3 <= 0.02:
+                fitting[doses] = sum(p.probability or 0 for p in some)
+        if fitting:
+            assert tuple(choice.doses.values()) == max(fitting, key=lambda doses: fitting[doses]) and choice.fits
+
+
+def test_too_many_doses_are_refused_at_once() -> None:
+    points = {float(dose): point(0.5) for dose in range(1, 31)}
+    with pytest.raises(UsageError, match="fewer --doses"):
+        choose(dict.fromkeys(SIX, points), dict.fromkeys(SIX, PLAIN), Budget())
 
 
 def test_the_best_prompt_is_the_most_accurate_within_the_ratio() -> None:
@@ -294,7 +337,7 @@ def test_settings_refuse_nonsense() -> None:
 
 # ---- the whole way ---------------------------------------------------------------------------------------------------------------
 
-SETTINGS = EvaluationSettings(doses=(0.25, 1.0, 2.0), control_groups=2, budget=Budget(ratio=3.0, names=0.02, sound=0.5))
+SETTINGS = EvaluationSettings(doses=(0.25, 1.0, 2.0), control_groups=2, budget=Budget(ratio=3.0, names=0.02, sound=0.5, each_sound=0.5))
 
 
 def hold(
@@ -353,12 +396,10 @@ def test_settings_are_chosen_by_the_rule_from_the_frontier(held: tuple[Row, list
         return Point(*(row[name] for name in ("probability", "accuracy", "ratio", "names", "sound", "n")))
 
     for method in STEERED:
-        for emotion in EMOTIONS:
-            tried = {dose: make(points[method, dose, emotion]) for dose in SETTINGS.doses}
-            dose = choose(tried, make(points[NONE, None, emotion]), SETTINGS.budget)
-            assert body["chosen"][method][emotion] == dose * defaults()[method][emotion]
-            nothing = not within(tried, make(points[NONE, None, emotion]), SETTINGS.budget)
-            assert (emotion in body["unfit"].get(method, [])) == nothing and (dose == min(SETTINGS.doses) or not nothing)
+        tried = {emotion: {dose: make(points[method, dose, emotion]) for dose in SETTINGS.doses} for emotion in EMOTIONS}
+        choice = choose(tried, {emotion: make(points[NONE, None, emotion]) for emotion in EMOTIONS}, SETTINGS.budget)
+        assert body["chosen"][method] == {e: dose * defaults()[method][e] for e, dose in choice.doses.items()}
+        assert (method in body["unfit"]) == (not choice.fits)
     for control, source in CONTROL_OF.items():
         assert body["chosen"][control] == body["chosen"][source]
         assert points[control, 1.0, "all"]["n"] == 6 and points[source, 1.0, "all"]["n"] == 9
@@ -495,6 +536,9 @@ def test_test_prompts_come_from_the_end_of_the_order(run: Callable[..., tuple[in
     assert json.loads(out)["test"]["file"] == "mine.jsonl"
     assert [row["method"] for row in json.loads(out)["results"]] == [NONE, "residual", "circuit"]
     assert {row["prompt"].split()[4] for row in rows} <= set(names)
+    code, out, err = run(*SMALL, "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "there", "--skip", "3")
+    rows = [json.loads(line) for line in (tmp_path / "there" / "test-replies.jsonl").read_text().splitlines()]
+    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-6:-3])
 
 
 def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -505,6 +549,15 @@ def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Calla
     assert code == 1 and out == "" and "emosteer extract" in err and err.count("\n") == 1
 
 
+def test_a_judge_that_is_the_steered_model_is_refused(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = object.__new__(HfJudge)  # nothing but what names it and its weights is looked at
+    for name, value in {"name": "hf:tiny", "key": "x", "weights": (parts()[0].sha256,)}.items():
+        object.__setattr__(judge, name, value)
+    monkeypatch.setattr(judges, "make_judge", lambda spec, **options: judge)
+    code, out, err = run(*SMALL)
+    assert code == 2 and out == "" and "independent" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -513,6 +566,7 @@ def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Calla
         (("--doses", "0"), "expected --doses"),
         (("--budget", "nan"), "--budget"),
         (("--scenarios", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--skip", "100000"), "leaves nothing"),
     ],
 )
 def test_bad_options_are_one_line(run: Callable[..., tuple[int, str, str]], options: tuple[str, ...], message: str) -> None:
