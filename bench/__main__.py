@@ -91,6 +91,8 @@ def _measure(results: Results, only: Sequence[str], quick: bool, threads: int | 
     torch.set_num_threads(threads or torch.get_num_threads())
     machine = describe(torch.get_num_threads())
     note("bench: " + ", ".join(f"{key} {value}" for key, value in machine.items()))
+    if machine.get("load at the start", 0) > 0.5:
+        note("bench: other work is running here; ratios bear some of it, figures in seconds do not")
     bench = Workbench(quick, lambda row: wants(only, row))
     for family, module in FAMILIES.items():
         if only and not any(name.split(".")[0] == family for name in only):

@@ -119,7 +119,7 @@ def _neuron_error(
 def run(bench: Workbench) -> Iterator[Row]:
     """The rows of this family."""
     model = bench.model()
-    data = bench.data(bench.pick(8, 4))
+    data = bench.data(bench.pick(6, 4))
     directions = extract(model, data.groups, settings(), bank=data.bank)
     v_mid, v_post = directions.at(RESID_MID), directions.at(RESID_POST)
     prompts = [request.ids for request in bench.requests(bench.pick(2, 1))]

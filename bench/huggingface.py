@@ -63,7 +63,7 @@ def _row(bench: Workbench, dtype: str) -> Row:
             "theirs": lambda: generate_theirs(hf, batch, tokens, model.pad_id),
             "ours": lambda: generate(model, requests, None, decoding(tokens)),
         }
-        seconds = interleaved(work, bench.pick(4, 1), warmup=1)
+        seconds = interleaved(work, bench.pick(3, 1), warmup=1)
         same = sum(
             list(reply.ids) == row.tolist()
             for reply, row in zip(

@@ -34,7 +34,7 @@ def run(bench: Workbench) -> Iterator[Row]:
     """The rows of this family."""
     tasks = (
         ("extract", "scenario-events", bench.pick(48, 6), bench.pick(480, 24), Bar(1.05, at_least=False)),
-        ("generate", "replies", bench.pick(32, 8), bench.pick(256, 16), None),
+        ("generate", "replies", bench.pick(32, 8), bench.pick(192, 16), None),
     )
     for what, unit, small, large, bar in tasks:
         if not bench.wants(f"{FAMILY}.{what}"):

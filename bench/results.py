@@ -66,13 +66,9 @@ class Row:
         """The value as it is read."""
         if self.value is None:
             return "not measured"
-        text = (
-            f"{self.value:.1e}"
-            if self.value and abs(self.value) < 1e-3
-            else f"{self.value:,.0f}"
-            if abs(self.value) >= 1000
-            else f"{self.value:.3g}"
-        )
+        size = abs(self.value)
+        form = ".1e" if 0 < size < 1e-3 else ".3f" if size < 10 else ".0f" if size < 1000 else ",.0f"
+        text = format(self.value, form)
         return f"{text} {self.unit}".strip()
 
     @property

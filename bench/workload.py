@@ -16,7 +16,7 @@ from emosteer.generation import Decoding, Request
 from emosteer.model import Model
 from emosteer.pipeline import Data, packaged_circuit, read_data
 from emosteer.prompts import INSTRUCTION, plain
-from emosteer.scenarios import EMOTIONS, Group, data_path, groups_of, read_scenarios
+from emosteer.scenarios import EMOTIONS, VALENCES, Group, data_path, groups_of, read_scenarios
 from emosteer.sites import Site
 from emosteer.steering import SteeringPlan, scaled
 
@@ -74,8 +74,10 @@ class Workbench:
 
     @cached_property
     def prompts(self) -> list[Group]:
-        """Test scenario-events, none of which made the circuit."""
-        return groups_of(read_scenarios(data_path("sev/test.jsonl")))
+        """Test scenario-events, none of which made the circuit; the first event of every scenario, then the second, then the third: prompts
+        that follow one another share no text of their own, which a fast path could compute once."""
+        groups = groups_of(read_scenarios(data_path("sev/test.jsonl")))
+        return [group for start in range(len(VALENCES)) for group in groups[start :: len(VALENCES)]]
 
     def requests(self, count: int) -> list[Request]:
         """Unsteered prompts, as `generate` writes them."""

@@ -74,9 +74,9 @@ def test_bars_judge_as_they_read() -> None:
     assert least.met(0.97) and not least.met(0.9699) and most.met(0.35) and not most.met(0.3501)
     assert not least.met(float("nan")) and not most.met(float("nan"))
     row = Row.of("a.b", "w", 0.2, most)
-    assert (row.met, row.unit, row.verdict, row.figure, row.family) == (True, "s", "met", "0.2 s", "a")
+    assert (row.met, row.unit, row.verdict, row.figure, row.family) == (True, "s", "met", "0.200 s", "a")
     assert Row.of("a.b", "w", None, most).verdict == "not met" and Row.of("a.b", "w", None, most).figure == "not measured"
-    assert Row.of("a.b", "w", 3.0).verdict == "" and Row.of("a.b", "w", 0.0, unit="").figure == "0"
+    assert Row.of("a.b", "w", 3.0).verdict == "" and Row.of("a.b", "w", 0.0, unit="").figure == "0.000"
     assert [Row.of("a", "w", value).figure for value in (4.2e-5, 0.953, 166.66, 54321.0)] == ["4.2e-05 x", "0.953 x", "167 x", "54,321 x"]
 
 
@@ -109,7 +109,7 @@ def test_the_page_has_a_line_per_row_and_counts_the_bars(tmp_path: Path) -> None
     assert "1 of 2 bars met." in page and "Machine m1: cpu x, cores 2." in page
     table = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(table) == 4 and all(line.replace("\\|", "").count("|") == 8 for line in table)
-    assert table[1] == "| what one.a | **3 x** |  | at least 2 x | met | a \\| b; machine m1, 2026-01-01 | `run one.a` |"
+    assert table[1] == "| what one.a | **3.000 x** |  | at least 2 x | met | a \\| b; machine m1, 2026-01-01 | `run one.a` |"
     console = Console(file=(tmp_path / "out").open("w"), width=60)
     show(rows, console)
     console.file.close()
