@@ -8,7 +8,7 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test check format clean circuits judge evaluate report reproduce
+.PHONY: help setup demo test check format clean circuits judge evaluate report reproduce bench
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
@@ -18,6 +18,7 @@ help:
 	@echo "make judge        fit the embedded judge again from data/judge/, bit for bit, and print its card"
 	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
 	@echo "make report       one HTML page from what is in artifacts/"
+	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
 	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
 
 $(VENV)/.stamp: pyproject.toml
@@ -57,6 +58,9 @@ evaluate: setup
 
 report: setup
 	$(BIN)/emosteer report --model $(MODEL)
+
+bench: setup
+	$(BIN)/python -m bench $(OPTIONS)
 
 # The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
 reproduce: circuits

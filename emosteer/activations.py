@@ -41,8 +41,12 @@ class Sample:
     @property
     def cost(self) -> int:
         """Tokens that a forward pass computes."""
-        replies = sum(len(reply) for reply in self.replies)
-        return len(self.prompts[0]) + replies if self.packs else sum(map(len, self.prompts)) + replies
+        return len(self.prompts[0]) + sum(map(len, self.replies)) if self.packs else self.cost_alone
+
+    @property
+    def cost_alone(self) -> int:
+        """Tokens that a forward pass computes where every emotion is a sequence of its own."""
+        return sum(map(len, self.prompts)) + sum(map(len, self.replies))
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,20 @@ class Batch:
     """Rows as tensors; every row reads the same number of states, and states are numbered row by row.
 
     ids, positions: [row, pos]; mask: additive [row, 1, pos, pos] where rows are packed, else ones and zeros [row, pos]; weights:
-    [row, state of the row, pos], which averages over the read positions.
+    [row, state of the row, pos], which averages over the read positions; first: no position before this one is read.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     weights: Tensor
+    first: int = 0
 
     def average(self, activation: Tensor) -> Tensor:
         """[row, pos, width] -> [state, width], in float32 at least."""
+        activation = activation[:, self.first :]  # the prompt is most of a short reply's row: it is not even converted
         wide = activation if activation.dtype == torch.float64 else activation.float()
-        return torch.bmm(self.weights.to(wide.dtype), wide).flatten(0, 1)
+        return torch.bmm(self.weights[:, :, self.first :].to(wide.dtype), wide).flatten(0, 1)
 
     def read_mask(self) -> Tensor:
         """[row, pos]: true at the positions that are read by any state."""
@@ -148,7 +154,8 @@ def make_batch(model: Model, rows: Sequence[Row]) -> Batch:
         for state, where in enumerate(row.reads):
             weights[index, state, list(where)] = 1 / len(where)
     device = model.device
-    return Batch(ids.to(device), positions.to(device), mask.to(device), weights.to(device))
+    first = min(position for row in rows for where in row.reads for position in where)
+    return Batch(ids.to(device), positions.to(device), mask.to(device), weights.to(device), first)
 
 
 def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +167,13 @@ def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_states(
-    model: Model, samples: Sequence[Sample], sites: Sequence[Site], *, packed: bool = True, edits: Mapping[Site, Edit] | None = None
+    model: Model,
+    samples: Sequence[Sample],
+    sites: Sequence[Site],
+    *,
+    packed: bool = True,
+    edits: Mapping[Site, Edit] | None = None,
+    bridge: bool = False,
 ) -> dict[Site, Tensor]:
     """States of whole groups in one forward pass.
 
@@ -168,6 +181,7 @@ def read_states(
         sites: where to read.
         packed: share each group's prompt (the fast path); False computes every emotion's sequence on its own (the simple path).
         edits: changes on the way, at any site; they see the rows as they are computed. A site is read behind its own edit.
+        bridge: run on the TransformerBridge; the plain model has the same sites and is faster (fused attention, fewer modules).
 
     Returns:
         site -> [group, emotion, width], averaged over the read positions, float32.
@@ -181,7 +195,7 @@ def read_states(
     for site in sites:
         hooks[site] = _averaging(states, site, batch, hooks.get(site))
     with torch.no_grad():
-        model.run(batch.ids, hooks, attention_mask=batch.mask, position_ids=batch.positions)
+        model.run(batch.ids, hooks, attention_mask=batch.mask, position_ids=batch.positions, bridge=bridge)
     return {site: state.unflatten(0, (len(samples), n_emotions)) for site, state in states.items()}
 
 
@@ -200,20 +214,23 @@ def _slides(model: Model, samples: Sequence[Sample]) -> bool:
     return window is not None and any(sample.cost >= window for sample in samples)
 
 
-def batches_by_cost(samples: Iterable[Sample], budget: int) -> list[list[Sample]]:
+def batches_by_cost(samples: Iterable[Sample], budget: int, packed: bool = True) -> list[list[Sample]]:
     """Batches of whole groups with at most `budget` tokens each (one group at least), similar lengths together.
 
-    Deterministic: ties keep their order. A batch's cost counts its padding.
+    Deterministic: ties keep their order. A batch's cost counts its padding; `packed` as for `read_states`.
     """
-    ordered = sorted(samples, key=lambda sample: -sample.cost)
+
+    def cost(sample: Sample) -> int:
+        return sample.cost if packed else sample.cost_alone
+
     batches: list[list[Sample]] = []
     widest = 0
-    for sample in ordered:
+    for sample in sorted(samples, key=lambda sample: -cost(sample)):
         if batches and (len(batches[-1]) + 1) * widest <= budget:
             batches[-1].append(sample)
         else:
             batches.append([sample])
-            widest = sample.cost
+            widest = cost(sample)
     return batches
 
 

@@ -128,30 +128,39 @@ class Contrasts:
         return int(self.sums["count"][wanted].sum())
 
     def update(self, samples: Sequence[Sample], states: Mapping[Site, Tensor]) -> None:
-        """Adds whole groups. states: site -> [group, emotion, width]; held-out groups must come after all others."""
-        strata = self.plan.strata
-        resid = torch.stack([states[site].double().cpu() for site in self.sites], dim=2)  # group emotion site d_model
-        delta = resid - resid.mean(1, keepdim=True)
-        shuffled = torch.stack([d[self.plan.shuffle(s)] for s, d in zip(samples, delta, strict=True)])
-        self._classify(samples, delta, shuffled)
-        for index, name in enumerate(strata):  # one stratum after the other: all at once would cost a second copy of the sums
-            source = shuffled if name in SHUFFLED else delta
-            wanted = HALVES[SHUFFLED.index(name)] if name in SHUFFLED else name
-            mine = [i for i, sample in enumerate(samples) if wanted in self.plan.strata_of(sample)]
-            if mine:
-                self._add("resid", source[mine].sum(0), index)
-                self.sums["count"][index] += len(mine)
-        self._add("resid_sq", delta.square().sum(0))
-        self._add("resid_base", resid.mean(1).sum(0))
-        self._add("resid_rms", resid.square().mean((1, 3)).sum(0))
-        for kind in (Z, MLP_POST):
-            unit = torch.stack([states[Site(layer, kind)].double().cpu() for layer in range(self.n_layers)], dim=2)
-            base = unit.mean(1)
-            self._add(f"{kind}_base", base.sum(0))
-            self._add(f"{kind}_sum", (unit - base[:, None]).sum(0))
-            self._add(f"{kind}_sq", (unit - base[:, None]).square().sum(0))
+        """Adds whole groups. states: site -> [group, emotion, width]; held-out groups must come after all others.
 
-    def _classify(self, samples: Sequence[Sample], delta: Tensor, shuffled: Tensor) -> None:
+        Strata are added to in place, group by group: a copy of the sums costs as much as a good part of a forward pass.
+        """
+        delta, base = _centred([states[site] for site in self.sites])  # [group, emotion, site, d_model]
+        self._classify(samples, delta)
+        for sample, mine in zip(samples, delta, strict=True):
+            self._add_strata(sample, mine)
+        squares = _sum_of_squares(delta)
+        self._add("resid_sq", squares)
+        self._add("resid_base", base.sum(0))
+        # the mean over emotions of (base + delta)^2: the products in between cancel, as deltas sum to zero
+        self._add("resid_rms", squares.mean(0).mean(-1) + base.square().mean(-1).sum(0))
+        for kind in (Z, MLP_POST):
+            delta, base = _centred([states[Site(layer, kind)] for layer in range(self.n_layers)])
+            self._add(f"{kind}_base", base.sum(0))
+            self._add(f"{kind}_sum", delta.sum(0))
+            self._add(f"{kind}_sq", _sum_of_squares(delta))
+
+    def _add_strata(self, sample: Sample, delta: Tensor) -> None:
+        """Adds one group's contrasts [emotion, site, d_model] to its strata, and to its half's control with the labels shuffled."""
+        strata = self.plan.strata
+        own = self.plan.strata_of(sample)
+        for name in own:
+            self._add("resid", delta, strata.index(name))
+        order = self.plan.shuffle(sample)
+        controls = [strata.index(SHUFFLED[HALVES.index(name)]) for name in own if name in HALVES]
+        for index in controls:
+            self._add("resid", delta[order], index)
+        for index in (*map(strata.index, own), *controls):
+            self.sums["count"][index] += 1
+
+    def _classify(self, samples: Sequence[Sample], delta: Tensor) -> None:
         """Names the emotion of held-out groups by the largest projection, with the true and the shuffled directions."""
         mine = [i for i, sample in enumerate(samples) if sample.key.scenario in self.plan.heldout]
         if not mine:
@@ -178,6 +187,26 @@ class Contrasts:
         n = max(self.n_groups, 1)
         mean = self.sums[f"{kind}_sum"] / n
         return mean, (self.sums[f"{kind}_sq"] / n - mean.square()).clamp_min(0), self.sums[f"{kind}_base"] / n
+
+
+def _centred(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacks sites' states [group, emotion, width] and takes each group's mean over emotions away.
+
+    Returns:
+        Contrasts [group, emotion, site, width] and means [group, site, width], float64 in host memory.
+    """
+    stacked = torch.stack(list(states), dim=2).cpu().double()
+    base = stacked.mean(1)
+    stacked -= base[:, None]
+    return stacked, base
+
+
+def _sum_of_squares(delta: Tensor) -> Tensor:
+    """The squares summed over the first dimension, without a copy of them all."""
+    total = torch.zeros_like(delta[0])
+    for mine in delta:
+        total.addcmul_(mine, mine)
+    return total
 
 
 def unit_vectors(means: Tensor) -> Tensor:

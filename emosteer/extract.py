@@ -150,8 +150,8 @@ def _ordered(samples: Sequence[Sample], plan: Plan, settings: Settings) -> tuple
     """Batches: all groups that make directions first, the held-out ones after, so that one pass is enough; how many come first."""
     fit = [s for s in samples if s.key.scenario not in plan.heldout]
     held = [s for s in samples if s.key.scenario in plan.heldout]
-    first = batches_by_cost(fit, settings.batch_tokens)
-    return first + batches_by_cost(held, settings.batch_tokens), len(first)
+    first = batches_by_cost(fit, settings.batch_tokens, settings.packed)
+    return first + batches_by_cost(held, settings.batch_tokens, settings.packed), len(first)
 
 
 def _run(
