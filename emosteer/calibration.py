@@ -3,7 +3,9 @@
 On development prompts the circuit writes at rising strengths. A blind judge gives the intensity (mean probability of the target), the
 unsteered model the perplexity ratio, and two more checks the share of sound replies and of replies that name the emotion. Each emotion is
 capped at the largest strength that holds the guard while no weaker one breaks it by more than chance, found to a fraction of a step by
-halving. Below the cap the judged intensity is made monotone (`dial`) and turned round, so that it rises evenly with `--intensity`.
+halving. How predictable text is differs between emotions at any strength (angry replies are less so than the bland ones of an assistant),
+hence the perplexity ratio proper is that of all emotions together: the caps of those furthest above it are lowered until it holds.
+Below the cap the judged intensity is made monotone (`dial`) and turned round, so that it rises evenly with `--intensity`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from emosteer.circuit import Circuit
@@ -25,15 +28,16 @@ INTENSITIES = (0.0, 25.0, 50.0, 75.0, 100.0)
 
 @dataclass(frozen=True)
 class Guard:
-    """What the replies at a strength must hold. Unsteered replies that are worse move the bound: that is not the steering's fault."""
+    """What the replies of one emotion at a strength must hold. Unsteered replies that are worse move the bound: that is not the
+    steering's fault."""
 
-    ratio: float = 1.2
-    sound: float = 0.95
-    names: float = 0.2
+    ratio: float = 2.0
+    sound: float = 0.90
+    names: float = 0.1
 
     def __post_init__(self) -> None:
         checks = (
-            (1 <= self.ratio < float("inf"), f"--ratio must be at least 1, found {self.ratio}"),
+            (1 <= self.ratio < float("inf"), f"--each-ratio must be at least 1, found {self.ratio}"),
             (0 <= self.sound <= 1, f"--sound must lie between 0 and 1, found {self.sound}"),
             (0 <= self.names <= 1, f"--names must lie between 0 and 1, found {self.names}"),
         )
@@ -63,13 +67,15 @@ def _share_error(share: float, point: Point) -> float:
 @dataclass(frozen=True)
 class CalibrateSettings:
     """top: strongest tried, as a multiple of the circuit's default strength; points: of the grid, 0 included; refine: halvings between
-    the last strength that holds and the first that does not; default_intensity: what the default strengths are set to."""
+    the last strength that holds and the first that does not; default_intensity: what the default strengths are set to; ratio: bound of
+    the perplexity ratio at intensity 100, all emotions together."""
 
     top: float = 2.0
-    points: int = 9
-    refine: int = 3
+    points: int = 7
+    refine: int = 2
     default_intensity: float = 75.0
     guard: Guard = field(default_factory=Guard)
+    ratio: float = 1.2
 
     def __post_init__(self) -> None:
         check_intensity(self.default_intensity, "--default-intensity")
@@ -77,6 +83,7 @@ class CalibrateSettings:
             (0 < self.top < float("inf"), f"--top must be above 0, found {self.top}"),
             (self.points >= 2, f"--points must be at least 2, found {self.points}"),
             (self.refine >= 0, f"--refine must be at least 0, found {self.refine}"),
+            (1 <= self.ratio < float("inf"), f"--ratio must be at least 1, found {self.ratio}"),
         )
         for fine, message in checks:
             if not fine:
@@ -89,7 +96,8 @@ class CalibrateSettings:
         return (
             f"cap: the largest strength with perplexity ratio <= {g.ratio:g}, sound >= {g.sound:g} and naming <= {g.names:g} (or what "
             f"unsteered replies have, where that is worse) such that no weaker one misses a bound by more than a standard error, of "
-            f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; dial: isotonic regression of judged "
+            f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; then the caps with the highest ratios are "
+            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; dial: isotonic regression of judged "
             f"intensity, even in its rise; default: intensity {self.default_intensity:g}"
         )
 
@@ -150,6 +158,24 @@ def _capped(points: Sequence[Point], guard: Guard) -> Climb:
     return Climb(tuple(points[:size]), tuple(points[size:]))
 
 
+def joint_ratio(points: Sequence[Point]) -> float:
+    """The perplexity ratio of several emotions' replies to the same prompts together."""
+    return math.exp(fmean(math.log(point.ratio) for point in points))
+
+
+def lowered(climbs: Mapping[str, Climb], bound: float) -> dict[str, Climb]:
+    """The climbs with caps lowered, the highest ratio first, until the ratio at the caps holds the bound for all emotions together."""
+    found = dict(climbs)
+    while joint_ratio([climb.held[-1] for climb in found.values()]) > bound:
+        above = {emotion: climb.held[-1].ratio for emotion, climb in found.items() if len(climb.held) > 1 and climb.held[-1].ratio > bound}
+        if not above:
+            break
+        worst = max(above, key=lambda emotion: above[emotion])
+        held = found[worst].held
+        found[worst] = Climb(held[:-1], (held[-1], *found[worst].broke))
+    return found
+
+
 def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:
     """The circuit of the trials with its dial in metrics["calibration"] and default strengths at the default intensity.
 
@@ -165,7 +191,7 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
     for emotion, strength in before.items():
         if strength <= 0:
             raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
-    climbs = climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings)
+    climbs = lowered(climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings), settings.ratio)
     table = {
         "judge": trials.jury.judge.name,
         "judge_key": trials.jury.judge.key,
@@ -174,7 +200,8 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
         "decoding": asdict(trials.decoding),
         "dtype": str(trials.model.dtype).removeprefix("torch."),
         "rule": settings.rule,
-        "cap": asdict(settings.guard),
+        "cap": {**asdict(settings.guard), "joint_ratio": settings.ratio},
+        "joint_ratio": round(joint_ratio([climb.held[-1] for climb in climbs.values()]), 6),
         "default_intensity": settings.default_intensity,
         "before": before,
         "emotions": {emotion: _curve(climbs[emotion], settings.guard) for emotion in base.emotions},
@@ -188,7 +215,7 @@ def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
     """The part of one emotion: what held, its monotone fit, and what broke, why."""
     held = _rows(found.held)
     fitted = [round(value, 6) for value in isotonic(held["judged"], held["n"])]
-    why = [guard.faults(point, found.held[0]) for point in found.broke]
+    why = [guard.faults(point, found.held[0]) or ["joint ratio"] for point in found.broke]
     return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
 
 
@@ -232,6 +259,9 @@ def check(trials: Trials, intensities: Sequence[float] = INTENSITIES) -> dict[st
         "emotions": found,
         "without_dial": [emotion for emotion in circuit.emotions if emotion not in emotions],
         "monotone": all(row["monotone"] for row in found.values()),
+        "joint_ratio": [
+            round(joint_ratio([points[k * size + i] for k in range(len(emotions))]), 6) if emotions else None for i in range(size)
+        ],
         "highest_ratio": max((max(row["ratio"]) for row in found.values()), default=None),
     }
 

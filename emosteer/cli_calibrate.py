@@ -31,7 +31,7 @@ def calibrate(
             help="SEV file; a fifth of the shipped training set, or for --check the test set.", metavar="FILE", show_default=False
         ),
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 24,
+    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
     judge: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
@@ -39,11 +39,12 @@ def calibrate(
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
     top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = 2.0,
-    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = 9,
-    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 3,
-    ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio against unsteered replies.")] = 1.2,
-    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.95,
-    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.2,
+    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = 7,
+    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 2,
+    ratio: Annotated[float, typer.Option(help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")] = 1.2,
+    each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = 2.0,
+    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.90,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.1,
     default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 75.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
@@ -61,7 +62,7 @@ def calibrate(
     from emosteer.calibration import CalibrateSettings, Guard
     from emosteer.generation import Decoding
 
-    settings = CalibrateSettings(top, points, refine, default_intensity, Guard(ratio, sound, names))
+    settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)
     from emosteer.jury import make_jury
 

@@ -217,6 +217,8 @@ def print_calibration(table: Mapping[str, Any]) -> None:
         rows.append((emotion, *dial, curve["strength"][-1], curve["fitted"][0], curve["fitted"][-1], *measured))
     heads = ("strength at 25", "50", "75", "100", "cap", "judged at 0", "at 100", "ratio at 100", "sound", "names")
     print_table(("emotion", *heads), rows)
+    if "joint_ratio" in table:
+        print(f"ratio at the caps, all emotions together: {table['joint_ratio']:.3f}")
 
 
 def print_calibration_check(result: Mapping[str, Any]) -> None:
@@ -231,6 +233,8 @@ def print_calibration_check(result: Mapping[str, Any]) -> None:
             f"{rise:+.3f}" + ("" if e is None else f" ({e:.3f})") for rise, e in zip(row["rise"], row["rise_error"], strict=True)
         )
         print(f"{emotion}: {'rises throughout' if row['monotone'] else 'NOT monotone'}; steps with their standard errors: {rises}")
+    joint = ", ".join("-" if ratio is None else f"{ratio:.3f}" for ratio in result["joint_ratio"])
+    print(f"ratio, all emotions together, from the lowest intensity to the highest: {joint}")
     if result["without_dial"]:
         print(f"without a dial: {', '.join(result['without_dial'])}")
 

@@ -17,7 +17,7 @@ import torch
 
 from emosteer import cli, cli_calibrate
 from emosteer.artifacts import Provenance
-from emosteer.calibration import CalibrateSettings, Guard, calibrate, check, climb, uncalibrated
+from emosteer.calibration import CalibrateSettings, Climb, Guard, calibrate, check, climb, joint_ratio, lowered, uncalibrated
 from emosteer.circuit import Circuit
 from emosteer.dial import dial, isotonic, strength_for
 from emosteer.errors import ArtifactError, DataError, UsageError
@@ -138,14 +138,18 @@ class Curves:
         return [s for call in self.calls for e, s in call if e == emotion and s]
 
 
+STRICT = Guard(ratio=1.2, sound=0.95, names=0.2)
+
+
 def capped(curves: Curves, top: float = 8.0, **options: Any) -> dict[str, float]:
-    found = climb(curves, dict.fromkeys(EMOTIONS, top), CalibrateSettings(**options))  # type: ignore[arg-type]
+    settings = CalibrateSettings(**{"points": 9, "refine": 3, "guard": STRICT, **options})
+    found = climb(curves, dict.fromkeys(EMOTIONS, top), settings)  # type: ignore[arg-type]
     for emotion, one in found.items():
         held, broke = [p.strength for p in one.held], [p.strength for p in one.broke]
         assert held + broke == sorted(held + broke) and held[0] == 0
         assert sorted(held[1:] + broke) == sorted(curves.tried(emotion)), "every point tried is kept"
-        assert not Guard().faults(one.held[-1], one.held[0]), "the cap itself holds every bound"
-        assert all(not Guard().faults(p, one.held[0], slack=1) for p in one.held), "and what is weaker misses none but by chance"
+        assert not STRICT.faults(one.held[-1], one.held[0]), "the cap itself holds every bound"
+        assert all(not STRICT.faults(p, one.held[0], slack=1) for p in one.held), "and what is weaker misses none but by chance"
     return {emotion: one.held[-1].strength for emotion, one in found.items()}
 
 
@@ -186,6 +190,32 @@ def test_a_miss_within_chance_ends_nothing_but_is_no_cap() -> None:
     assert capped(few)["anger"] == 8.0 and capped(many)["anger"] == 1.5
     few, many = (Curves(names=lambda e, s: 0.24 if 1.5 < s < 2.5 else 0.0, prompts=n) for n in (24, 1000))
     assert capped(few)["anger"] == 8.0 and capped(many)["anger"] == 1.5
+
+
+def climbed(*ratios: float) -> Climb:
+    return Climb(tuple(Point("x", float(i), (0.1,), ratio, 1.0, 0.0) for i, ratio in enumerate(ratios)))
+
+
+def test_the_ratio_proper_is_that_of_all_emotions_together() -> None:
+    climbs = {"anger": climbed(1.0, 1.3, 1.6, 1.9), "sadness": climbed(1.0, 0.8, 0.6), "disgust": climbed(1.0, 1.1, 1.5)}
+    assert joint_ratio([c.held[-1] for c in climbs.values()]) == pytest.approx((1.9 * 0.6 * 1.5) ** (1 / 3))
+    assert lowered(climbs, 1.3) == climbs, "an emotion may be above where another is below"
+    once = lowered(climbs, 1.15)  # (1.6 * 0.6 * 1.5) ** (1 / 3) = 1.13
+    assert [p.strength for p in once["anger"].held] == [0, 1, 2] and [p.strength for p in once["anger"].broke] == [3]
+    assert once["sadness"] == climbs["sadness"] and once["disgust"] == climbs["disgust"]
+    more = lowered(climbs, 0.95)  # anger 1.9, 1.6, disgust 1.5, anger 1.3: (1.0 * 0.6 * 1.1) ** (1 / 3) = 0.87
+    assert [len(c.held) for c in more.values()] == [1, 3, 2]
+    assert [p.strength for p in more["anger"].broke] == [1, 2, 3], "in order"
+    hopeless = {"anger": Climb((Point("x", 0.0, (0.1,), 1.0, 1.0, 0.0), Point("x", 1.0, (0.1,), 5.0, 1.0, 0.0)))}
+    assert len(lowered(hopeless, 1.2)["anger"].held) == 1, "unsteered text is what is left"
+
+
+def test_caps_lowered_for_the_joint_ratio_say_so(model: Model, circuit: Circuit, tmp_path: Path) -> None:
+    made = run(model, circuit, tmp_path / "log.jsonl", settings=replace(LENIENT, ratio=1.05))
+    table = made.metrics["calibration"]
+    ends = [curve["ratio"][-1] for curve in table["emotions"].values()]
+    assert table["joint_ratio"] == pytest.approx(math.prod(ends) ** (1 / len(ends)), rel=1e-4) and table["joint_ratio"] <= 1.05
+    assert any(["joint ratio"] in curve["broke"]["why"] for curve in table["emotions"].values())
 
 
 # ---- a planted circuit and a fake judge -----------------------------------------------------------------------------
@@ -274,7 +304,7 @@ def circuit(model: Model) -> Circuit:
 
 
 GROUPS = small_data(4, EMOTIONS)[0]
-LENIENT = CalibrateSettings(guard=Guard(ratio=1.8, names=0.2), points=5, refine=2)
+LENIENT = CalibrateSettings(guard=Guard(ratio=1.8, sound=0.95, names=0.2), points=5, refine=2, ratio=9.0)
 
 
 def on(model: Model, circuit: Circuit, log: Path, groups: Sequence[Any] = GROUPS, judge: Any = None) -> Trials:
@@ -344,7 +374,7 @@ def test_the_circuit_carries_its_dial(circuit: Circuit, made: Circuit, tmp_path:
     assert torch.equal(again.z_delta, circuit.z_delta) and again.residual_strength == circuit.residual_strength
     table = made.metrics["calibration"]
     assert table["judge"] == "words" and table["groups"] == 12 and table["before"] == dict.fromkeys(EMOTIONS, 12.0)
-    assert table["cap"] == {"ratio": 1.8, "sound": 0.95, "names": 0.2} and "intensity 75" in table["rule"]
+    assert table["cap"] == {"ratio": 1.8, "sound": 0.95, "names": 0.2, "joint_ratio": 9.0} and "intensity 75" in table["rule"]
     assert made.provenance.parents == {"directions": "d" * 64, "circuit": "c" * 64}
     for wrong in (-1, 101, math.nan):
         with pytest.raises(UsageError, match="between 0 and 100"):
@@ -468,6 +498,10 @@ def test_the_check_measures_other_prompts(model: Model, made: Circuit, tmp_path:
         assert row["rise_error"] == pytest.approx((steps.std(0) / len(others) ** 0.5).tolist(), abs=1e-5)
         assert row["monotone"] == all(rise > 0 for rise in row["rise"])
     assert found["monotone"] == all(row["monotone"] for row in found["emotions"].values())
+    for i, joint in enumerate(found["joint_ratio"]):
+        ratios = [row["ratio"][i] for row in found["emotions"].values()]
+        assert joint == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-5)
+    assert found["joint_ratio"][0] == 1.0
     assert found["highest_ratio"] == max(max(row["ratio"]) for row in found["emotions"].values())
 
 
