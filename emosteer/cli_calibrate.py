@@ -32,6 +32,7 @@ def calibrate(
         ),
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
+    skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
     judge: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
@@ -56,9 +57,11 @@ def calibrate(
 ) -> None:
     """Fit the strength that gives `generate --intensity` 0 to 100, capped where the text would break; kept with the circuit."""
     check_intensity(default_intensity, "--default-intensity")
+    if skip and not check:
+        raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
-    prompts = _prompts(scenarios, groups, check)
+    prompts = _prompts(scenarios, groups, check, skip)
     from emosteer.calibration import CalibrateSettings, Guard
     from emosteer.generation import Decoding
 
@@ -99,12 +102,16 @@ def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
     return places.folder / "calibration-check.json" if check else circuit or places.circuit
 
 
-def _prompts(scenarios: Path | None, count: int, check: bool) -> tuple[list[Group], Path]:
+def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tuple[list[Group], Path]:
     """The scenario-events to write to. The check takes test events that nothing was chosen on."""
     file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
     found = read_scenarios(file)
     if check:
-        return sorted(groups_of(found), key=lambda group: stable_share(str(group.key), 1))[-count:], file
+        order = sorted(groups_of(found), key=lambda group: stable_share(str(group.key), 1))
+        left = order[: len(order) - skip]
+        if not left:
+            raise UsageError(f"--skip {skip} leaves nothing of {len(order)} scenario-events")
+        return left[-count:], file
     return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 

@@ -576,11 +576,12 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
 def test_the_prompts_are_development_ones_and_the_check_takes_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_calibrate, "data_path", lambda name: folder / "sev.jsonl")
     scenarios = read_scenarios(folder / "sev.jsonl")
-    chosen, _ = cli_calibrate._prompts(None, 4, False)
+    chosen, _ = cli_calibrate._prompts(None, 4, False, 0)
     assert chosen == spread(groups_of(split(scenarios, 0.2, 0)[1]), 4) and {g.key.scenario for g in chosen} < {s.id for s in scenarios}
-    tail, _ = cli_calibrate._prompts(None, 4, True)
-    assert tail == sorted(groups_of(scenarios), key=lambda g: stable_share(str(g.key), 1))[-4:]
-    assert len(cli_calibrate._prompts(folder / "sev.jsonl", 20, False)[0]) == 20, "a file of one's own is not split"
+    tail, _ = cli_calibrate._prompts(None, 4, True, 0)
+    order = sorted(groups_of(scenarios), key=lambda g: stable_share(str(g.key), 1))
+    assert tail == order[-4:] and cli_calibrate._prompts(None, 4, True, 3)[0] == order[-7:-3]
+    assert len(cli_calibrate._prompts(folder / "sev.jsonl", 20, False, 0)[0]) == 20, "a file of one's own is not split"
 
 
 BAD = [
@@ -600,6 +601,9 @@ BAD = [
     (["calibrate", "--top", "0"], 2, "--top"),
     (["calibrate", "--top", "nan"], 2, "--top"),
     (["calibrate", "--ratio", "0.9"], 2, "--ratio must be at least 1"),
+    (["calibrate", "--each-ratio", "0.9"], 2, "--each-ratio must be at least 1"),
+    (["calibrate", "--skip", "3"], 2, "--skip has a meaning with --check only"),
+    (["calibrate", "--check", "--skip", "100000"], 2, "leaves nothing"),
     (["calibrate", "--sound", "95"], 2, "--sound must lie between 0 and 1"),
     (["calibrate", "--names", "nan"], 2, "--names must lie between 0 and 1"),
     (["calibrate", "--groups", "0"], 2, "--groups"),
