@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,7 +42,30 @@ class Job:
         return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, group.text, emotion, method, strength)
 
 
-def request_of(model: Model, job: Job, instruction: str, elicitation: str = "tone") -> Request:
+class Asked(Protocol):
+    """What turns messages into tokens: a model, or its tokenizer where no model is loaded."""
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+
+
+class Author(Protocol):
+    """Who writes jobs, whatever the engine. circuit: None where nothing is steered; marks: what stands in each of its rows as well."""
+
+    @property
+    def circuit(self) -> Circuit | None: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def marks(self) -> Mapping[str, Any]: ...
+
+    def run_key(self, circuit_sha256: str = "") -> str: ...
+
+    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]: ...
+
+
+def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
     """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike."""
     asked = job.method == "prompt"
     messages = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
@@ -58,8 +81,8 @@ def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site,
     return scaled(vectors, index, [job.strength or 0.0 for job in jobs])
 
 
-def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
-    """What is written per reply. run: which settings it belongs to."""
+def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is written per reply. run: which settings it belongs to; marks: of the author."""
     return {
         "id": job.id,
         "skeleton_id": job.skeleton_id,
@@ -72,12 +95,13 @@ def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "n_tokens": reply.n_tokens,
         "run": run,
+        **(marks or {}),
     }
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model, a circuit and a decoding, ready to write jobs of one method."""
+    """The built-in engine: a model, a circuit and a decoding, ready to write jobs of one method."""
 
     model: Model
     circuit: Circuit | None
@@ -86,6 +110,11 @@ class Writer:
     method: str
     batch_size: int = 32
     elicitation: str = "tone"
+
+    @property
+    def marks(self) -> Mapping[str, Any]:
+        """Nothing beside what `row_of` writes."""
+        return {}
 
     def run_key(self, circuit_sha256: str = "") -> str:
         """A short hash of everything that shapes a reply beside the job itself."""
@@ -117,7 +146,7 @@ class Writer:
                     yield jobs[i], reply
 
 
-def write_file(writer: Writer, jobs: Sequence[Job], out: Path, circuit_sha256: str = "", *, fresh: bool = False) -> list[dict[str, Any]]:
+def write_file(writer: Author, jobs: Sequence[Job], out: Path, circuit_sha256: str = "", *, fresh: bool = False) -> list[dict[str, Any]]:
     """Writes jobs to a JSONL file, in whatever order they finish; goes on where an earlier run stopped.
 
     Returns:
@@ -141,7 +170,7 @@ def write_file(writer: Writer, jobs: Sequence[Job], out: Path, circuit_sha256: s
         note(f"going on: {len(jobs) - len(todo)} of {len(jobs)} replies are there")
     with bar("generate (replies)", len(jobs), len(jobs) - len(todo)) as advance:
         for job, reply in writer.write(todo):
-            row = row_of(job, reply, run)
+            row = row_of(job, reply, run, writer.marks)
             log.append(row)
             keys[job_key(row)] = row
             advance(1)
