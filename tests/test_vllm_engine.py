@@ -1,4 +1,4 @@
-"""`generate --engine vllm` from end to end with a stand-in for vLLM (tests/fakes/vllm) that computes with plain transformers."""
+"""`generate --engine vllm` from end to end with a stand-in for vLLM (tests/fakes/vllm) that loads the exported folder by itself."""
 
 from __future__ import annotations
 

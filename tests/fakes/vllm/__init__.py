@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the few names that `emosteer/vllm_worker.py` uses, computed by plain transformers, one prompt after the other.
+"""A stand-in for vLLM: the few names that `emosteer/vllm_worker.py` uses, computed greedily in numpy, one prompt after the other.
 
 What it does is told by environment variables:
 FAKE_VLLM_RECORD: file that gets a JSON line per engine: what it was asked.
@@ -15,8 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -97,26 +101,61 @@ def _die() -> None:
 
 
 def _writer(args: EngineArgs) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.generation import RepetitionPenaltyLogitsProcessor
+    assert args.dtype == "float32"
+    model = Llama(Path(args.model))
 
-    torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-
-    @torch.no_grad()
     def write(ids: list[int], params: SamplingParams) -> tuple[list[int], str]:
-        row, punish = torch.tensor([ids]), RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
-        draw = torch.Generator().manual_seed(params.seed or 0)
-        for _ in range(params.max_tokens):
-            scores = punish(row, model(row).logits[:, -1].float())[0]
-            if params.temperature:
-                token = torch.multinomial((scores / params.temperature).softmax(-1), 1, generator=draw)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            row = torch.cat([row, token[None]], 1)
-            if token.item() in params.stop_token_ids:
-                return row[0, len(ids) :].tolist(), "stop"
-        return row[0, len(ids) :].tolist(), "length"
+        reply: list[int] = []
+        while len(reply) < params.max_tokens:
+            scores = model.logits(ids + reply)
+            for token in set(ids + reply):
+                scores[token] *= params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
+            reply.append(int(scores.argmax()))
+            if reply[-1] in params.stop_token_ids:
+                return reply, "stop"
+        return reply, "length"
 
     return write
+
+
+class Llama:
+    """A Llama with biases, read from a folder and computed in numpy, which starts in no time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = json.loads((folder / "config.json").read_text())
+        self.weights = load_file(folder / "model.safetensors")
+
+    def linear(self, name: str, x: Any) -> Any:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
+
+    def norm(self, name: str, x: Any) -> Any:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config["rms_norm_eps"]) * self.weights[f"{name}.weight"]
+
+    def logits(self, ids: list[int]) -> Any:
+        """Of the token that follows."""
+        x = self.weights["model.embed_tokens.weight"][ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            name = f"model.layers.{layer}"
+            x = x + self.attention(f"{name}.self_attn", self.norm(f"{name}.input_layernorm", x))
+            y = self.norm(f"{name}.post_attention_layernorm", x)
+            gate, up = self.linear(f"{name}.mlp.gate_proj", y), self.linear(f"{name}.mlp.up_proj", y)
+            x = x + self.linear(f"{name}.mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+        return self.linear("lm_head", self.norm("model.norm", x[-1]))
+
+    def attention(self, name: str, x: Any) -> Any:
+        size, width, heads = len(x), self.config["head_dim"], self.config["num_attention_heads"]
+        angles = np.arange(size)[:, None] / self.config["rope_theta"] ** (np.arange(0, width, 2) / width)
+        cos, sin = np.cos(angles), np.sin(angles)
+
+        def split(part: str, turn: bool) -> Any:
+            """[head, pos, width], turned by position; keys and values stand for as many queries as share them."""
+            y = self.linear(f"{name}.{part}_proj", x).reshape(size, -1, width).swapaxes(0, 1)
+            first, second = y[..., : width // 2], y[..., width // 2 :]
+            y = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1) if turn else y
+            return y.repeat(heads // len(y), 0)
+
+        queries, keys, values = split("q", True), split("k", True), split("v", False)
+        scores = queries @ keys.swapaxes(1, 2) / width**0.5 + np.triu(np.full((size, size), -np.inf), 1)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = shares / shares.sum(-1, keepdims=True) @ values
+        return self.linear(f"{name}.o_proj", mixed.swapaxes(0, 1).reshape(size, -1))
