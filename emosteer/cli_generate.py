@@ -28,8 +28,13 @@ from emosteer.workers import world
 
 if TYPE_CHECKING:
     from emosteer.circuit import Circuit
+    from emosteer.generation import Decoding
+    from emosteer.model import Model
+    from emosteer.vllm_engine import Served
     from emosteer.workers import Crew
-    from emosteer.writing import Job, Writer
+    from emosteer.writing import Author, Job
+
+ENGINES = ("builtin", "vllm")
 
 
 def generate(
@@ -46,8 +51,12 @@ def generate(
         float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
     ] = None,
     positions: Annotated[
-        str, typer.Option(help="Where steering acts: reply (what writes the reply), or all (the prompt too, as in an exported model).")
-    ] = "reply",
+        str | None,
+        typer.Option(
+            help="Where steering acts: reply (what writes the reply, the default), or all (the prompt too, as in an exported model).",
+            show_default=False,
+        ),
+    ] = None,
     source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
@@ -58,7 +67,13 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
     seed: SeedOption = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Replies written at once; 32, or with vLLM what it can.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="builtin, or vllm for large jobs (docs/VLLM.md).")] = "builtin",
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="Of vLLM, such as tensor_parallel_size=4; may be repeated.", metavar="NAME=VALUE")
+    ] = None,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
@@ -75,26 +90,24 @@ def generate(
     if method in ("prompt", "none") and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
-    if positions not in ("reply", "all"):
-        raise UsageError(f"expected --positions to be reply or all, found '{positions}'")
-    _check_processes(text, source, out, auto)
+    positions = _positions(positions, engine)
+    options = _engine_options(engine, engine_option, device, device_map)
+    _check_processes(text, source, out, auto, engine)
     inputs = _inputs(text, source)
     from emosteer.generation import Decoding
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
-    from emosteer.model import Model
-    from emosteer.pipeline import find_circuit, make_circuit, require_circuit, require_dial
+    from emosteer.pipeline import find_circuit, require_circuit, require_dial
     from emosteer.workers import join
-    from emosteer.writing import Writer
 
     if method == "prompt" and emotion is not None and circuit is None:
         parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
     crew = join()
-    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
+    loaded = _load(engine, model, device, device_map, dtype, method)
     found: tuple[Circuit, Path] | None = None
     if method in ("circuit", "residual"):
         if auto and find_circuit(loaded, circuit, root) is None:
-            make_circuit(loaded, root)
+            _make_circuit(loaded, model, root)
         found = require_circuit(loaded, circuit, root)
     elif method == "prompt" and circuit is not None:
         found = require_circuit(loaded, circuit, root)
@@ -104,16 +117,16 @@ def generate(
     wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
     dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
     jobs = [job for name, group in inputs for job in _jobs(name, group, wanted, method, strength, found[0] if found else None, dialled)]
-    writer = Writer(
-        loaded, found[0] if found and method != "prompt" else None, decoding, instruction, method, batch_size, positions=positions
-    )
-    _write(writer, jobs, out, found[1] if found else None, fresh, as_json, crew)
+    author = _author(loaded, found if method != "prompt" else None, decoding, instruction, method, batch_size, positions, options)
+    _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
 
 
-def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool) -> None:
+def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool, engine: str) -> None:
     """What several processes need: an input that each can read, one file to write, and a circuit that is there."""
     if world() == 1:
         return
+    if engine != "builtin":
+        raise UsageError("vLLM starts its own processes (--engine-option tensor_parallel_size=4); start it without torchrun")
     if out is None or (source is None and text in (None, "-")) or auto:
         raise UsageError(
             "several processes need --input FILE (or a text) and --out FILE, and a circuit that is there already (no --auto); "
@@ -125,6 +138,86 @@ def _check_intensity(intensity: float | None, strength: float | None, method: st
     if intensity is not None and strength is None and method != "circuit":
         raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method circuit")
     one_of(intensity, strength)
+
+
+def _positions(given: str | None, engine: str) -> str:
+    found = given or ("all" if engine == "vllm" else "reply")
+    if found not in ("reply", "all"):
+        raise UsageError(f"expected --positions to be reply or all, found '{found}'")
+    if engine == "vllm" and found != "all":
+        raise UsageError(
+            "vLLM steers by biases in the weights, which act at all positions; leave --positions out, or use the built-in engine"
+        )
+    return found
+
+
+def _engine_options(engine: str, given: Sequence[str] | None, device: str, device_map: str | None) -> dict[str, Any]:
+    """NAME=VALUE of vLLM, values as JSON where they are, else as text.
+
+    Raises:
+        UsageError: for an unknown engine, or options that it does not take.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine '{engine}'{suggest(engine, ENGINES)}; expected {' or '.join(ENGINES)}")
+    if engine == "builtin":
+        if given:
+            raise UsageError("--engine-option has no meaning with the built-in engine; it belongs to --engine vllm")
+        return {}
+    if device != "auto" or device_map is not None:
+        raise UsageError("--device and --device-map have no meaning with --engine vllm; choose GPUs with CUDA_VISIBLE_DEVICES")
+    options: dict[str, Any] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(f"expected --engine-option NAME=VALUE, such as tensor_parallel_size=4, found '{item}'")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _load(engine: str, model: str, device: str, device_map: str | None, dtype: str, method: str) -> Model | Served:
+    """What the engine needs of the model: all of it, or for vLLM (which loads it itself) its tokenizer and configuration."""
+    if engine == "builtin":
+        from emosteer.model import Model
+
+        return Model.load(model, device=device, dtype=dtype, device_map=device_map)
+    from emosteer import weights
+    from emosteer.progress import note
+    from emosteer.vllm_engine import Served, check_method
+    from emosteer.vllm_process import find_python
+
+    check_method(method)
+    find_python()  # what is not there is said before anything slow
+    return Served.of(weights.resolve(model, progress=note), dtype)
+
+
+def _make_circuit(loaded: Model | Served, model: str, root: Path) -> None:
+    from emosteer.model import Model
+    from emosteer.pipeline import make_circuit
+
+    make_circuit(loaded if isinstance(loaded, Model) else Model.load(model), root)
+
+
+def _author(
+    loaded: Model | Served,
+    found: tuple[Circuit, Path] | None,
+    decoding: Decoding,
+    instruction: str,
+    method: str,
+    batch_size: int | None,
+    positions: str,
+    options: Mapping[str, Any],
+) -> Author:
+    from emosteer.model import Model
+    from emosteer.writing import Writer
+
+    if isinstance(loaded, Model):
+        return Writer(loaded, found[0] if found else None, decoding, instruction, method, batch_size or 32, positions=positions)
+    from emosteer.vllm_engine import VllmWriter
+
+    return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
 
 
 def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
@@ -198,7 +291,7 @@ def _jobs(
     return jobs
 
 
-def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew) -> None:
+def _write(writer: Author, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew) -> None:
     from emosteer.files import sha256_file
     from emosteer.progress import bar
     from emosteer.writing import row_of, write_file
@@ -213,9 +306,9 @@ def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path 
         else:
             finished = sum(row["finish_reason"] == "stop" for row in rows)
             cut = len(rows) - finished
-            typer.echo(
-                f"{len(rows)} replies -> {out} ({finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens)"
-            )
+            where = "; steered at all positions, the prompt's included" if writer.marks.get("positions") == "all" else ""
+            ends = f"{finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens"
+            typer.echo(f"{len(rows)} replies -> {out} ({ends}{where})")
         return
     run = writer.run_key(sha256)
     if len(jobs) == 1 and not as_json:
@@ -227,7 +320,7 @@ def _write(writer: Writer, jobs: Sequence[Job], out: Path | None, circuit: Path 
     waiting = list(jobs)
     with bar("generate (replies)", len(jobs)) as advance:
         for job, reply in writer.write(jobs):
-            written[job.id] = row_of(job, reply, run)
+            written[job.id] = row_of(job, reply, run, writer.marks)
             advance(1)
             while waiting and waiting[0].id in written:  # in the order of the input, as soon as it is that reply's turn
                 first = waiting.pop(0)

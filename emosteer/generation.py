@@ -6,6 +6,7 @@ noise is drawn per row, so batch size and neighbours do not change it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from emosteer.errors import DataError, UsageError
 from emosteer.interventions import RowEdits
 from emosteer.model import Model
 from emosteer.steering import SteeringPlan
+from emosteer.tokens import reply_text
 
 #: How many of the likeliest tokens are sorted when sampling; a nucleus that is larger is found among all.
 LIKELY = 1024
@@ -100,12 +102,7 @@ def generate(
         raise ValueError(f"the plan has {plan.n_rows} rows, the batch {len(requests)}")
     if not requests:
         return []
-    for request in requests:
-        if len(request.ids) + decoding.max_new_tokens > model.shape.context:
-            raise DataError(
-                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
-                f"context of {model.name} ({model.shape.context}); shorten it or lower --max-new-tokens"
-            )
+    check_lengths(requests, decoding, model.shape.context, model.name)
     batch = _Batch(model, requests, decoding)
     stream = _Stream(model, on_token) if on_token and len(requests) == 1 else None
     with engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens) as engine:
@@ -122,6 +119,23 @@ def generate(
     if stream:
         stream.flush(batch.written[0])
     return batch.replies()
+
+
+def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int, name: str) -> None:
+    """Refuses what a model has no positions for.
+
+    Args:
+        context: positions of the model; name: what it is called.
+
+    Raises:
+        DataError: naming the first prompt that is too long.
+    """
+    for request in requests:
+        if len(request.ids) + decoding.max_new_tokens > context:
+            raise DataError(
+                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
+                f"context of {name} ({context}); shorten it or lower --max-new-tokens"
+            )
 
 
 class _Batch:
@@ -165,9 +179,8 @@ class _Batch:
         return tokens[index]
 
     def replies(self) -> list[Reply]:
-        decode = self.model.tokenizer.decode
         return [
-            Reply(request.key, decode(ids, skip_special_tokens=True).strip(), tuple(ids), reason)
+            Reply(request.key, reply_text(self.model.tokenizer, ids), tuple(ids), reason)
             for request, ids, reason in zip(self.requests, self.written, self.reason, strict=True)
         ]
 
@@ -214,29 +227,32 @@ def _draw(probabilities: Tensor, noise: Tensor, top_p: float) -> tuple[Tensor, T
 
 def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:
     """Uniform numbers [row, step], drawn from each row's own seed."""
-    import hashlib
-
     rows = []
     for request in requests:
-        digest = hashlib.sha256(f"{decoding.seed}/{request.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(decoding.seed, request.key))
         rows.append(torch.rand(decoding.max_new_tokens, generator=generator))
     return torch.stack(rows)
+
+
+def seed_of(seed: int, key: str) -> int:
+    """A row's own seed, 63 bits: whatever the batch, the neighbours and the engine."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _Stream:
     """Turns growing token lists into text pieces that join to the reply's text; incomplete last characters are held back."""
 
     def __init__(self, model: Model, on_token: OnToken) -> None:
-        self.decode, self.on_token, self.sent = model.tokenizer.decode, on_token, ""
+        self.tokenizer, self.on_token, self.sent = model.tokenizer, on_token, ""
 
     def push(self, ids: Sequence[int]) -> None:
-        text = self.decode(ids, skip_special_tokens=True).strip()  # white space at the end waits: the reply's text may end before it
+        text = reply_text(self.tokenizer, ids)  # white space at the end waits: the reply's text may end before it
         if not text.endswith("\ufffd"):
             self._send(text)
 
     def flush(self, ids: Sequence[int]) -> None:
-        self._send(self.decode(ids, skip_special_tokens=True).strip())
+        self._send(reply_text(self.tokenizer, ids))
 
     def _send(self, text: str) -> None:
         if len(text) > len(self.sent):

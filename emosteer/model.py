@@ -21,6 +21,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
+from emosteer import tokens
 from emosteer.devices import check_device_map, is_out_of_memory, own_gpus, resolve_device, resolve_dtype
 from emosteer.errors import ModelError, first_line
 from emosteer.files import sha256_text, slug
@@ -39,9 +40,6 @@ _BRIDGE_NAMES = {
     ATTN_OUT: "attn.o.hook_out",
     MLP_OUT: "mlp.out.hook_out",
 }
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
-#: Chat templates that print today's date (Llama 3.2) would make results depend on the day: the date is fixed.
-_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 class Model:
@@ -188,38 +186,17 @@ class Model:
     # ---- text ----------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ending where the reply begins. The template's text already holds its BOS.
-
-        Models without a system role get the system line at the head of the user turn; base models without a chat
-        template get the turns as plain paragraphs.
-        """
-        turns = [dict(message) for message in messages]
-        tokenizer = self.tokenizer
-        if not tokenizer.chat_template:
-            text = "".join(turn["content"] + "\n\n" for turn in turns)
-            bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-            return bos + self.text_ids(text)
-        render = {"tokenize": False, "add_generation_prompt": True, **_TEMPLATE_VARIABLES}
-        try:
-            text = tokenizer.apply_chat_template(turns, **render)
-        except Exception:
-            if turns[0]["role"] != "system" or len(turns) < 2:
-                raise
-            merged = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-            text = tokenizer.apply_chat_template([merged, *turns[2:]], **render)
-        return self.text_ids(text)
+        """Token ids of a conversation, ending where the reply begins (`tokens.prompt_ids`)."""
+        return tokens.prompt_ids(self.tokenizer, messages)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokens.text_ids(self.tokenizer, text)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a reply: the declared ones and the usual end-of-turn tokens that the vocabulary holds."""
-        declared = [self.hf.generation_config.eos_token_id, self.tokenizer.eos_token_id]
-        found = {i for item in declared if item is not None for i in (item if isinstance(item, (list, tuple)) else [item])}
-        vocabulary = self.tokenizer.get_vocab()
-        return frozenset(found | {vocabulary[token] for token in _END_OF_TURN if token in vocabulary})
+        return tokens.stop_ids(self.tokenizer, self.hf.generation_config.eos_token_id)
 
     @property
     def pad_id(self) -> int:

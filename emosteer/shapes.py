@@ -57,5 +57,10 @@ def shape_of(hf: Any) -> Shape:
         d_head=o_proj.in_features // n_heads,
         d_mlp=down_proj.in_features,
         d_vocab=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", 0) or 2**20,
+        context=context_of(config),
     )
+
+
+def context_of(config: Any) -> int:
+    """Positions that a model was made for; very many where its configuration names no limit."""
+    return getattr(config, "max_position_embeddings", 0) or 2**20

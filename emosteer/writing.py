@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -43,7 +43,30 @@ class Job:
         return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, group.text, emotion, method, strength)
 
 
-def request_of(model: Model, job: Job, instruction: str, elicitation: str = "tone") -> Request:
+class Asked(Protocol):
+    """What turns messages into tokens: a model, or its tokenizer where no model is loaded."""
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+
+
+class Author(Protocol):
+    """Who writes jobs, whatever the engine. circuit: None where nothing is steered; marks: what stands in each of its rows as well."""
+
+    @property
+    def circuit(self) -> Circuit | None: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def marks(self) -> Mapping[str, Any]: ...
+
+    def run_key(self, circuit_sha256: str = "") -> str: ...
+
+    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]: ...
+
+
+def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
     """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike."""
     asked = job.method == "prompt"
     messages = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
@@ -59,8 +82,8 @@ def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site,
     return replace(scaled(vectors, index, [job.strength or 0.0 for job in jobs]), positions=positions)
 
 
-def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
-    """What is written per reply. run: which settings it belongs to."""
+def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is written per reply. run: which settings it belongs to; marks: of the author."""
     return {
         "id": job.id,
         "skeleton_id": job.skeleton_id,
@@ -73,12 +96,14 @@ def row_of(job: Job, reply: Reply, run: str) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "n_tokens": reply.n_tokens,
         "run": run,
+        **(marks or {}),
     }
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model, a circuit and a decoding, ready to write jobs of one method. positions: where steering acts (`SteeringPlan`)."""
+    """The built-in engine: a model, a circuit and a decoding, ready to write jobs of one method. positions: where steering acts
+    (`SteeringPlan`)."""
 
     model: Model
     circuit: Circuit | None
@@ -88,6 +113,11 @@ class Writer:
     batch_size: int = 32
     elicitation: str = "tone"
     positions: str = "reply"
+
+    @property
+    def marks(self) -> Mapping[str, Any]:
+        """Nothing beside what `row_of` writes."""
+        return {}
 
     def run_key(self, circuit_sha256: str = "") -> str:
         """A short hash of everything that shapes a reply beside the job itself."""
@@ -134,7 +164,7 @@ class Writer:
 
 
 def write_file(
-    writer: Writer, jobs: Sequence[Job], out: Path, circuit_sha256: str = "", *, fresh: bool = False, crew: Crew = ALONE
+    writer: Author, jobs: Sequence[Job], out: Path, circuit_sha256: str = "", *, fresh: bool = False, crew: Crew = ALONE
 ) -> list[dict[str, Any]]:
     """Writes jobs to a JSONL file, in whatever order they finish; goes on where an earlier run stopped.
 
@@ -153,6 +183,8 @@ def write_file(
             path.unlink(missing_ok=True)
     crew.meet()
     if not crew.alone or parts(share):
+        if not isinstance(writer, Writer):
+            raise UsageError(f"{out} was begun by several processes; finish it with the built-in engine, or --fresh to replace it")
         return _write_shared(writer, jobs, out, run, crew)
     log, keys = _opened(out, run)
     todo = [job for job in jobs if job_key(vars(job)) not in keys]
@@ -160,7 +192,7 @@ def write_file(
         note(f"going on: {len(jobs) - len(todo)} of {len(jobs)} replies are there")
     with bar("generate (replies)", len(jobs), len(jobs) - len(todo)) as advance:
         for job, reply in writer.write(todo):
-            row = row_of(job, reply, run)
+            row = row_of(job, reply, run, writer.marks)
             log.append(row)
             keys[job_key(row)] = row
             advance(1)

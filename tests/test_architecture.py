@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("briefs", "folders", "conversion", "gathering"),
     ("authoring", "packages"),
     ("weights",),
-    ("shapes", "devices", "taps", "trie", "packed"),
+    ("shapes", "devices", "taps", "trie", "packed", "tokens"),
     ("model",),
     ("interventions", "activations"),
     ("contrast",),
@@ -49,7 +49,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("pipeline", "summaries"),
     ("report",),
-    ("export", "serve"),
+    ("export", "serve", "vllm_worker", "vllm_process"),
+    ("vllm_engine",),
     ("options",),
     (
         "cli_build",

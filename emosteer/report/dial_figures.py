@@ -57,8 +57,8 @@ def calibration(circuit: Circuit) -> Figure | None:
     panels = [_panel(emotion, some, limit, _highest(curves, limit)) for emotion, some in curves.items()]
     caption = (
         "Above: the judge's mean probability of the emotion over strength, with 95 % intervals, and the rising curve fitted to it, which "
-        "turns --intensity into a strength. Below: the perplexity ratio, its limit dashed. Crosses: strengths that the text did not bear, or "
-        "that were given up so that all emotions together keep to the perplexity budget."
+        "turns --intensity into a strength. Below: the perplexity ratio, its limit dashed. Crosses: strengths that the text did not bear, "
+        "or that were given up so that all emotions together keep to the perplexity budget."
     )
     caption += f" Rule: {found['rule']}." if found.get("rule") else ""
     keys = [Key("series-1", "judged", "dot"), Key("series-2", "fitted", "dash"), Key("series-3", "perplexity ratio", "line")]

@@ -1,0 +1,165 @@
+"""Does vLLM write as well as the built-in engine at the same positions?
+
+    EMOSTEER_VLLM_PYTHON=VLLM_ENV/bin/python VLLM_CPU_KVCACHE_SPACE=2 python bench/vllm_quality.py --room quality/
+
+`emosteer generate --engine vllm` answers the test scenario-events in six emotions; the built-in engine answers them from the same
+checkpoints (all positions). The embedded judge reads both, blind. Prints, of each engine, six-way accuracy, perplexity ratio to unsteered
+replies and the share that names its emotion, and vLLM minus built-in in points, with the standard error of that difference over events.
+What is written is kept in the room: a rerun goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_serve import builtin, test_groups
+
+from emosteer import weights
+from emosteer.embedded_judge import EmbeddedJudge
+from emosteer.files import read_jsonl, write_jsonl
+from emosteer.fluency import reply_nll
+from emosteer.generation import Decoding, Request
+from emosteer.measures import measure
+from emosteer.model import Model
+from emosteer.pipeline import require_circuit
+from emosteer.progress import note
+from emosteer.prompts import INSTRUCTION
+from emosteer.scenarios import Group, parse_emotions
+from emosteer.vllm_engine import Served, VllmWriter
+from emosteer.writing import Job, request_of, row_of
+
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+
+def by_vllm(options: argparse.Namespace, groups: Sequence[Group], emotions: Sequence[str], room: Path) -> Rows:
+    """What the command writes, as a user would run it."""
+    lines, out = room / "events.jsonl", room / "vllm.jsonl"
+    write_jsonl(lines, [{"id": str(group.key), "text": group.text} for group in groups])
+    command = [sys.executable, "-m", "emosteer", "generate", "--engine", "vllm", "-m", options.model, "-i", str(lines), "-o", str(out)]
+    command += ["-e", ",".join(emotions), "--dtype", options.dtype, "--max-new-tokens", str(options.max_new_tokens)]
+    command += [] if options.circuit is None else ["--circuit", str(options.circuit)]
+    command += [part for option in options.engine_option for part in ("--engine-option", option)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for _, row in read_jsonl(out)}
+
+
+def by_builtin(folder: Path, jobs: Sequence[Job], requests: Sequence[Request], options: argparse.Namespace, out: Path) -> Rows:
+    """The built-in engine's replies from a folder, kept in a file when all are there."""
+    if not out.exists():
+        note(f"built-in engine: {out.stem}")
+        replies, _ = builtin(folder, options.dtype, requests, Decoding(options.max_new_tokens), options.batch_size)
+        write_jsonl(out, [row_of(job, reply, "builtin") for job, reply in zip(jobs, replies, strict=True)])
+    rows = [row for _, row in read_jsonl(out)]
+    if [row["id"] for row in rows] != [job.id for job in jobs]:
+        raise SystemExit(f"{out} holds replies to other events; name another --room")
+    return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for row in rows}
+
+
+def measured(rows: Rows, judge: EmbeddedJudge, plain: Model, emotions: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """(event, emotion) -> the figures of its reply."""
+    texts = [row["text"] for row in rows.values()]
+    opinions, costs = judge.opinions(texts), reply_nll(plain, texts)
+    return {
+        key: measure(
+            {**row, "probabilities": opinion.probabilities, "nll": None if math.isnan(cost) else cost, "sound": True}, key[1], emotions
+        )
+        for (key, row), opinion, cost in zip(rows.items(), opinions, costs, strict=True)
+    }
+
+
+def mean(cells: Mapping[Any, Mapping[str, float]], name: str) -> float:
+    return statistics.fmean(cell[name] for cell in cells.values())
+
+
+def error_of(one: Mapping[Any, Any], two: Mapping[Any, Any], name: str) -> float:
+    """Standard error of the mean difference, events being independent and the emotions of an event not."""
+    differences: dict[str, list[float]] = {}
+    for key in one:
+        differences.setdefault(key[0], []).append(one[key][name] - two[key][name])
+    means = [statistics.fmean(values) for values in differences.values()]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--circuit", type=Path)
+    parser.add_argument("--emotions", default="all")
+    parser.add_argument("--events", type=int, default=480)
+    parser.add_argument("--dtype", default="bfloat16", help="of both engines")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="of the built-in engine")
+    parser.add_argument("--engine-option", action="append", default=[], help="of vLLM, NAME=VALUE")
+    parser.add_argument("--room", type=Path, default=Path("vllm-quality"))
+    options = parser.parse_args()
+    options.room.mkdir(parents=True, exist_ok=True)
+    found = weights.resolve(options.model, progress=note)
+    circuit, path = require_circuit(found, options.circuit)
+    emotions, groups = parse_emotions(options.emotions, circuit.emotions), test_groups(options.events)
+    judge = EmbeddedJudge.load()
+    theirs = by_vllm(options, groups, emotions, options.room)
+    served = Served.of(found, options.dtype)
+    writer = VllmWriter(served, (circuit, path), Decoding(options.max_new_tokens), INSTRUCTION, "circuit")
+
+    def answered(emotion: str) -> Rows:
+        steered = emotion in emotions
+        strength = circuit.default_strength(emotion) if steered else None
+        folder = writer.checkpoint(emotion, strength) if strength is not None else found.path
+        jobs = [Job.of(group, emotion, "circuit" if steered else "none", strength) for group in groups]
+        return by_builtin(folder, jobs, [request_of(served, job, INSTRUCTION) for job in jobs], options, options.room / f"{emotion}.jsonl")
+
+    ours: Rows = {}
+    for emotion in emotions:
+        ours |= answered(emotion)
+    unsteered = answered("none")
+    theirs = {key: theirs[key] for key in ours}
+    plain = Model.load(options.model, device="cpu", dtype="float32")
+    costs = [10.0 if math.isnan(cost) else cost for cost in reply_nll(plain, [row["text"] for row in unsteered.values()])]
+    base = statistics.fmean(costs)
+    cells = {"vllm": measured(theirs, judge, plain, emotions), "builtin": measured(ours, judge, plain, emotions)}
+    engines = {
+        engine: {
+            "accuracy": mean(some, "accuracy"),
+            "ratio": math.exp(mean(some, "nll") - base),
+            "names": mean(some, "names"),
+            "n_tokens": mean(some, "n_tokens"),
+            "unfinished": mean(some, "unfinished"),
+        }
+        for engine, some in cells.items()
+    }
+    points = {
+        name: {
+            "difference": round(100 * (engines["vllm"][name] - engines["builtin"][name]), 2),
+            "standard_error": round(
+                100
+                * error_of(cells["vllm"], cells["builtin"], "nll" if name == "ratio" else name)
+                * (engines["builtin"]["ratio"] if name == "ratio" else 1),
+                2,
+            ),
+        }
+        for name in ("accuracy", "ratio", "names")
+    }
+    result = {
+        "model": found.name,
+        "dtype": options.dtype,
+        "positions": "all",
+        "events": len(groups),
+        "emotions": list(emotions),
+        "identical_replies": statistics.fmean(float(theirs[key]["text"] == ours[key]["text"]) for key in ours),
+        "engines": {engine: {name: round(value, 4) for name, value in some.items()} for engine, some in engines.items()},
+        "points": points,
+        "within_3_points": all(abs(point["difference"]) <= 3 for point in points.values()),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
