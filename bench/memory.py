@@ -17,8 +17,9 @@ FAMILY = "memory"
 DTYPE = "bfloat16"
 
 
-def peak(what: str, size: int, dtype: str = DTYPE) -> int:
-    """Peak resident bytes of a process that extracts from `size` scenario-events or writes `size` replies.
+def peak(what: str, size: int, dtype: str = DTYPE) -> dict[str, int]:
+    """Peak resident bytes of a process that extracts from `size` scenario-events or writes `size` replies: "whole", and "working", from
+    the loaded model on.
 
     Raises:
         EmosteerError: with its last line, if it fails.
@@ -27,7 +28,8 @@ def peak(what: str, size: int, dtype: str = DTYPE) -> int:
     done = subprocess.run([sys.executable, "-m", "bench.drivers.peak", what, str(size), dtype], capture_output=True, text=True, env=environ)
     if done.returncode:
         raise EmosteerError(f"{what} of {size} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
+    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def run(bench: Workbench) -> Iterator[Row]:
@@ -40,10 +42,11 @@ def run(bench: Workbench) -> Iterator[Row]:
         if not bench.wants(f"{FAMILY}.{what}"):
             continue
         few, many = peak(what, small), peak(what, large)
+        mib = {name: f"{few[name] / 2**20:,.0f} and {many[name] / 2**20:,.0f} MiB" for name in few}
         yield Row.of(
             f"{FAMILY}.{what}",
-            f"peak memory of `{what}`: {large} {unit} against {small}",
-            many / few,
+            f"peak memory of `{what}` once the model is loaded: {large} {unit} against {small}",
+            many["working"] / few["working"],
             bar,
-            note=f"{few / 2**20:,.0f} and {many / 2**20:,.0f} MiB resident, {DTYPE} (small weights hide less), libraries included",
+            note=f"resident {mib['working']}, all included; with loading {mib['whole']}; {DTYPE} (small weights hide less)",
         )

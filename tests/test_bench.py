@@ -262,3 +262,17 @@ def test_a_driver_that_dies_is_a_reason_and_not_a_traceback(tmp_path: Path) -> N
     with pytest.raises(EmosteerError, match="nothing_of_that_name"):
         Driver(Path(sys.executable), script, task)
     assert all(rival.driver.exists() for rival in RIVALS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak is read from /proc")
+def test_the_peak_of_loading_does_not_hide_that_of_the_work() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from bench.drivers.peak import loaded, peak_bytes\n"
+        "x = bytearray(200 << 20); del x\nbefore = loaded()\ny = bytearray(60 << 20)\ndel y\nprint(before >> 20, peak_bytes() >> 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=60)
+    loading, working = map(int, done.stdout.split())
+    assert loading >= 200 and 60 <= working < 150, done.stderr
