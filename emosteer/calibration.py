@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from emosteer.circuit import Circuit
-from emosteer.dial import check_intensity, isotonic
+from emosteer.dial import check_intensity, flattened, isotonic
 from emosteer.errors import UsageError
 from emosteer.progress import note
 from emosteer.trials import Point, Trials
@@ -73,7 +73,7 @@ class CalibrateSettings:
     top: float = 2.0
     points: int = 7
     refine: int = 2
-    default_intensity: float = 75.0
+    default_intensity: float = 85.0
     guard: Guard = field(default_factory=Guard)
     ratio: float = 1.2
 
@@ -214,7 +214,7 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
 def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
     """The part of one emotion: what held, its monotone fit, and what broke, why."""
     held = _rows(found.held)
-    fitted = [round(value, 6) for value in isotonic(held["judged"], held["n"])]
+    fitted = [round(value, 6) for value in flattened(isotonic(held["judged"], held["n"]))]
     why = [guard.faults(point, found.held[0]) or ["joint ratio"] for point in found.broke]
     return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
 

@@ -46,7 +46,7 @@ def calibrate(
     each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = 2.0,
     sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.90,
     names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.1,
-    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 75.0,
+    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 85.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
     device: DeviceOption = "auto",

@@ -9,6 +9,8 @@ from emosteer.errors import UsageError
 
 #: The dead zone at weak strengths gets at most this share of the dial.
 DEAD_ZONE = 0.05
+#: The last share of the whole rise counts as reached: where a judge is as good as sure, more strength only spoils the text.
+SATURATED = 0.02
 
 
 def check_intensity(value: float, name: str = "--intensity") -> float:
@@ -38,6 +40,12 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
             last[1] += heavy
             last[2] += length
     return [mean for mean, _, length in blocks for _ in range(int(length))]
+
+
+def flattened(fitted: Sequence[float]) -> list[float]:
+    """A rising curve cut off at `SATURATED` below its whole rise, so that its end is where hardly anything is left to gain."""
+    bound = fitted[-1] - SATURATED * (fitted[-1] - fitted[0])
+    return [min(value, bound) for value in fitted]
 
 
 def dial(strengths: Sequence[float], fitted: Sequence[float]) -> tuple[list[float], list[float]]:

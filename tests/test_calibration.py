@@ -19,7 +19,7 @@ from emosteer import cli, cli_calibrate
 from emosteer.artifacts import Provenance
 from emosteer.calibration import CalibrateSettings, Climb, Guard, calibrate, check, climb, joint_ratio, lowered, uncalibrated
 from emosteer.circuit import Circuit
-from emosteer.dial import dial, isotonic, strength_for
+from emosteer.dial import dial, flattened, isotonic, strength_for
 from emosteer.errors import ArtifactError, DataError, UsageError
 from emosteer.files import sha256_file
 from emosteer.fluency import reply_nll
@@ -99,6 +99,14 @@ def test_the_dial_never_stands_still_whatever_the_noise() -> None:
         assert shares[0] == 0 and shares[-1] == 1 and all(a < b for a, b in pairwise(shares)) and all(a < b for a, b in pairwise(ends))
         first_of_highest = strengths[fitted.index(fitted[-1])] or strengths[-1]
         assert at[-1] == pytest.approx(first_of_highest), "100 is where the highest intensity is reached first"
+
+
+def test_where_the_judge_is_as_good_as_sure_the_dial_ends() -> None:
+    assert flattened([0.0, 0.5, 0.97, 0.99, 1.0]) == pytest.approx([0.0, 0.5, 0.97, 0.98, 0.98])
+    strengths = [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert strength_for(strengths, flattened([0.0, 0.5, 0.97, 0.99, 1.0]), 100) == 3.0
+    assert strength_for(strengths, flattened([0.1, 0.3, 0.5, 0.7, 0.9]), 100) == 4.0, "where it still rises, to the cap"
+    assert flattened([0.3, 0.3]) == [0.3, 0.3]
 
 
 def test_plateaus() -> None:
@@ -354,7 +362,7 @@ def test_the_figures_are_those_of_replies_written_alone(model: Model, circuit: C
                 assert part["names"][i] == pytest.approx(fmean(emotion in t for t in texts), abs=1e-6)
                 assert part["n"][i] == len(GROUPS) and part["error"][i] > 0
                 seen.add(round(part["judged"][i], 3))
-        assert curve["fitted"] == pytest.approx(isotonic(curve["judged"], curve["n"]), abs=1e-6)
+        assert curve["fitted"] == pytest.approx(flattened(isotonic(curve["judged"], curve["n"])), abs=1e-6)
         assert curve["strength"][0] == 0 and all(a < b for a, b in pairwise(curve["strength"]))
         assert max(curve["ratio"]) <= 1.8 and max(curve["strength"]) <= 24
     assert len(seen) > 10, "strength changes what is judged"
@@ -370,11 +378,11 @@ def test_the_circuit_carries_its_dial(circuit: Circuit, made: Circuit, tmp_path:
         assert again.strength_at(emotion, 0) == 0
         assert 0 < again.strength_at(emotion, 100) <= curve["strength"][-1]
         assert again.strength_at(emotion, 40) == round(strength_for(curve["strength"], curve["fitted"], 40), 6)
-        assert again.strength[e].item() == pytest.approx(again.strength_at(emotion, 75)), "the default is intensity 75"
+        assert again.strength[e].item() == pytest.approx(again.strength_at(emotion, 85)), "the default is intensity 85"
     assert torch.equal(again.z_delta, circuit.z_delta) and again.residual_strength == circuit.residual_strength
     table = made.metrics["calibration"]
     assert table["judge"] == "words" and table["groups"] == 12 and table["before"] == dict.fromkeys(EMOTIONS, 12.0)
-    assert table["cap"] == {"ratio": 1.8, "sound": 0.95, "names": 0.2, "joint_ratio": 9.0} and "intensity 75" in table["rule"]
+    assert table["cap"] == {"ratio": 1.8, "sound": 0.95, "names": 0.2, "joint_ratio": 9.0} and "intensity 85" in table["rule"]
     assert made.provenance.parents == {"directions": "d" * 64, "circuit": "c" * 64}
     for wrong in (-1, 101, math.nan):
         with pytest.raises(UsageError, match="between 0 and 100"):
@@ -386,7 +394,7 @@ def test_the_circuit_carries_its_dial(circuit: Circuit, made: Circuit, tmp_path:
 
 
 def test_calibrating_twice_gives_the_same(model: Model, circuit: Circuit, made: Circuit, tmp_path: Path) -> None:
-    """The second time starts from the strengths before the first, not from intensity 75."""
+    """The second time starts from the strengths before the first, not from the default intensity."""
     back = uncalibrated(made)
     assert torch.equal(back.strength, circuit.strength) and back.metrics == circuit.metrics
     assert circuit_key(made) == circuit_key(circuit) != circuit_key(replace(circuit, z_delta=2 * circuit.z_delta))
@@ -570,7 +578,7 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
         same = json.loads(call(*text, "-e", "anger", "--strength", str(rows[0]["strength"]))[1])
         assert same["text"] == rows[0]["text"]
     default = [json.loads(line)["strength"] for line in call(*text, "-e", "all")[1].splitlines()]
-    assert default == pytest.approx([made.strength_at(e, 75) for e in EMOTIONS], abs=1e-6)
+    assert default == pytest.approx([made.strength_at(e, 85) for e in EMOTIONS], rel=1e-6)
 
 
 def test_the_prompts_are_development_ones_and_the_check_takes_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
