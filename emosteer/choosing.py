@@ -93,8 +93,8 @@ def choose(points: Mapping[str, Mapping[float, Point]], unsteered: Mapping[str, 
     plain = sum(unsteered[emotion].sound * float(weight) for emotion, weight in zip(points, weights, strict=True)) / float(weights.sum())
     excess = (pooled(lambda p: math.log(p.ratio)) - math.log(budget.ratio)).clamp_min(0)
     excess = excess + (min(budget.sound, plain) - pooled(lambda p: p.sound)).clamp_min(0)
-    fits = bool((excess <= TINY).any()) and all(sound for _, sound in usable.values())
-    possible = excess <= max(excess.min().item(), 0.0) + TINY
+    fits = excess.min().item() <= TINY and all(sound for _, sound in usable.values())
+    possible = excess <= excess.min() + TINY
     names = pooled(lambda p: p.names).masked_fill(~possible, math.inf)
     possible &= names <= max(budget.names, names.min().item()) + TINY
     gain = pooled(lambda p: p.probability or 0.0).masked_fill(~possible, -math.inf)

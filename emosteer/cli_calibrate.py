@@ -11,7 +11,7 @@ import typer
 from emosteer.dial import check_intensity
 from emosteer.errors import ArtifactError, UsageError
 from emosteer.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
-from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, stable_share
+from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, split, spread, unread
 
 if TYPE_CHECKING:
     from emosteer.trials import Trials
@@ -107,11 +107,7 @@ def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tupl
     file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
     found = read_scenarios(file)
     if check:
-        order = sorted(groups_of(found), key=lambda group: stable_share(str(group.key), 1))
-        left = order[: len(order) - skip]
-        if not left:
-            raise UsageError(f"--skip {skip} leaves nothing of {len(order)} scenario-events")
-        return left[-count:], file
+        return unread(groups_of(found), count, skip), file
     return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 

@@ -22,7 +22,7 @@ from emosteer.options import (
     finite,
     one_of,
 )
-from emosteer.prompts import INSTRUCTION, METHODS
+from emosteer.prompts import INSTRUCTION, METHODS, POSITIONS
 from emosteer.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
 from emosteer.workers import world
 
@@ -142,7 +142,7 @@ def _check_intensity(intensity: float | None, strength: float | None, method: st
 
 def _positions(given: str | None, engine: str) -> str:
     found = given or ("all" if engine == "vllm" else "reply")
-    if found not in ("reply", "all"):
+    if found not in POSITIONS:
         raise UsageError(f"expected --positions to be reply or all, found '{found}'")
     if engine == "vllm" and found != "all":
         raise UsageError(

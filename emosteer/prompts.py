@@ -14,6 +14,9 @@ ELICITATIONS = ("reply", "tone", "system", "stimulus")
 #: What `generate` can do: steer by a circuit or along the residual stream, just ask, or nothing.
 METHODS = ("circuit", "residual", "prompt", "none")
 
+#: Where steering acts: at the positions that write the reply, or at all (see `steering.SteeringPlan`).
+POSITIONS = ("reply", "all")
+
 #: Emotional stimuli in the manner of EmotionPrompt and NegativePrompt: a sentence behind the prompt that gives no instruction. Each
 #: says what the event does to the writer and why (its appraisal), in words that do not name the emotion.
 STIMULI = {

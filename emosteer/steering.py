@@ -16,8 +16,6 @@ from emosteer.model import Edit, Model
 from emosteer.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_POST, Site, Z
 
 STEERED_KINDS = (ATTN_OUT, MLP_OUT, RESID_POST)
-#: Where a plan acts.
-POSITIONS = ("reply", "all")
 
 
 @dataclass(frozen=True, eq=False)
