@@ -1,11 +1,11 @@
-"""Does vLLM write as well as the built-in engine at the same positions?
+"""Does vLLM write as well as the built-in engine at the same positions, and what do those positions change?
 
     EMOSTEER_VLLM_PYTHON=VLLM_ENV/bin/python VLLM_CPU_KVCACHE_SPACE=2 python bench/vllm_quality.py --room quality/
 
 `emosteer generate --engine vllm` answers the test scenario-events in six emotions; the built-in engine answers them from the same
-checkpoints (all positions). The embedded judge reads both, blind. Prints, of each engine, six-way accuracy, perplexity ratio to unsteered
-replies and the share that names its emotion, and vLLM minus built-in in points, with the standard error of that difference over events.
-What is written is kept in the room: a rerun goes on.
+checkpoints (all positions), and once more steered in the reply alone, as `generate` does it by default. The embedded judge reads all three,
+blind. Prints, of each, six-way accuracy, perplexity ratio to unsteered replies and the share that names its emotion; and, in points with
+the standard error over events, vLLM minus built-in and all positions minus the reply's. What is written is kept: a rerun goes on.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from emosteer.vllm_engine import Served, VllmWriter
 from emosteer.writing import Job, request_of, row_of
 
 Rows = dict[tuple[str, str], dict[str, Any]]
+Cells = Mapping[tuple[str, str], Mapping[str, float]]
 
 
-def by_vllm(options: argparse.Namespace, groups: Sequence[Group], emotions: Sequence[str], room: Path) -> Rows:
-    """What the command writes, as a user would run it."""
-    lines, out = room / "events.jsonl", room / "vllm.jsonl"
+def by_command(options: argparse.Namespace, groups: Sequence[Group], emotions: Sequence[str], out: Path, more: Sequence[str]) -> Rows:
+    """What `emosteer generate` writes, as a user would run it."""
+    lines = options.room / "events.jsonl"
     write_jsonl(lines, [{"id": str(group.key), "text": group.text} for group in groups])
-    command = [sys.executable, "-m", "emosteer", "generate", "--engine", "vllm", "-m", options.model, "-i", str(lines), "-o", str(out)]
+    command = [sys.executable, "-m", "emosteer", "generate", "-m", options.model, "-i", str(lines), "-o", str(out), *more]
     command += ["-e", ",".join(emotions), "--dtype", options.dtype, "--max-new-tokens", str(options.max_new_tokens)]
     command += [] if options.circuit is None else ["--circuit", str(options.circuit)]
-    command += [part for option in options.engine_option for part in ("--engine-option", option)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for _, row in read_jsonl(out)}
 
@@ -88,6 +88,12 @@ def error_of(one: Mapping[Any, Any], two: Mapping[Any, Any], name: str) -> float
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else float("nan")
 
 
+def difference(one: Cells, two: Cells, means: Mapping[str, float], others: Mapping[str, float], name: str) -> dict[str, float]:
+    """In points; the error of a ratio is that of its logarithm times the ratio."""
+    error = error_of(one, two, "nll") * others["ratio"] if name == "ratio" else error_of(one, two, name)
+    return {"difference": round(100 * (means[name] - others[name]), 2), "standard_error": round(100 * error, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -105,7 +111,10 @@ def main() -> None:
     circuit, path = require_circuit(found, options.circuit)
     emotions, groups = parse_emotions(options.emotions, circuit.emotions), test_groups(options.events)
     judge = EmbeddedJudge.load()
-    theirs = by_vllm(options, groups, emotions, options.room)
+    vllm = ["--engine", "vllm", *(part for option in options.engine_option for part in ("--engine-option", option))]
+    theirs = by_command(options, groups, emotions, options.room / "vllm.jsonl", vllm)
+    builtin_options = ["--engine", "builtin", "--positions", "reply", "--batch-size", str(options.batch_size)]
+    reply = by_command(options, groups, emotions, options.room / "reply.jsonl", builtin_options)
     served = Served.of(found, options.dtype)
     writer = VllmWriter(served, (circuit, path), Decoding(options.max_new_tokens), INSTRUCTION, "circuit")
 
@@ -120,11 +129,12 @@ def main() -> None:
     for emotion in emotions:
         ours |= answered(emotion)
     unsteered = answered("none")
-    theirs = {key: theirs[key] for key in ours}
+    written = {"vllm": theirs, "builtin": ours, "builtin, reply only": reply}
+    written = {name: {key: rows[key] for key in ours} for name, rows in written.items()}
     plain = Model.load(options.model, device="cpu", dtype="float32")
     costs = [10.0 if math.isnan(cost) else cost for cost in reply_nll(plain, [row["text"] for row in unsteered.values()])]
     base = statistics.fmean(costs)
-    cells = {"vllm": measured(theirs, judge, plain, emotions), "builtin": measured(ours, judge, plain, emotions)}
+    cells = {name: measured(rows, judge, plain, emotions) for name, rows in written.items()}
     engines = {
         engine: {
             "accuracy": mean(some, "accuracy"),
@@ -136,27 +146,20 @@ def main() -> None:
         for engine, some in cells.items()
     }
     points = {
-        name: {
-            "difference": round(100 * (engines["vllm"][name] - engines["builtin"][name]), 2),
-            "standard_error": round(
-                100
-                * error_of(cells["vllm"], cells["builtin"], "nll" if name == "ratio" else name)
-                * (engines["builtin"]["ratio"] if name == "ratio" else 1),
-                2,
-            ),
+        f"{one} minus {two}": {
+            name: difference(cells[one], cells[two], engines[one], engines[two], name) for name in ("accuracy", "ratio", "names")
         }
-        for name in ("accuracy", "ratio", "names")
+        for one, two in (("vllm", "builtin"), ("builtin", "builtin, reply only"))
     }
     result = {
         "model": found.name,
         "dtype": options.dtype,
-        "positions": "all",
         "events": len(groups),
         "emotions": list(emotions),
-        "identical_replies": statistics.fmean(float(theirs[key]["text"] == ours[key]["text"]) for key in ours),
+        "identical_replies": statistics.fmean(float(written["vllm"][key]["text"] == ours[key]["text"]) for key in ours),
         "engines": {engine: {name: round(value, 4) for name, value in some.items()} for engine, some in engines.items()},
         "points": points,
-        "within_3_points": all(abs(point["difference"]) <= 3 for point in points.values()),
+        "within_3_points": all(abs(point["difference"]) <= 3 for point in points["vllm minus builtin"].values()),
     }
     print(json.dumps(result, indent=2))
 

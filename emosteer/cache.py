@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from emosteer.devices import large_pages
 from emosteer.shapes import Shape
 
 #: Positions allocated ahead of need.
@@ -66,7 +67,9 @@ class RowCache:
         self.steps = steps
         self.unused = torch.tensor([self.width - length for length in lengths])
         size = self.width + min(steps, ROOM)
-        self.block = torch.zeros(shape.n_layers, 2, len(lengths), shape.n_kv_heads, size, shape.d_head, device=device, dtype=dtype)
+        block = torch.empty(shape.n_layers, 2, len(lengths), shape.n_kv_heads, size, shape.d_head, device=device, dtype=dtype)
+        large_pages(block)
+        self.block = block.zero_()  # what a mask hides must still be numbers
         self._set_mask()
 
     def _set_mask(self) -> None:

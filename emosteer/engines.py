@@ -16,7 +16,6 @@ from emosteer.cache import RowCache, growing_cache
 from emosteer.interventions import RowEdits
 from emosteer.lean import Lean, lean_of
 from emosteer.model import Edit, Model
-from emosteer.packed import pack_all
 from emosteer.sites import Site
 from emosteer.steering import STEERED_KINDS, Injector, SteeringPlan
 from emosteer.trie import chunks, pack
@@ -91,7 +90,7 @@ class LeanEngine:
 
     def _read(self) -> None:
         lean, device = self.lean, self.positions.device
-        pack_all(lean.linears(), len(self.prompts))
+        lean.prepare(len(self.prompts))
         heads = [prompt[:-1] for prompt in self.prompts]
         self.cache = RowCache(lean.shape, [len(head) for head in heads], self.steps, device, lean.model.dtype)
         for rows in chunks(heads, PROMPT_TOKENS):

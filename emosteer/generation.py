@@ -199,7 +199,7 @@ def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decodin
         scores = torch.where(scores > 0, scores / decoding.repetition_penalty, scores * decoding.repetition_penalty)
         logits = logits.scatter(1, seen, scores) if listed else torch.where(seen, scores, logits)
     if noise is None:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # several times as fast as argmax on a processor
     probabilities = (logits / decoding.temperature).softmax(-1)
     if decoding.top_p == 1 or probabilities.shape[1] < 4 * LIKELY:
         return _draw(probabilities, noise, decoding.top_p)[0]

@@ -1,9 +1,9 @@
 """The forward pass of Llama and Qwen2 models without the generality that costs time, for generation only.
 
 It differs from the Hugging Face model in what is done per token, not in what is computed: every distinct prompt prefix once, all
-linear layers on packed tokens, keys and values in one growing block, no masks rebuilt, steering vectors added in place, weights
-laid out ahead for small batches on a CPU. `lean_of` proves it against the Hugging Face forward pass before it is used, and gives
-None for every model that is not exactly of this shape.
+linear layers on packed tokens, keys and values in one growing block, no masks rebuilt, steering vectors added in place; on a CPU weights
+laid out ahead for small batches, and in float32 a step that was compiled for the machine (`emosteer.native`). `lean_of` proves it
+against the Hugging Face forward pass before it is used, and gives None for every model that is not exactly of this shape.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch.nn import functional
 
 from emosteer.cache import RowCache, growing_cache
 from emosteer.model import Model
-from emosteer.packed import PackedLinear
+from emosteer.native import step as native
+from emosteer.native.build import library
+from emosteer.packed import MOST_BYTES, PackedLinear, pack_all
+from emosteer.progress import note
 from emosteer.sites import ATTN_OUT, MLP_OUT, RESID_POST, Site
 from emosteer.trie import Packed, pack
 
@@ -56,6 +59,8 @@ class Lean:
         self.layers = [self._layer(layer) for layer in model.layers]
         self.head = PackedLinear([model.hf.lm_head])
         self.scale = self.shape.d_head**-0.5
+        self.native: native.NativeStep | None = None
+        self._prepared = False
 
     @staticmethod
     def _layer(layer: Any) -> _Layer:
@@ -73,27 +78,73 @@ class Lean:
         """All linear maps."""
         return [self.head, *(linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))]
 
+    def prepare(self, rows: int) -> None:
+        """Gets ready for steps of `rows` rows: the compiled step where there is one, or else weights laid out ahead where that pays."""
+        if not self._prepared:
+            self._prepared = True
+            if self.model.device.type == "cpu" and self.model.dtype == torch.float32 and library() is not None:
+                self.native = native.NativeStep(self.shape, self.model.layers, self.norm, self.model.hf.lm_head)
+                self._keep_if_equal(1)
+        if self.native is None:
+            pack_all(self.linears(), rows)
+        elif rows > 1 and not self.native.is_packed and self.native.n_bytes <= MOST_BYTES:
+            self.native.pack()
+            self._keep_if_equal(3)
+
+    @torch.no_grad()
+    def _keep_if_equal(self, rows: int) -> None:
+        """Does without the compiled step unless it computes what the step in torch computes."""
+        draw = torch.Generator().manual_seed(rows)
+        lengths = [3 + row for row in range(rows)]
+        cache = RowCache(self.shape, lengths, 2, self.model.device, self.model.dtype)
+        cache.block.copy_(torch.randn(cache.block.shape, generator=draw))
+        tokens = torch.randint(self.shape.d_vocab, (rows,), generator=draw)
+        added = self.added({Site(0, ATTN_OUT): torch.randn(rows, self.shape.d_model, generator=draw)})
+        compiled, found = self.native, []
+        for self.native in (None, compiled):
+            cache.end = cache.width
+            found.append(self.logits(self.step(tokens, torch.tensor(lengths), cache, added)))
+        if not bool((found[1] - found[0]).square().mean().sqrt() <= 1e-4 * found[0].std()):
+            self.native = None
+            note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [token, 1, d_head] by the model's own rotary module."""
         cos, sin = self.model.body.rotary_emb(self.embed[:1], positions[None])
         half = self.shape.d_head // 2
         return cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
 
+    def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
+        """Root-mean-square norm, statistics in float32 as Hugging Face takes them."""
+        if self.native is not None:
+            return native.norm(hidden, norm.weight, norm.variance_epsilon)
+        if hidden.dtype == torch.float32:
+            return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * wide.to(hidden.dtype)
+
     def _queries(self, layer: _Layer, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values [token, head, d_head]."""
         shape = self.shape
-        heads = layer.qkv(_normed(layer.norm1, hidden)).view(len(hidden), -1, shape.d_head)
+        heads = layer.qkv(self._normed(layer.norm1, hidden)).view(len(hidden), -1, shape.d_head)
+        if self.native is not None:
+            native.rotate(heads, shape.n_heads + shape.n_kv_heads, angles)
+            return heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
         turned, values = heads[:, : -shape.n_kv_heads], heads[:, -shape.n_kv_heads :]
         turned = torch.addcmul(turned * angles[0], turned.roll(shape.d_head // 2, -1), angles[1])
         return turned[:, : shape.n_heads], turned[:, shape.n_heads :], values
 
-    def _rest(self, layer: _Layer, hidden: Tensor, z: Tensor, added: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """What follows attention in a layer. hidden, result: [token, d_model]."""
+    def _rest(
+        self, layer: _Layer, hidden: Tensor, z: Tensor, added: tuple[Tensor | None, Tensor | None], room: Tensor | None = None
+    ) -> Tensor:
+        """What follows attention in a layer. hidden, result: [token, d_model]; room: [2, token, d_mlp], to be written over."""
         hidden = layer.o(z, hidden)
         if added[0] is not None:
             hidden += added[0]
-        gate, up = layer.gate_up.parts(_normed(layer.norm2, hidden))
-        hidden = layer.down(functional.silu(gate, inplace=True).mul_(up), hidden)
+        gate, up = layer.gate_up.parts(self._normed(layer.norm2, hidden), room)
+        gated = functional.silu(gate, inplace=True).mul_(up) if self.native is None else native.gate(gate, up)
+        hidden = layer.down(gated, hidden)
         if added[1] is not None:
             hidden += added[1]
         return hidden
@@ -102,32 +153,41 @@ class Lean:
         """Computes keys and values [node, n_kv_heads, d_head] of every distinct prefix and gives them to `keep(layer, keys, values)`."""
         hidden, angles = self.embed[packed.tokens], self.rotary(packed.positions)
         n_paths, width = packed.paths.shape
+        # One room for all layers: memory that is given back and asked for again has to be cleared by the system every time.
+        room = hidden.new_empty(2, len(hidden), self.shape.d_mlp) if self.native is not None else None
         for index, layer in enumerate(self.layers):
             queries, keys, values = self._queries(layer, hidden, angles)
             keep(index, keys, values)
             if index + 1 == len(self.layers):
                 return  # the last layer's output is not needed
-            q, k, v = (states[packed.paths].transpose(1, 2) for states in (queries, keys, values))
-            z = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shape.n_kv_heads < self.shape.n_heads
-            )
-            z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place]
-            hidden = self._rest(layer, hidden, z, (None, None))
+            if self.native is not None:
+                z = native.read(queries, self.shape.n_kv_heads, packed, self.scale)
+            else:
+                q, k, v = (states[packed.paths].transpose(1, 2) for states in (queries, keys, values))
+                z = functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shape.n_kv_heads < self.shape.n_heads
+                )
+                z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place]
+            hidden = self._rest(layer, hidden, z, (None, None), room)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
         """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""
         hidden, angles, shape = self.embed[tokens], self.rotary(positions), self.shape
         grouped = (len(tokens), shape.n_kv_heads, -1, shape.d_head)
         mask = cache.advance()
+        if self.native is not None and self.native.takes(len(tokens)):
+            return self.native.step(hidden, angles, cache, added)
         for index, layer in enumerate(self.layers):
             queries, keys, values = self._queries(layer, hidden, angles)
             k, v = cache.write(index, keys, values)
             z = functional.scaled_dot_product_attention(queries.reshape(grouped), k, v, attn_mask=mask, scale=self.scale)
             hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
-        return _normed(self.norm, hidden)
+        return self._normed(self.norm, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [row, d_model]."""
+        if self.native is not None and self.native.takes(len(hidden)):
+            return self.native.head(hidden)
         return self.head(hidden) if self.head.is_packed else self.model.logits(hidden)
 
     def added(self, vectors: Mapping[Site, Tensor]) -> Added:
@@ -138,15 +198,6 @@ class Lean:
             late = mlp + post if mlp is not None and post is not None else mlp if post is None else post
             table.append((vectors.get(Site(layer, ATTN_OUT)), late))
         return table
-
-
-def _normed(norm: Any, hidden: Tensor) -> Tensor:
-    """Root-mean-square norm, statistics in float32 as Hugging Face takes them."""
-    if hidden.dtype == torch.float32:
-        return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * wide.to(hidden.dtype)
 
 
 def lean_of(model: Model) -> Lean | None:

@@ -58,21 +58,41 @@ class PackedLinear:
         """inputs: [row, in] -> [row, out], plus `onto` [row, out] if given."""
         if len(inputs) in self._rows:
             return self._fast(inputs, onto)
+        if inputs.dtype == torch.float32 and len(self.linears) > 1:
+            return self._side_by_side(inputs)
+        if inputs.dtype == torch.float32 and onto is not None and self.linears[0].bias is None:
+            return torch.addmm(onto, inputs, self.linears[0].weight.t())
         outputs = [functional.linear(inputs, linear.weight, linear.bias) for linear in self.linears]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if onto is None else output.add_(onto)
 
-    def parts(self, inputs: Tensor) -> Sequence[Tensor]:
-        """The outputs of the layers, one by one."""
+    def parts(self, inputs: Tensor, room: Tensor | None = None) -> Sequence[Tensor]:
+        """The outputs of the layers, one by one; in `room` [layer, row, out] if given, which float32 layers of one size can use."""
         if len(inputs) in self._rows:
             return self._fast(inputs, None).split(self.sizes, dim=-1)
+        if room is not None:
+            return [_into(part, inputs, linear) for linear, part in zip(self.linears, room, strict=True)]
         return [functional.linear(inputs, linear.weight, linear.bias) for linear in self.linears]
+
+    def _side_by_side(self, inputs: Tensor) -> Tensor:
+        """Each layer writes its part of the output; joining them afterwards would copy it."""
+        output = inputs.new_empty(len(inputs), sum(self.sizes))
+        for linear, part in zip(self.linears, output.split(self.sizes, dim=-1), strict=True):
+            _into(part, inputs, linear)
+        return output
 
     def _fast(self, inputs: Tensor, onto: Tensor | None) -> Tensor:
         operation = torch.ops.mkldnn._linear_pointwise
         if onto is None:
             return operation(inputs, self._packed, self._bias, "none", [], "")
         return operation.binary(inputs, onto, self._packed, self._bias, "add")
+
+
+def _into(output: Tensor, inputs: Tensor, linear: nn.Linear) -> Tensor:
+    """Writes what a layer makes of [row, in] into [row, out]."""
+    if linear.bias is None:
+        return torch.mm(inputs, linear.weight.t(), out=output)
+    return torch.addmm(linear.bias, inputs, linear.weight.t(), out=output)
 
 
 def pack_all(linears: Sequence[PackedLinear], rows: int) -> None:

@@ -14,13 +14,16 @@ class Packed:
     """Several sequences as the nodes of one prefix tree; a node stands for a token and everything before it.
 
     tokens, positions: [node]. paths: [path, width], the nodes of the sequences that are no prefix of another, filled up with node 0 on
-    the right. place: [node], where in the flattened `paths` a node is found. rows: [row, width], the nodes of every sequence, ending in
+    the right; a path has `lengths` [path] nodes, of which those before `begins` [path] stand in earlier paths too. place: [node], where in
+    the flattened `paths` a node is found first. rows: [row, width], the nodes of every sequence, ending in
     the last column, filled up with node 0 on the left.
     """
 
     tokens: Tensor
     positions: Tensor
     paths: Tensor
+    begins: Tensor
+    lengths: Tensor
     place: Tensor
     rows: Tensor
 
@@ -50,10 +53,13 @@ def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device) -
     for index, chain in reversed(list(enumerate(paths.values()))):
         for position, node in enumerate(chain):
             place[node] = index * length + position
+    begins = [sum(place[node] < index * length for node in chain) for index, chain in enumerate(paths.values())]
     return Packed(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),
         torch.tensor([[*chain, *[0] * (length - len(chain))] for chain in paths.values()], device=device),
+        torch.tensor(begins, device=device),
+        torch.tensor([len(chain) for chain in paths.values()], device=device),
         torch.tensor(place, device=device),
         torch.tensor([[*[0] * (width - len(chain)), *chain] for chain in chains], device=device),
     )
