@@ -17,6 +17,7 @@ from emosteer.engines import HookedEngine, LeanEngine, engine_for
 from emosteer.generation import Decoding, Reply, Request, choose, generate
 from emosteer.lean import Lean, lean_of
 from emosteer.model import Model
+from emosteer.native.build import library
 from emosteer.sites import Site
 from emosteer.steering import SteeringPlan
 from emosteer.trie import chunks, pack
@@ -109,13 +110,19 @@ def assert_same(found: list[tuple[list[Reply], list[Tensor]]], tolerance: float 
 # ---- the same text -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("way", "temperature"), [("plain", 0.0), ("plain", 1.1), ("packed", 0.0), ("tight", 0.0)])
+@pytest.mark.parametrize(
+    ("way", "temperature"), [("plain", 0.0), ("plain", 1.1), ("packed", 0.0), ("native", 0.0), ("tight", 0.0), ("tight native", 0.0)]
+)
 def test_it_writes_what_hooks_write(model: Model, monkeypatch: pytest.MonkeyPatch, way: str, temperature: float) -> None:
-    """packed: weights laid out ahead; tight: no room ahead in the cache and prompts read a few tokens at a time."""
+    """packed: weights laid out ahead; native: the compiled step; tight: no room ahead in the cache, prompts read a few tokens at a time."""
+    model.__dict__.pop("_lean", None)
+    if "native" not in way:
+        monkeypatch.setattr(lean, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("nothing here compiles the step")
     if way == "packed":
         monkeypatch.setattr(packed, "LEAST_ENTRIES", 0)
-        model.__dict__.pop("_lean", None)
-    if way == "tight":
+    if "tight" in way:
         monkeypatch.setattr(cache_module, "ROOM", 1)
         monkeypatch.setattr(engines, "PROMPT_TOKENS", 6)
     decoding = Decoding(14, temperature=temperature, top_p=0.9, repetition_penalty=1.3, seed=2)
@@ -129,9 +136,10 @@ def test_it_writes_what_hooks_write(model: Model, monkeypatch: pytest.MonkeyPatc
     if way == "plain":
         assert_same(both_ways(model, monkeypatch, SteeringPlan.none(len(PROMPTS)), decoding))
         assert_same(both_ways(model, monkeypatch, plan_for(model, [2.0]), decoding))
-    if way == "packed":
-        assert all(linear.is_packed for linear in lean_of(model).linears())  # type: ignore[union-attr]
-        model.__dict__.pop("_lean")
+    made = lean_of(model)
+    assert made is not None and (made.native is not None) is ("native" in way)
+    assert all(linear.is_packed is (way == "packed") for linear in made.linears())
+    model.__dict__.pop("_lean")
 
 
 def test_it_writes_what_a_recomputation_from_scratch_writes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 // One more token for every row of a batch: the layers of a Llama or Qwen2 model in float32, on a processor.
 //
 // Few rows meet all weights, so the weights must stream from memory while the arithmetic units are kept busy. Weights are laid out in
-// panels of a few columns; a panel meets all rows while it lies in the second-level cache and the next one is fetched. Every output is
-// one sum in the order of its inputs: it depends neither on the number of threads nor on the other rows of the batch.
+// panels of a few columns; a piece of a panel meets all rows while it lies in the first-level cache and the next one is fetched. With
+// panels every output is one sum in the order of its inputs, whatever the number of threads and the other rows of the batch.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -21,8 +21,8 @@ constexpr int LANES = 16, BLOCK = 8;  // 8 rows x 3 vectors of sums fill 24 of 3
 constexpr int LANES = 8, BLOCK = 4;  // 4 rows x 3 vectors of sums fill 12 of 16 registers
 #endif
 constexpr int VECTORS = 3, PANEL = VECTORS * LANES;
-constexpr int LINE = 64;   // bytes fetched at once
-constexpr int PIECE = 64;  // rows of a panel that stay in the first-level cache while all rows of a batch meet them
+constexpr int LINE = 64;      // bytes fetched at once
+constexpr int PIECE = 64;     // rows of a panel that stay in the first-level cache while all rows of a batch meet them
 constexpr long AHEAD = 1024;  // numbers of a key or value that are fetched ahead
 
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -67,7 +67,7 @@ inline Lanes totals(const Lanes* rows) {
     return result;
 }
 
-// e^x by its power series on [-ln 2 / 2, ln 2 / 2], scaled by a power of two; relative error below 1e-7, 0 below -87.
+// e^x by its power series on [-ln 2 / 2, ln 2 / 2], scaled by a power of two; exact but for the last places, 0 below -87.
 inline Lanes exponential(Lanes x) {
     const Lanes low = all(-87.f), high = all(88.f);
     const auto vanished = x < low;
@@ -175,7 +175,8 @@ inline long panels_of(long width) { return (width + PANEL - 1) / PANEL; }
 
 // Adds to sums [R, PANEL] the products of R rows of x [row, depth] with `steps` rows of a panel [depth, PANEL], and fetches FETCH lines
 // per step from `ahead` on meanwhile.
-template <int R, int FETCH> inline void multiply(const float* x, long depth, long steps, const float* panel, const char* ahead, float* sums) {
+template <int R, int FETCH>
+inline void multiply(const float* x, long depth, long steps, const float* panel, const char* ahead, float* sums) {
     Lanes sum[R][VECTORS];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < VECTORS; ++c) sum[r][c] = load(sums + r * PANEL + c * LANES);
@@ -267,6 +268,13 @@ inline void row_of(const Matrix& matrix, const float* x, long from, long count, 
     }
 }
 
+// The panel that a worker will probably take next, or where its next phase begins.
+inline const float* next_panel(const Worker& worker, const Matrix& matrix, long panel, const float* after) {
+    const long ahead = panel + worker.size();
+    if (ahead < panels_of(matrix.width)) return matrix.panels + ahead * matrix.depth * PANEL;
+    return after ? after : matrix.panels;
+}
+
 // A panel's width of numbers at a time: the compiler is told that it is whole where it is.
 inline void increase(float* to, const float* by, long count) {
     if (count == PANEL)
@@ -282,14 +290,15 @@ inline void copy(const float* from, float* to, long count) {
         std::memcpy(to, from, count * 4);
 }
 
-// out [row, width] = x [row, depth] W^T + bias (+ out, + added): the pieces that this worker takes.
-void linear(Worker& worker, const Matrix& matrix, long rows, const float* x, float* out, bool onto, const float* added, const float* after) {
+// out [row, width] = x [row, depth] W^T + bias (+ out, + added): the pieces that this worker takes. after: what is read once all are done.
+void linear(
+    Worker& worker, const Matrix& matrix, long rows, const float* x, float* out, bool onto, const float* added, const float* after) {
     const long n_panels = panels_of(matrix.width);
     std::vector<float> sums(rows * PANEL);
     for (long panel; (panel = worker.take()) < n_panels;) {
-        const long from = panel * PANEL, count = matrix.width - from < PANEL ? matrix.width - from : PANEL, ahead = panel + worker.size();
+        const long from = panel * PANEL, count = matrix.width - from < PANEL ? matrix.width - from : PANEL;
         if (matrix.panels)
-            panel_of(matrix, rows, x, panel, ahead < n_panels ? matrix.panels + ahead * matrix.depth * PANEL : after ? after : matrix.panels, sums.data());
+            panel_of(matrix, rows, x, panel, next_panel(worker, matrix, panel, after), sums.data());
         else
             row_of(matrix, x, from, count, sums.data());
         for (long r = 0; r < rows; ++r) {
@@ -307,10 +316,10 @@ void gate_up(Worker& worker, const Matrix& gate, const Matrix& up, long rows, co
     const long n_panels = panels_of(gate.width), width = gate.width;
     std::vector<float> gates(rows * PANEL), ups(rows * PANEL);
     for (long panel; (panel = worker.take()) < n_panels;) {
-        const long from = panel * PANEL, count = width - from < PANEL ? width - from : PANEL, ahead = panel + worker.size();
+        const long from = panel * PANEL, count = width - from < PANEL ? width - from : PANEL;
         if (gate.panels) {
             panel_of(gate, rows, x, panel, up.panels + panel * up.depth * PANEL, gates.data());
-            panel_of(up, rows, x, panel, ahead < n_panels ? gate.panels + ahead * gate.depth * PANEL : after ? after : gate.panels, ups.data());
+            panel_of(up, rows, x, panel, next_panel(worker, gate, panel, after), ups.data());
         } else {
             row_of(gate, x, from, count, gates.data());
             row_of(up, x, from, count, ups.data());
@@ -412,7 +421,8 @@ template <int G> void blend(const float* scores, long room, const float* values,
 
 // Attention of G queries [G, size] over n positions. scores: room for [G, room].
 template <int G>
-void attend(const float* queries, const float* keys, const float* values, long n, long size, float scale, float* scores, long room, float* out) {
+void attend(
+    const float* queries, const float* keys, const float* values, long n, long size, float scale, float* scores, long room, float* out) {
     compare<G>(queries, keys, n, size, scale, scores, room);
     for (int g = 0; g < G; ++g) soften(scores + g * room, n);
     blend<G>(scores, room, values, n, size, out);
@@ -420,7 +430,8 @@ void attend(const float* queries, const float* keys, const float* values, long n
 
 // A group of queries, of whatever size.
 void attend_all(
-    long group, const float* queries, const float* keys, const float* values, long n, long size, float scale, float* scores, long room, float* out) {
+    long group, const float* queries, const float* keys, const float* values, long n, long size, float scale, float* scores, long room,
+    float* out) {
     for (; group > 0; group -= 4, queries += 4 * size, out += 4 * size) {
         switch (group) {
             case 1: attend<1>(queries, keys, values, n, size, scale, scores, room, out); break;
@@ -467,12 +478,13 @@ void emosteer_pack(const float* weights, int64_t width, int64_t depth, int64_t f
     const long first = from / PANEL, last = panels_of(from + width);
     Team::run(threads, [&](Worker worker) {
         for (long panel; (panel = first + worker.take()) < last;)
-            for (long column = 0; column < PANEL; ++column) {
-                const long row = panel * PANEL + column - from;
-                float* to = panels + panel * depth * PANEL + column;
-                if (row < 0) continue;
-                for (long k = 0; k < depth; ++k) to[k * PANEL] = row < width ? weights[row * depth + k] : 0.f;
-            }
+            for (long begin = 0; begin < depth; begin += 16)  // a line of every row at a time
+                for (long column = 0; column < PANEL; ++column) {
+                    const long row = panel * PANEL + column - from, end = begin + 16 < depth ? begin + 16 : depth;
+                    float* to = panels + panel * depth * PANEL + column;
+                    if (row < 0) continue;
+                    for (long k = begin; k < end; ++k) to[k * PANEL] = row < width ? weights[row * depth + k] : 0.f;
+                }
         worker.meet();
     });
 }
