@@ -9,7 +9,9 @@ against the Hugging Face forward pass before it is used, and gives None for ever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class Lean:
         self.head = PackedLinear([model.hf.lm_head])
         self.scale = self.shape.d_head**-0.5
         self.native: native.NativeStep | None = None
-        self._prepared = False
+        self._prepared, self._lock = False, Lock()
 
     @staticmethod
     def _layer(layer: Any) -> _Layer:
@@ -79,34 +81,39 @@ class Lean:
         return [self.head, *(linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))]
 
     def prepare(self, rows: int) -> None:
-        """Gets ready for steps of `rows` rows: the compiled step where there is one, or else weights laid out ahead where that pays."""
-        if not self._prepared:
-            self._prepared = True
-            if self.model.device.type == "cpu" and self.model.dtype == torch.float32 and library() is not None:
-                self.native = native.NativeStep(self.shape, self.model.layers, self.norm, self.model.hf.lm_head)
-                self._keep_if_equal(1)
-        if self.native is None:
-            pack_all(self.linears(), rows)
-        elif rows > 1 and not self.native.is_packed and self.native.n_bytes <= MOST_BYTES:
-            self.native.pack()
-            self._keep_if_equal(3)
+        """Gets ready for steps of `rows` rows: the compiled step where there is one, or else weights laid out ahead where that pays.
+
+        Safe to call from several threads: a compiled step is shown to others once it is proved.
+        """
+        with self._lock:
+            if not self._prepared:
+                self._prepared = True
+                if self.model.device.type == "cpu" and self.model.dtype == torch.float32 and library() is not None:
+                    self.native = self._if_equal(native.NativeStep(self.shape, self.model.layers, self.norm, self.model.hf.lm_head), 1)
+            if self.native is None:
+                pack_all(self.linears(), rows)
+            elif rows > 1 and not self.native.is_packed and self.native.n_bytes <= MOST_BYTES:
+                self.native.pack()
+                self.native = self._if_equal(self.native, 3)
 
     @torch.no_grad()
-    def _keep_if_equal(self, rows: int) -> None:
-        """Does without the compiled step unless it computes what the step in torch computes."""
+    def _if_equal(self, compiled: native.NativeStep, rows: int) -> native.NativeStep | None:
+        """The compiled step if it computes what the step in torch computes."""
         draw = torch.Generator().manual_seed(rows)
         lengths = [3 + row for row in range(rows)]
         cache = RowCache(self.shape, lengths, 2, self.model.device, self.model.dtype)
         cache.block.copy_(torch.randn(cache.block.shape, generator=draw))
         tokens = torch.randint(self.shape.d_vocab, (rows,), generator=draw)
         added = self.added({Site(0, ATTN_OUT): torch.randn(rows, self.shape.d_model, generator=draw)})
-        compiled, found = self.native, []
-        for self.native in (None, compiled):
-            cache.end = cache.width
-            found.append(self.logits(self.step(tokens, torch.tensor(lengths), cache, added)))
-        if not bool((found[1] - found[0]).square().mean().sqrt() <= 1e-4 * found[0].std()):
-            self.native = None
-            note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
+        found = []
+        for way in (None, compiled):
+            trial = copy(self)
+            trial.native, cache.end = way, cache.width
+            found.append(trial.logits(trial.step(tokens, torch.tensor(lengths), cache, added)))
+        if bool((found[1] - found[0]).square().mean().sqrt() <= 1e-4 * found[0].std()):
+            return compiled
+        note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
+        return None
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [token, 1, d_head] by the model's own rotary module."""

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("directions",),
     ("extract", "attribution"),
     ("verification", "steering", "cache"),
+    ("native",),
     ("lean",),
     ("engines",),
     ("generation", "naming", "circuit", "fluency"),
