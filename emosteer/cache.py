@@ -102,6 +102,13 @@ class RowCache:
         self.end += 1
         return None if self.mask is None else self.mask[..., self.start : self.end]
 
+    def whole_mask(self) -> Tensor:
+        """What is added to the scores of all columns of the block, those to come hidden. Shape [row, 1, 1, pos]."""
+        columns = torch.arange(self.block.shape[4])[None]
+        hidden = (columns < self.unused[:, None]) | (columns >= self.end)
+        mask = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill_(hidden, -torch.inf)
+        return mask[:, None, None].to(self.block.device)
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new column [row, n_kv_heads, d_head] and returns all keys and values [row, n_kv_heads, pos, d_head]."""
         block = self.block[layer]

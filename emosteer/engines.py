@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.cache import RowCache, growing_cache
+from emosteer.graphs import RecordedStep, recorder_for
 from emosteer.interventions import RowEdits
 from emosteer.lean import Lean, lean_of
 from emosteer.model import Edit, Model
@@ -22,6 +23,8 @@ from emosteer.trie import chunks, pack
 
 #: Distinct prompt tokens computed at once; more would only take memory.
 PROMPT_TOKENS = 2048
+#: Replies of fewer tokens are not worth the recording of a step.
+RECORDED = 16
 
 
 class Engine(Protocol):
@@ -70,7 +73,9 @@ class LeanEngine:
         self.vectors = torch.stack(list(plan.vectors.values())) if self.sites else None
         self.slot = list(range(len(prompts)))  # of each row: where the cache holds it
         self.order: Tensor | None = None  # the same, unless nothing has moved
-        self.row: Tensor | None = None  # of each slot: its row
+        self.row: Tensor | None = None  # of each slot: its row, or any where its row has ended
+        self.record = recorder_for(device) if steps >= RECORDED else None
+        self.recorded: RecordedStep | None = None
         self._add()
 
     def _add(self) -> None:
@@ -84,9 +89,20 @@ class LeanEngine:
             tokens = torch.tensor([prompt[-1] for prompt in self.prompts], device=self.positions.device)
         if self.row is not None:
             tokens = tokens[self.row]
-        hidden = self.lean.step(tokens, self.positions, self.cache, self.added)
+        hidden = self._hidden(tokens)
         self.positions = self.positions + 1
         return self.lean.logits(hidden if self.order is None else hidden[self.order])
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """Final-normed states [slot, d_model] after one more token per slot."""
+        if self.recorded is not None and self.recorded.fits():
+            return self.recorded.step(tokens, self.positions)
+        hidden = self.lean.step(tokens, self.positions, self.cache, self.added)
+        if self.record is not None:
+            state = self.lean, self.cache, tokens, self.positions, self.added, hidden
+            self.recorded = RecordedStep.proved(*state, self.record)
+            self.record = self.record if self.recorded else None
+        return hidden
 
     def _read(self) -> None:
         lean, device = self.lean, self.positions.device
@@ -102,18 +118,24 @@ class LeanEngine:
             lean.read(packed, keep)
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Lets the other rows go; few slots move, and `order` remembers which."""
-        there = set(kept)
-        moved = self.cache.drop([slot for row, slot in enumerate(self.slot) if row not in there])
-        now = {old: new for new, old in enumerate(moved)}
-        self.slot = [now[self.slot[row]] for row in kept]
-        index = torch.tensor(moved, device=self.positions.device)
-        self.positions = self.positions[index]
-        if self.vectors is not None:
-            self.vectors = self.vectors[:, index]
-            self._add()
-        self.order = torch.tensor(self.slot, device=index.device)
-        self.row = self.order.argsort()
+        """Lets the other rows go; few slots move, and `order` remembers which. A recording goes on with the slots it has until half of
+        them are idle: to record again costs more than a few rows for nothing."""
+        slots, device = [self.slot[row] for row in kept], self.positions.device
+        n_slots = len(self.positions)
+        if self.recorded is None or 2 * len(slots) <= n_slots:
+            self.recorded = None
+            moved = self.cache.drop(sorted(set(range(n_slots)) - set(slots)))
+            now = {old: new for new, old in enumerate(moved)}
+            slots, n_slots = [now[slot] for slot in slots], len(slots)
+            index = torch.tensor(moved, device=device)
+            self.positions = self.positions[index]
+            if self.vectors is not None:
+                self.vectors = self.vectors[:, index]
+                self._add()
+        self.slot = slots
+        self.order = torch.tensor(slots, device=device)
+        self.row = torch.zeros(n_slots, dtype=torch.long, device=device)
+        self.row[self.order] = torch.arange(len(slots), device=device)
 
 
 class HookedEngine:

@@ -191,6 +191,20 @@ class Lean:
             hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
         return self._normed(self.norm, hidden)
 
+    def fixed_step(self, tokens: Tensor, positions: Tensor, block: Tensor, column: Tensor, mask: Tensor, added: Added) -> Tensor:
+        """`step` with shapes that do not change from token to token, which a recording needs: attention over all columns of a cache's
+        block, of which `mask` [row, 1, 1, pos] hides some; the new one is `column` [1]."""
+        hidden, angles, shape = self.embed[tokens], self.rotary(positions), self.shape
+        for index, layer in enumerate(self.layers):
+            queries, keys, values = self._queries(layer, hidden, angles)
+            k, v = block[index]
+            k.index_copy_(2, column, keys[:, :, None])
+            v.index_copy_(2, column, values[:, :, None])
+            grouped = queries.reshape(len(tokens), shape.n_kv_heads, -1, shape.d_head)
+            z = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale)
+            hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
+        return self._normed(self.norm, hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [row, d_model]."""
         if self.native is not None and self.native.takes(len(hidden)):

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verification", "steering", "cache"),
     ("native",),
     ("lean",),
+    ("graphs",),
     ("engines",),
     ("generation", "naming", "circuit", "fluency"),
     ("gains",),
