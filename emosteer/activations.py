@@ -190,19 +190,23 @@ def read_states(
     fits = packed and not _slides(model, samples)
     rows = [row for sample in samples for row in rows_of(sample, fits and all(s.packs for s in samples))]
     batch = make_batch(model, rows)
+    # The states outlive the pass. Put where they arise, each would lie in the space that a layer's activations have just left, which the
+    # next layer's would no longer fit into: the heap would grow layer by layer. So room for all is taken first.
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    rooms = {site: torch.empty(len(samples) * n_emotions, model.width(site.kind), dtype=dtype, device=model.device) for site in sites}
     states: dict[Site, Tensor] = {}
     hooks: dict[Site, Edit] = dict(edits or {})
-    for site in sites:
-        hooks[site] = _averaging(states, site, batch, hooks.get(site))
+    for site, room in rooms.items():
+        hooks[site] = _averaging(states, site, room, batch, hooks.get(site))
     with torch.no_grad():
         model.run(batch.ids, hooks, attention_mask=batch.mask, position_ids=batch.positions, bridge=bridge)
     return {site: state.unflatten(0, (len(samples), n_emotions)) for site, state in states.items()}
 
 
-def _averaging(states: dict[Site, Tensor], site: Site, batch: Batch, edit: Edit | None) -> Edit:
+def _averaging(states: dict[Site, Tensor], site: Site, room: Tensor, batch: Batch, edit: Edit | None) -> Edit:
     def hook(activation: Tensor) -> Tensor | None:
         new = edit(activation) if edit else None
-        states[site] = batch.average(activation if new is None else new)
+        states[site] = room.copy_(batch.average(activation if new is None else new))
         return new
 
     return hook

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -380,3 +382,17 @@ def test_unpacked_rows_get_a_plain_padding_mask_and_packed_rows_an_additive_one(
     mask = activations.make_batch(tiny, rows_of(sample_of(2, [1, 2]))).mask
     seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
     assert (mask == 0).int().tolist() == [[seen]] and mask.max() == 0 and mask.min() == torch.finfo(torch.float32).min
+
+
+def test_states_lie_in_room_taken_before_the_pass(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken during the pass, it would break up the space that activations leave, and the heap would grow with every layer."""
+    room: set[int] = set()
+    run = tiny.run
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        room.update(found.data_ptr() for found in gc.get_objects() if type(found) is Tensor)
+        return run(*args, **options)
+
+    monkeypatch.setattr(tiny, "run", watched)
+    states = read_states(tiny, samples_of(tiny), sites_of(tiny))
+    assert len(states) == len(sites_of(tiny)) and all(state.data_ptr() in room for state in states.values())
