@@ -76,12 +76,15 @@ def extract(
     if own and elicitation != "reply":
         raise UsageError("--replies self belongs to --elicitation reply")
     data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
+    from emosteer.devices import bound_kernel_caches
     from emosteer.extract import Settings, finish_checkpoint
     from emosteer.extract import extract as run
     from emosteer.model import Model
     from emosteer.workers import join
 
     crew = join()
+    if not own:  # writing replies meets the same shapes again
+        bound_kernel_caches()
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions

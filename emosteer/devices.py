@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 import sys
 
 import torch
@@ -15,6 +16,8 @@ from emosteer.workers import local_rank, local_world
 
 #: Ways to lay a model's layers over the GPUs of a machine.
 DEVICE_MAPS = ("auto", "balanced", "sequential")
+#: Enough for the layers of a few shapes at a time.
+KERNELS_KEPT = 64
 _MADV_HUGEPAGE = 14
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,6 +98,14 @@ def release_memory() -> None:
     creep up with the number of batches. Does nothing where the C library is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def bound_kernel_caches() -> None:
+    """Lets oneDNN and torch keep few compiled kernels, for work that meets ever new batch shapes and rarely the same again: by default they
+    keep a thousand each, one per shape and layer, 3 MiB for every new length in bfloat16. What the user has set stays; of no effect
+    once a linear layer has run, so it comes before the model is loaded."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def large_pages(block: Tensor) -> None:

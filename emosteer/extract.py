@@ -36,7 +36,7 @@ CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
 #: Batches between returns of freed memory to the system.
-TRIM_EVERY = 2
+TRIM_EVERY = 1
 
 
 @dataclass(frozen=True)

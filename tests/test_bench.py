@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,11 +267,35 @@ def test_a_driver_that_dies_is_a_reason_and_not_a_traceback(tmp_path: Path) -> N
     assert all(rival.driver.exists() for rival in RIVALS)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or not Path("/proc/self/status").exists(), reason="oneDNN on Linux")
+def test_kernels_for_ever_new_shapes_are_not_all_kept() -> None:
+    """In bfloat16 every new number of rows compiles kernels of its own; extraction meets a hundred numbers."""
+    program = (
+        "import sys, torch\nfrom emosteer.devices import bound_kernel_caches, release_memory\n"
+        "if sys.argv[1] == 'bound': bound_kernel_caches()\n"
+        "def held():\n    release_memory()\n"
+        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"
+        "layers = [torch.nn.Linear(256, size).to(torch.bfloat16) for size in (192, 256, 320, 384)]\n"
+        "def run(counts):\n    for rows in counts:\n        for layer in layers: layer(torch.ones(rows, 256, dtype=torch.bfloat16))\n"
+        "with torch.no_grad():\n    run(range(100, 120)); before = held(); run(range(120, 220))\nprint(held() - before)"
+    )
+
+    env = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+
+    def growth(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", program, how], capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env, check=True
+        )
+        return int(done.stdout)
+
+    free = growth("free")
+    if free < 20_000:
+        pytest.skip("this build keeps nothing per shape")
+    assert growth("bound") < free / 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak is read from /proc")
 def test_the_peak_of_loading_does_not_hide_that_of_the_work() -> None:
-    import subprocess
-    import sys
-
     code = (
         "from bench.drivers.peak import loaded, peak_bytes\n"
         "x = bytearray(200 << 20); del x\nbefore = loaded()\ny = bytearray(60 << 20)\ndel y\nprint(before >> 20, peak_bytes() >> 20)"

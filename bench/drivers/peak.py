@@ -47,7 +47,9 @@ def extract(size: int, dtype: str) -> int:
     """What `emosteer extract` does; returns the peak of loading."""
     from bench.extraction import runner
     from bench.workload import Workbench, settings
+    from emosteer.devices import bound_kernel_caches
 
+    bound_kernel_caches()  # as the command does it
     bench = Workbench()
     data = bench.data(size)
     with tempfile.TemporaryDirectory() as folder:
