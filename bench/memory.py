@@ -14,10 +14,9 @@ from bench.workload import Workbench
 from emosteer.errors import EmosteerError
 
 FAMILY = "memory"
-DTYPE = "bfloat16"
 
 
-def peak(what: str, size: int, dtype: str = DTYPE) -> dict[str, int]:
+def peak(what: str, size: int, dtype: str) -> dict[str, int]:
     """Peak resident bytes of a process that extracts from `size` scenario-events or writes `size` replies: "whole", and "working", from
     the loaded model on.
 
@@ -34,19 +33,22 @@ def peak(what: str, size: int, dtype: str = DTYPE) -> dict[str, int]:
 
 def run(bench: Workbench) -> Iterator[Row]:
     """The rows of this family."""
+    groups, flat = ("scenario-events", bench.pick(48, 6), bench.pick(480, 24)), Bar(1.05, at_least=False)
     tasks = (
-        ("extract", "scenario-events", bench.pick(48, 6), bench.pick(480, 24), Bar(1.05, at_least=False)),
-        ("generate", "replies", bench.pick(32, 8), bench.pick(192, 16), None),
+        ("extract", "float32", *groups, flat),
+        ("extract", "bfloat16", *groups, flat),
+        ("generate", "bfloat16", "replies", bench.pick(32, 8), bench.pick(192, 16), None),
     )
-    for what, unit, small, large, bar in tasks:
-        if not bench.wants(f"{FAMILY}.{what}"):
+    for what, dtype, unit, small, large, bar in tasks:
+        name = f"{FAMILY}.{what}.{dtype}"
+        if not bench.wants(name):
             continue
-        few, many = peak(what, small), peak(what, large)
-        mib = {name: f"{few[name] / 2**20:,.0f} and {many[name] / 2**20:,.0f} MiB" for name in few}
+        few, many = peak(what, small, dtype), peak(what, large, dtype)
+        mib = {key: f"{few[key] / 2**20:,.0f} and {many[key] / 2**20:,.0f} MiB" for key in few}
         yield Row.of(
-            f"{FAMILY}.{what}",
-            f"peak memory of `{what}` once the model is loaded: {large} {unit} against {small}",
+            name,
+            f"peak memory of `{what}` in {dtype} once the model is loaded: {large} {unit} against {small}",
             many["working"] / few["working"],
             bar,
-            note=f"resident {mib['working']}, all included; with loading {mib['whole']}; {DTYPE} (small weights hide less)",
+            note=f"resident {mib['working']}, all included; with loading {mib['whole']} ({many['whole'] / few['whole']:.3f} x)",
         )

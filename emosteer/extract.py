@@ -35,8 +35,6 @@ from emosteer.workers import ALONE, Crew, part, parts
 CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
-#: Batches between returns of freed memory to the system.
-TRIM_EVERY = 1
 
 
 @dataclass(frozen=True)
@@ -170,13 +168,12 @@ def _run(
 
     total, left = sum(map(len, batches)), sum(len(batches[i]) for i in todo)
     with bar("extract (groups)", total, total - left) as advance:
-        for count, index in enumerate(share.crew.claim(todo)):
+        for index in share.crew.claim(todo):
             for samples, states in halve_on_oom(batches[index], compute, note):
                 share.contrasts.update(samples, states)
             share.done.add(index)
             advance(len(batches[index]) * share.crew.world)  # the others are about as fast
-            if count % TRIM_EVERY == 0:
-                release_memory()
+            release_memory()
             if len(share.done) < len(batches):
                 share.save_now_and_then()
             if on_batch:
