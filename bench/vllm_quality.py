@@ -16,7 +16,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 Cells = Mapping[tuple[str, str], Mapping[str, float]]
 
 
+def keyed(rows: Iterable[dict[str, Any]]) -> Rows:
+    """Rows by event and emotion."""
+    return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for row in rows}
+
+
 def by_command(options: argparse.Namespace, groups: Sequence[Group], emotions: Sequence[str], out: Path, more: Sequence[str]) -> Rows:
     """What `emosteer generate` writes, as a user would run it."""
     lines = options.room / "events.jsonl"
@@ -48,7 +53,7 @@ def by_command(options: argparse.Namespace, groups: Sequence[Group], emotions: S
     command += ["-e", ",".join(emotions), "--dtype", options.dtype, "--max-new-tokens", str(options.max_new_tokens)]
     command += [] if options.circuit is None else ["--circuit", str(options.circuit)]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for _, row in read_jsonl(out)}
+    return keyed(row for _, row in read_jsonl(out))
 
 
 def by_builtin(folder: Path, jobs: Sequence[Job], requests: Sequence[Request], options: argparse.Namespace, out: Path) -> Rows:
@@ -60,7 +65,7 @@ def by_builtin(folder: Path, jobs: Sequence[Job], requests: Sequence[Request], o
     rows = [row for _, row in read_jsonl(out)]
     if [row["id"] for row in rows] != [job.id for job in jobs]:
         raise SystemExit(f"{out} holds replies to other events; name another --room")
-    return {(row["id"].rsplit("/", 1)[0], row["emotion"]): row for row in rows}
+    return keyed(rows)
 
 
 def measured(rows: Rows, judge: EmbeddedJudge, plain: Model, emotions: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:

@@ -77,9 +77,7 @@ class RowCache:
         self.start = int(self.unused.min())
         self.mask: Tensor | None = None
         if int(self.unused.max()) > self.start:
-            hidden = torch.arange(self.block.shape[4])[None] < self.unused[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill_(hidden, -torch.inf)
-            self.mask = mask[:, None, None].to(self.block.device)
+            self.mask = self._hiding(torch.arange(self.block.shape[4])[None] < self.unused[:, None])
 
     def fill(self, layer: int, rows: Sequence[int], nodes: Tensor, keys: Tensor, values: Tensor) -> None:
         """Gives rows their prompts. nodes: [row, width], indices into keys and values [node, n_kv_heads, d_head]."""
@@ -105,7 +103,10 @@ class RowCache:
     def whole_mask(self) -> Tensor:
         """What is added to the scores of all columns of the block, those to come hidden. Shape [row, 1, 1, pos]."""
         columns = torch.arange(self.block.shape[4])[None]
-        hidden = (columns < self.unused[:, None]) | (columns >= self.end)
+        return self._hiding((columns < self.unused[:, None]) | (columns >= self.end))
+
+    def _hiding(self, hidden: Tensor) -> Tensor:
+        """What is added to scores so that some columns [row, pos] have no part. Shape [row, 1, 1, pos]."""
         mask = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill_(hidden, -torch.inf)
         return mask[:, None, None].to(self.block.device)
 

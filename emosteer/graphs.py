@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emosteer.cache import RowCache
-from emosteer.lean import Added, Lean
+from emosteer.lean import Added, Lean, agree
 from emosteer.progress import note
 
 #: Set to 0 to do without.
@@ -66,9 +66,7 @@ class RecordedStep:
         except RuntimeError as error:  # torch's word for whatever cannot be recorded, a lack of memory included
             note(f"a step could not be recorded ({str(error).splitlines()[0]}); going on without. {SWITCH}=0 does so from the start")
             return None
-        # Two orders of the same sums differ by a few per cent in half precision; an error in the arithmetic by as much as the states.
-        tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.2
-        if bool((made.hidden - hidden).float().square().mean().sqrt() <= tolerance * hidden.float().square().mean().sqrt()):
+        if agree(made.hidden, hidden):
             return made
         note("a recorded step does not compute what the step computes; going on without")
         return None

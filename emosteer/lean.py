@@ -110,7 +110,7 @@ class Lean:
             trial = copy(self)
             trial.native, cache.end = way, cache.width
             found.append(trial.logits(trial.step(tokens, torch.tensor(lengths), cache, added)))
-        if bool((found[1] - found[0]).square().mean().sqrt() <= 1e-4 * found[0].std()):
+        if agree(found[1], found[0]):
             return compiled
         note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
         return None
@@ -179,29 +179,36 @@ class Lean:
 
     def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
         """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""
-        hidden, angles, shape = self.embed[tokens], self.rotary(positions), self.shape
-        grouped = (len(tokens), shape.n_kv_heads, -1, shape.d_head)
         mask = cache.advance()
         if self.native is not None and self.native.takes(len(tokens)):
-            return self.native.step(hidden, angles, cache, added)
-        for index, layer in enumerate(self.layers):
-            queries, keys, values = self._queries(layer, hidden, angles)
-            k, v = cache.write(index, keys, values)
-            z = functional.scaled_dot_product_attention(queries.reshape(grouped), k, v, attn_mask=mask, scale=self.scale)
-            hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
-        return self._normed(self.norm, hidden)
+            return self.native.step(self.embed[tokens], self.rotary(positions), cache, added)
+        return self._step(tokens, positions, cache.write, mask, added)
 
     def fixed_step(self, tokens: Tensor, positions: Tensor, block: Tensor, column: Tensor, mask: Tensor, added: Added) -> Tensor:
         """`step` with shapes that do not change from token to token, which a recording needs: attention over all columns of a cache's
         block, of which `mask` [row, 1, 1, pos] hides some; the new one is `column` [1]."""
+
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = block[layer]
+            return k.index_copy_(2, column, keys[:, :, None]), v.index_copy_(2, column, values[:, :, None])
+
+        return self._step(tokens, positions, write, mask, added)
+
+    def _step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        write: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        added: Added,
+    ) -> Tensor:
+        """write: takes a layer's new keys and values, and returns all of them, [row, n_kv_heads, pos, d_head]."""
         hidden, angles, shape = self.embed[tokens], self.rotary(positions), self.shape
+        grouped = (len(tokens), shape.n_kv_heads, -1, shape.d_head)
         for index, layer in enumerate(self.layers):
             queries, keys, values = self._queries(layer, hidden, angles)
-            k, v = block[index]
-            k.index_copy_(2, column, keys[:, :, None])
-            v.index_copy_(2, column, values[:, :, None])
-            grouped = queries.reshape(len(tokens), shape.n_kv_heads, -1, shape.d_head)
-            z = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale)
+            k, v = write(index, keys, values)
+            z = functional.scaled_dot_product_attention(queries.reshape(grouped), k, v, attn_mask=mask, scale=self.scale)
             hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
         return self._normed(self.norm, hidden)
 
@@ -285,8 +292,13 @@ def _proved(lean: Lean) -> bool:
     lean.read(packed, lambda layer, keys, values: cache.fill(layer, range(3), packed.rows, keys, values))
     added = lean.added({})
     found = torch.stack([lean.logits(lean.step(whole[:, at], positions[:, at], cache, added)) for at in range(9, 12)], dim=1)
-    error = (found - expected).float().square().mean().sqrt()
+    return agree(found, expected)
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of the same computation, of one precision, differ by no more than rounding."""
     # In half precision two orders of the same sums differ by 4 to 6 % of the logits' spread on a real model; an error in the arithmetic
     # gives differences as large as the spread.
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.2
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 0.2
+    error = (found - expected).float().square().mean().sqrt()
     return bool(error <= tolerance * expected.float().std())

@@ -49,8 +49,7 @@ class PackedLinear:
             return
         weights: list[Tensor] = [linear.weight for linear in self.linears]
         weight = first if len(weights) == 1 else torch.cat(weights)
-        biases: list[Tensor] = [torch.zeros_like(first[:, 0]) if linear.bias is None else linear.bias for linear in self.linears]
-        self._bias = torch.cat(biases) if any(linear.bias is not None for linear in self.linears) else None
+        self._bias = joined_bias(self.linears)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._rows = _ROWS[first.dtype]
 
@@ -86,6 +85,13 @@ class PackedLinear:
         if onto is None:
             return operation(inputs, self._packed, self._bias, "none", [], "")
         return operation.binary(inputs, onto, self._packed, self._bias, "add")
+
+
+def joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases of layers side by side, zero where a layer has none; None if none has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat([linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears])
 
 
 def _into(output: Tensor, inputs: Tensor, linear: nn.Linear) -> Tensor:

@@ -150,7 +150,7 @@ struct Layer {
 
 struct Model {
     int64_t layers, d_model, heads, kv_heads, d_head, d_mlp;
-    float epsilon, epsilon_last, scale, unused;
+    float epsilon, epsilon_last, scale;
     const Layer* layer;
     const float* norm;
 };

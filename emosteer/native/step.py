@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from emosteer.cache import RowCache
 from emosteer.devices import large_pages
 from emosteer.native.build import library
+from emosteer.packed import joined_bias
 from emosteer.shapes import Shape
 from emosteer.trie import Packed
 
@@ -39,7 +40,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("layers", "d_model", "heads", "kv_heads", "d_head", "d_mlp")),
-        *((name, c_float) for name in ("epsilon", "epsilon_last", "scale", "unused")),
+        *((name, c_float) for name in ("epsilon", "epsilon_last", "scale")),
         ("layer", POINTER(_Layer)),
         ("norm", c_void_p),
     ]
@@ -67,11 +68,9 @@ class Linears:
         self.matrix.depth, self.matrix.width = self.weights[0].shape[1], sum(widths)
         for index, weight in enumerate(self.weights):
             self.matrix.rows[index], self.matrix.widths[index] = weight.data_ptr(), widths[index]
-        self.bias: Tensor | None = None
+        self.bias = joined_bias(linears)
         self.panels: Tensor | None = None
-        if any(linear.bias is not None for linear in linears):
-            biases = [torch.zeros(width) if one.bias is None else one.bias.detach() for one, width in zip(linears, widths, strict=True)]
-            self.bias = torch.cat(biases)
+        if self.bias is not None:
             self.matrix.bias = self.bias.data_ptr()
 
     @property
