@@ -30,7 +30,7 @@ $(VENV)/.stamp: pyproject.toml
 setup: $(VENV)/.stamp
 
 demo: setup
-	$(BIN)/python -m emosteer.demo
+	$(BIN)/python -m emosteer.cli.demo
 
 test: setup
 	$(BIN)/python -m pytest
@@ -51,7 +51,7 @@ circuits: setup
 	$(BIN)/emosteer calibrate --model $(MODEL) $(OPTIONS)
 
 judge: setup
-	$(BIN)/python -m emosteer.judge_training
+	$(BIN)/python -m emosteer.judges.training
 
 evaluate: setup
 	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)

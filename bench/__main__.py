@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import Results, Row, show
-from emosteer.errors import EmosteerError, UsageError, suggest
-from emosteer.progress import note
+from emosteer.base.errors import EmosteerError, UsageError, suggest
+from emosteer.base.progress import note
 
 #: Family -> module, in the order they run: those that need a quiet start come first.
 FAMILIES = {

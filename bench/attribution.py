@@ -12,12 +12,12 @@ from torch import Tensor
 from bench.results import Bar, Row
 from bench.timing import median
 from bench.workload import Workbench, settings
-from emosteer.activations import Sample, read_states
-from emosteer.attribution import head_contributions, neuron_contributions
-from emosteer.extract import extract
-from emosteer.interventions import replace_units
-from emosteer.model import Model
-from emosteer.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
+from emosteer.attribution.unit_scores import head_contributions, neuron_contributions
+from emosteer.directions.activations import Sample, read_states
+from emosteer.directions.extract import extract
+from emosteer.models.interventions import replace_units
+from emosteer.models.model import Model
+from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 
 FAMILY = "attribution"
 

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emosteer import weights
-from emosteer.artifacts import Provenance
-from emosteer.circuit import Circuit
+from emosteer.base.artifacts import Provenance
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.places import require_circuit
 from emosteer.export.checkpoint import export_checkpoint
 from emosteer.export.llamacpp import residual_form
-from emosteer.export.vectors import Steering
-from emosteer.model import Model
-from emosteer.pipeline import require_circuit
-from emosteer.sites import Site
+from emosteer.export.vectors import ExportRequest
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+from emosteer.models.weights import resolve as weights
 
 TEXTS = (
     "My landlord came by this morning about the lease. Keep the reply to at most two sentences.",
@@ -117,7 +117,7 @@ def main() -> None:
         gc.collect()
         found, done = weights.resolve(options.model), {}
         for how in (strength, 0.0):
-            export_checkpoint(Steering(found, circuit, path, emotion, how), Path(room) / "out", precision="float32", force=True)
+            export_checkpoint(ExportRequest(found, circuit, path, emotion, how), Path(room) / "out", precision="float32", force=True)
             done[how] = folder_logits(Path(room) / "out", ids)
         same_tokens = _tokens(found.path) == _tokens(Path(room) / "out")
     result = {

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emosteer import weights
-from emosteer.artifacts import Provenance
-from emosteer.circuit import Circuit
+from emosteer.base.artifacts import Provenance
+from emosteer.circuits.circuit import Circuit
 from emosteer.export.checkpoint import _NORMS, _PROJECTIONS
 from emosteer.export.forms import read_config
 from emosteer.export.tensors import Planned, shards, write_shard
+from emosteer.models.weights import resolve as weights
 
 #: Runs a command and prints what it used at most, in KB, after its own output.
 MEASURED = "import resource, subprocess, sys; rc = subprocess.run(sys.argv[1:]).returncode; "

@@ -13,12 +13,12 @@ from bench.machine import matrix_peak
 from bench.results import Bar, Row
 from bench.timing import interleaved, median, ratio
 from bench.workload import Workbench, settings
-from emosteer.activations import Row as Sequence_
-from emosteer.activations import Sample, make_batch, rows_of
-from emosteer.directions import Directions
-from emosteer.extract import Settings, extract, finish_checkpoint
-from emosteer.model import Model
-from emosteer.scenarios import Bank, Group
+from emosteer.directions.activations import Row as Sequence_
+from emosteer.directions.activations import Sample, make_batch, rows_of
+from emosteer.directions.directions import Directions
+from emosteer.directions.extract import Settings, extract, finish_checkpoint
+from emosteer.models.model import Model
+from emosteer.scenarios.scenarios import Bank, Group
 
 FAMILY = "extract"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from bench.results import Bar, Row
 from bench.timing import interleaved, median, ratio
 from bench.workload import Workbench, decoding, endless
-from emosteer.generation import Request, generate
-from emosteer.model import Model
+from emosteer.generation.generate import Request, generate
+from emosteer.models.model import Model
 
 FAMILY = "huggingface"
 BATCH, NEW_TOKENS = 32, 48
@@ -30,7 +30,7 @@ def hugging_face(bench: Workbench, dtype: str) -> Any:
     """The model as Hugging Face loads it, apart from ours: sdpa attention, no hooks, no wrapper."""
     from transformers import AutoModelForCausalLM
 
-    from emosteer import weights
+    from emosteer.models.weights import resolve as weights
 
     path = weights.resolve(bench.reference).path
     hf: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True, attn_implementation="sdpa")

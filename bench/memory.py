@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.results import Bar, Row
 from bench.workload import Workbench
-from emosteer.errors import EmosteerError
+from emosteer.base.errors import EmosteerError
 
 FAMILY = "memory"
 

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from emosteer.errors import EmosteerError
-from emosteer.files import read_text, write_text
+from emosteer.base.errors import EmosteerError
+from emosteer.base.files import read_text, write_text
 
 
 @dataclass(frozen=True)

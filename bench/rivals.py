@@ -19,10 +19,10 @@ from bench.huggingface import BATCH, NEW_TOKENS
 from bench.results import Bar, Row
 from bench.timing import interleaved, median, ratio
 from bench.workload import Workbench, decoding, endless
-from emosteer import weights
-from emosteer.errors import EmosteerError
-from emosteer.generation import generate
-from emosteer.progress import note
+from emosteer.base.errors import EmosteerError
+from emosteer.base.progress import note
+from emosteer.generation.generate import generate
+from emosteer.models.weights import resolve as weights
 
 FAMILY = "rivals"
 #: Where the environments go; they are made once.

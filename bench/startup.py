@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from bench.results import Bar, Row
 from bench.timing import interleaved, median
 from bench.workload import Workbench
-from emosteer.errors import EmosteerError
+from emosteer.base.errors import EmosteerError
 
 FAMILY = "startup"
 TEXT = "My landlord came by this morning about the lease. He said the new tenant moves in on the first."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bench.results import Bar, Row
 from bench.timing import interleaved, median, ratio
 from bench.workload import Workbench, decoding, endless
-from emosteer.generation import generate
+from emosteer.generation.generate import generate
 
 FAMILY = "steering"
 #: batch size -> (new tokens, rounds): large batches write fewer, so that the whole stays within minutes.

@@ -22,19 +22,19 @@ from typing import Any
 
 from vllm_serve import builtin, test_groups
 
-from emosteer import weights
-from emosteer.embedded_judge import EmbeddedJudge
-from emosteer.files import read_jsonl, write_jsonl
-from emosteer.fluency import reply_nll
-from emosteer.generation import Decoding, Request
-from emosteer.measures import measure
-from emosteer.model import Model
-from emosteer.pipeline import require_circuit
-from emosteer.progress import note
-from emosteer.prompts import INSTRUCTION
-from emosteer.scenarios import Group, parse_emotions
-from emosteer.vllm_engine import Served, VllmWriter
-from emosteer.writing import Job, request_of, row_of
+from emosteer.base.files import read_jsonl, write_jsonl
+from emosteer.base.progress import note
+from emosteer.circuits.places import require_circuit
+from emosteer.evaluation.metrics import measure
+from emosteer.generation.fluency import reply_nll
+from emosteer.generation.generate import Decoding, Request
+from emosteer.judges.embedded import EmbeddedJudge
+from emosteer.models.model import Model
+from emosteer.models.weights import resolve as weights
+from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.scenarios.scenarios import Group, parse_emotions
+from emosteer.serving.vllm_writer import Served, VllmWriter
+from emosteer.writing.jobs import Job, request_of, row_of
 
 Rows = dict[tuple[str, str], dict[str, Any]]
 Cells = Mapping[tuple[str, str], Mapping[str, float]]

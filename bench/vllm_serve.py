@@ -23,17 +23,18 @@ from typing import Any
 
 import httpx
 
-from emosteer import weights
-from emosteer.generation import Decoding, Reply, Request, batches, generate
-from emosteer.model import Model
-from emosteer.pipeline import require_circuit
-from emosteer.progress import note
-from emosteer.prompts import INSTRUCTION
-from emosteer.scenarios import Group, data_path, groups_of, read_scenarios, spread
-from emosteer.tokens import reply_text
-from emosteer.vllm_engine import Served, VllmWriter
-from emosteer.vllm_process import find_python
-from emosteer.writing import Job, request_of
+from emosteer.base.progress import note
+from emosteer.circuits.places import require_circuit
+from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
+from emosteer.models.model import Model
+from emosteer.models.tokens import reply_text
+from emosteer.models.weights import resolve as weights
+from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
+from emosteer.scenarios.splits import spread
+from emosteer.serving.vllm_process import find_python
+from emosteer.serving.vllm_writer import Served, VllmWriter
+from emosteer.writing.jobs import Job, request_of
 
 
 def builtin(folder: Path, dtype: str, requests: Sequence[Request], decoding: Decoding, batch_size: int) -> tuple[list[Reply], float]:

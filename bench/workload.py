@@ -9,16 +9,17 @@ from functools import cached_property
 
 from torch import Tensor
 
-from emosteer.activations import Sample, tokenize_group
-from emosteer.circuit import Circuit
-from emosteer.extract import Settings
-from emosteer.generation import Decoding, Request
-from emosteer.model import Model
-from emosteer.pipeline import Data, packaged_circuit, read_data
-from emosteer.prompts import INSTRUCTION, plain
-from emosteer.scenarios import EMOTIONS, VALENCES, Group, data_path, groups_of, read_scenarios
-from emosteer.sites import Site
-from emosteer.steering import SteeringPlan, scaled
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.places import packaged_circuit
+from emosteer.directions.activations import Sample, tokenize_group
+from emosteer.directions.extract import Settings
+from emosteer.generation.generate import Decoding, Request
+from emosteer.generation.steering import SteeringPlan, plan_for
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+from emosteer.scenarios.prompts import INSTRUCTION, plain
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, data_path, groups_of, read_scenarios
+from emosteer.scenarios.shipped import Data, read_data
 
 #: The model that every figure is measured on, the packaged default.
 MODEL = "smollm2-135m"
@@ -87,7 +88,7 @@ class Workbench:
 
     def plan(self, emotions: Sequence[int]) -> SteeringPlan:
         """The circuit at its default strengths, one emotion per row."""
-        return scaled(self.vectors, emotions, [self.circuit.strength[e].item() for e in emotions])
+        return plan_for(self.vectors, emotions, [self.circuit.strength[e].item() for e in emotions])
 
 
 def settings(packed: bool = True) -> Settings:

@@ -17,8 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from emosteer.model import Model
-from emosteer.scenarios import EMOTIONS, VALENCES, Bank, Group, GroupKey
+from emosteer.models.model import Model
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, Group, GroupKey
 
 torch.set_num_threads(1)  # tensors this small are slowed down by threads, eightfold on a busy machine
 

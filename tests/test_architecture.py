@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources with `ast`. A module imports only from the rows above its own."""
+"""Who may import whom, read from the sources with `ast`: the picture of docs/ARCHITECTURE.md, enforced."""
 
 from __future__ import annotations
 
@@ -13,80 +13,30 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "emosteer"
 
-#: Rows of modules that know nothing of each other; each may import those of the rows above it, also inside functions.
-LAYERS: tuple[tuple[str, ...], ...] = (
+#: Rooms (folders, and the few modules beside them) from the ground up. A room imports from the rows above its own, at any place in a
+#: file, typing included; rooms of one row do not know each other.
+ROWS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("errors",),
-    ("sites", "files", "dial", "workers"),
-    ("jsonl", "progress", "tables", "scenarios"),
-    ("prompts", "openai", "store", "artifacts"),
-    ("briefs", "folders", "conversion", "gathering"),
-    ("authoring", "packages"),
-    ("weights",),
-    ("shapes", "devices", "taps", "trie", "packed", "tokens"),
-    ("model",),
-    ("interventions", "activations"),
-    ("contrast",),
-    ("directions",),
-    ("extract", "attribution"),
-    ("verification", "steering", "cache"),
-    ("native",),
-    ("lean",),
-    ("graphs",),
-    ("engines",),
-    ("generation", "naming", "circuit", "fluency"),
-    ("gains",),
-    ("ablation", "assembly", "writing"),
-    ("scores", "own_replies", "judging"),
-    ("embedded_judge",),
-    ("soundness",),
-    ("judge_training",),
-    ("hf_judge", "judge_questions"),
-    ("openai_judge",),
-    ("judges",),
-    ("resampling", "controls", "contest", "jury", "standings"),
-    ("measures", "trials"),
-    ("choosing",),
-    ("evaluation", "calibration", "probing"),
-    ("tuning",),
-    ("pipeline", "summaries"),
-    ("report",),
-    ("export", "serve", "vllm_worker", "vllm_process"),
-    ("vllm_engine",),
-    ("options",),
-    (
-        "cli_build",
-        "cli_stages",
-        "cli_generate",
-        "cli_judge",
-        "cli_calibrate",
-        "cli_evaluate",
-        "cli_models",
-        "cli_report",
-        "cli_serve",
-        "cli_export",
-    ),
+    ("base",),
+    ("scenarios", "models"),
+    ("directions", "generation", "judges"),
+    ("attribution",),
+    ("circuits",),
+    ("writing", "export", "report"),
+    ("calibration", "evaluation", "serving"),
+    ("api",),
     ("cli",),
-    ("__main__", "demo"),
+    ("__main__",),
 )
-ROW = {name: index for index, row in enumerate(LAYERS) for name in row}
+ROW = {name: index for index, row in enumerate(ROWS) for name in row}
+
+#: The only files that import a library, and the only places that print.
+IMPORTERS = {"transformer_lens": ("models/model.py",), "huggingface_hub": ("models/weights/",), "typer": ("cli/",)}
+PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
-LIGHT = (
-    "errors",
-    "sites",
-    "files",
-    "jsonl",
-    "scenarios",
-    "prompts",
-    "progress",
-    "workers",
-    "weights",
-    "authoring",
-    "cli",
-    "__init__",
-    "__main__",
-)
+LIGHT = ("__init__", "__main__", "api", "base", "scenarios", "circuits.methods", "circuits.places", "models.weights", "cli")
+LIGHT_BUT = ("base.artifacts", "base.pieces", "cli.print_artifacts")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -126,24 +76,39 @@ def imports_of(tree: ast.Module) -> Iterator[Import]:
 
 
 def name_of(path: Path) -> str:
-    """The module's name below the package: `model`, or `serve` for everything in a folder `serve`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The module's name below the package: `models.model`; a folder's own name for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def own(found: Import) -> list[str]:
-    """The modules of this package that an import names."""
-    if found.module == "emosteer":
-        return [name if name in ROW or (PACKAGE / f"{name}.py").exists() else "__init__" for name in found.names] or ["__init__"]
-    return [found.module.split(".")[1]] if found.module.startswith("emosteer.") else []
+def room_of(name: str) -> str:
+    return name.split(".")[0]
 
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in SOURCES}
+NAMES = {name_of(path): path for path in SOURCES}
 IMPORTS = [(path, name_of(path), found) for path in SOURCES for found in imports_of(TREES[path])]
+
+
+def own(found: Import) -> list[str]:
+    """The modules of this package that an import names (one that is not there too, so that it can be reported)."""
+    top, _, rest = found.module.partition(".")
+    if top != "emosteer":
+        return []
+    if not found.names:
+        return [rest or "__init__"]
+    modules = [f"{rest}.{name}".strip(".") for name in found.names]
+    return sorted({module if module in NAMES else rest or "__init__" for module in modules})
 
 
 def where(path: Path, found: Import) -> str:
     return f"{path.relative_to(PACKAGE.parent)}:{found.line}"
+
+
+def inside(path: Path, places: tuple[str, ...]) -> bool:
+    """Whether a file is one of some places: "folder/" or "folder/file.py"."""
+    return path.relative_to(PACKAGE).as_posix().startswith(places)
 
 
 # ---- the walker itself ---------------------------------------------------------------------------------------------------------
@@ -171,66 +136,114 @@ def test_the_walker_tells_apart_when_an_import_runs() -> None:
         ("emosteer", ("j", "k"), "function"),
         ("l", (), "function"),
     ]
-    assert own(Import("emosteer", ("artifacts", "__version__"), "module", 1)) == ["artifacts", "__init__"]
-    assert own(Import("emosteer.sites", ("Z",), "module", 1)) == ["sites"] and own(Import("torch.nn", (), "module", 1)) == []
+    assert own(Import("emosteer.base", ("artifacts", "files"), "module", 1)) == ["base.artifacts", "base.files"]
+    assert own(Import("emosteer", ("__version__", "base"), "module", 1)) == ["__init__", "base"]
+    assert own(Import("emosteer.models.sites", ("Z",), "module", 1)) == ["models.sites"] and own(Import("torch.nn", (), "module", 1)) == []
     assert len(SOURCES) > 20 and len(IMPORTS) > 200
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------------------
+# ---- rooms -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_module_has_its_row() -> None:
-    unknown = sorted({name_of(path) for path in SOURCES} - ROW.keys())
-    assert not unknown, f"new modules {unknown}: give each a row in LAYERS of tests/test_architecture.py, below all that it imports"
-    assert sum(map(len, LAYERS)) == len(ROW), "a module has two rows in LAYERS"
+def test_every_room_has_its_row() -> None:
+    rooms = {room_of(name) for name in NAMES}
+    assert rooms == ROW.keys(), f"give each room a row in ROWS and a line in docs/ARCHITECTURE.md: {sorted(rooms ^ ROW.keys())}"
+    assert sum(map(len, ROWS)) == len(ROW) <= 20, "a room has two rows, or there are more than 20 at the top level"
 
 
-def test_a_module_imports_only_from_the_rows_above_it() -> None:
+def test_a_room_imports_only_from_the_rows_above_it() -> None:
     wrong = [
-        f"{where(path, found)}: {name} (row {ROW[name]}) imports {target} (row {ROW[target]}), {found.kind}"
+        f"{where(path, found)}: {room_of(name)} imports {target} ({found.kind})"
         for path, name, found in IMPORTS
         for target in own(found)
-        if name in ROW and target in ROW and target != name and ROW[target] >= ROW[name]
+        if room_of(target) != room_of(name) and ROW[room_of(target)] >= ROW[room_of(name)]
     ]
-    assert not wrong, "imports against the layers (LAYERS in tests/test_architecture.py):\n" + "\n".join(wrong)
+    assert not wrong, "imports against the rows (ROWS in tests/test_architecture.py):\n" + "\n".join(wrong)
 
 
 def test_every_import_of_our_own_exists() -> None:
-    there = {name_of(path) for path in SOURCES}
-    lost = [f"{where(path, found)}: {target}" for path, _, found in IMPORTS for target in own(found) if target not in there]
+    lost = [f"{where(path, found)}: {target}" for path, _, found in IMPORTS for target in own(found) if target not in NAMES]
     assert not lost, lost
 
 
-def test_there_is_no_import_cycle() -> None:
-    """By the graph and not by the rows, so that it holds whatever LAYERS says."""
-    edges: dict[str, set[str]] = {name_of(path): set() for path in SOURCES}
-    for _, name, found in IMPORTS:
-        if found.kind == "module":
-            edges[name] |= {target for target in own(found) if target != name}
+def cycle_in(edges: dict[str, set[str]]) -> str:
+    """A cycle as "a -> b -> a", or "" where there is none."""
     done: set[str] = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, "import cycle: " + " -> ".join([*trail[trail.index(name) :], name])
+    def visit(name: str, trail: tuple[str, ...]) -> str:
+        if name in trail:
+            return " -> ".join([*trail[trail.index(name) :], name])
         if name not in done:
             for target in sorted(edges.get(name, ())):
-                visit(target, (*trail, name))
+                if found := visit(target, (*trail, name)):
+                    return found
             done.add(name)
+        return ""
 
-    for name in edges:
-        visit(name, ())
+    return next(filter(None, (visit(name, ()) for name in edges)), "")
+
+
+def test_there_is_no_import_cycle_between_modules_or_rooms() -> None:
+    """By the graph and not by the rows, so that it holds whatever ROWS says; imports inside functions and for typing count too."""
+    modules: dict[str, set[str]] = {name: set() for name in NAMES}
+    rooms: dict[str, set[str]] = {room_of(name): set() for name in NAMES}
+    for _, name, found in IMPORTS:
+        for target in own(found):
+            if target != name:
+                modules[name].add(target)
+            if room_of(target) != room_of(name):
+                rooms[room_of(name)].add(room_of(target))
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == "b -> c -> b"
+    assert not cycle_in(modules)
+    assert not cycle_in(rooms)
+
+
+def test_a_folder_s_own_file_says_what_it_is_and_imports_nothing() -> None:
+    """But the package's, which is the public API, and the report's, which hands on its one function."""
+    for path in SOURCES:
+        if path.name == "__init__.py" and name_of(path) not in ("__init__", "report"):
+            body = TREES[path].body
+            assert len(body) == 1 and isinstance(body[0], ast.Expr) and ast.get_docstring(TREES[path]), name_of(path)
+    assert {found.module for _, name, found in IMPORTS if name == "report"} <= {"__future__", "emosteer.report.page"}
+
+
+def test_modules_and_functions_stay_readable() -> None:
+    """No module above 400 lines, no function above 60; the option lists of commands apart."""
+    long = [f"{name}: {lines} lines" for name, path in NAMES.items() if (lines := path.read_text(encoding="utf-8").count("\n")) > 400]
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (node.end_lineno or 0) - node.body[0].lineno >= 60:
+                long.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
+    assert not long, long
 
 
 # ---- who may import what -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_adapter_imports_transformer_lens() -> None:
-    users = {name for _, name, found in IMPORTS if found.module.split(".")[0] == "transformer_lens"}
-    assert users == {"model"}
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_a_library_has_one_door(library: str) -> None:
+    users = [where(path, found) for path, _, found in IMPORTS if found.module.split(".")[0] == library]
+    wrong = [user for user in users if not user.removeprefix("emosteer/").startswith(IMPORTERS[library])]
+    assert users and not wrong, f"only {', '.join(IMPORTERS[library])} may import {library}: {wrong}"
 
 
-@pytest.mark.parametrize("light", [*LIGHT, *sorted({name_of(path) for path in SOURCES if path.name.startswith("cli_")})])
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path, tree in TREES.items()
+        if not inside(path, PRINTERS)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert not wrong, wrong
+
+
+def is_light(name: str) -> bool:
+    return name not in LIGHT_BUT and any(name == light or name.startswith(f"{light}.") for light in LIGHT)
+
+
+@pytest.mark.parametrize("light", sorted(name for name in NAMES if is_light(name)))
 def test_light_modules_import_nothing_heavy_not_even_through_others(light: str) -> None:
-    assert light in {name_of(path) for path in SOURCES}, f"emosteer/{light}.py is missing"
     seen, queue = {light: light}, [light]
     while queue:
         name = queue.pop()
@@ -269,8 +282,9 @@ def test_nothing_unpickles_or_evaluates() -> None:
     assert not wrong, wrong
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, emosteer.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+@pytest.mark.parametrize("module", ["emosteer", "emosteer.cli.main"])
+def test_importing_it_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not HEAVY & set(done.stdout.split()) and "emosteer" in done.stdout.split()

@@ -21,15 +21,15 @@ from bench.results import Bar, Results, Row, markdown, show
 from bench.rivals import RIVALS, Driver
 from bench.timing import Ratio, interleaved, median, ratio
 from bench.workload import endless
-from emosteer.activations import Sample, batches_by_cost, read_states, tokenize_group
-from emosteer.errors import EmosteerError
-from emosteer.extract import Settings
-from emosteer.generation import Decoding, Request, generate
-from emosteer.model import Model
-from emosteer.scenarios import EMOTIONS
-from emosteer.sites import KINDS, RESID_MID, RESID_POST, Head, Neuron, Site, Unit
-from tests import reference
+from emosteer.base.errors import EmosteerError
+from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
+from emosteer.directions.extract import Settings
+from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.models.model import Model
+from emosteer.models.sites import KINDS, RESID_MID, RESID_POST, Head, Neuron, Site, Unit
+from emosteer.scenarios.scenarios import EMOTIONS
 from tests.conftest import build, small_data
+from tests.helpers import reference
 
 PROMPTS = ((1, 7, 9, 12, 30, 41), (1, 50, 33, 21, 17, 60, 44, 13, 3))
 
@@ -271,7 +271,7 @@ def test_a_driver_that_dies_is_a_reason_and_not_a_traceback(tmp_path: Path) -> N
 def test_kernels_for_ever_new_shapes_are_not_all_kept() -> None:
     """In bfloat16 every new number of rows compiles kernels of its own; extraction meets a hundred numbers."""
     program = (
-        "import sys, torch\nfrom emosteer.devices import bound_kernel_caches, release_memory\n"
+        "import sys, torch\nfrom emosteer.models.memory import bound_kernel_caches, release_memory\n"
         "if sys.argv[1] == 'bound': bound_kernel_caches()\n"
         "def held():\n    release_memory()\n"
         "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"

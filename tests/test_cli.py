@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from emosteer import cli
-from emosteer.files import sha256_file
+from emosteer.base.files import sha256_file
+from emosteer.cli import main as cli
 from tests.conftest import build
 
 EMOTIONS = ("anger", "sadness", "fear")
@@ -243,7 +243,7 @@ def test_strength_zero_writes_what_the_unsteered_model_writes(run: Callable[...,
 
 
 def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emosteer import pipeline
+    from emosteer import api as pipeline
 
     shipped = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
     monkeypatch.setattr(pipeline, "data_path", shipped.__getitem__)
@@ -268,7 +268,7 @@ def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_pat
 
 
 def test_extract_with_the_models_own_replies(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
-    from emosteer.own_replies import fault
+    from emosteer.writing.own_replies import fault
 
     assert fault("the desk came back and i said stop", "anger", "stop") is None
     assert fault("my anger is at the door now", "anger", "stop") == "names the emotion"
@@ -360,7 +360,7 @@ def test_an_artefact_of_another_model_is_refused_by_both_names(run: Callable[...
 
 
 def test_debug_shows_the_traceback(run: Callable[..., Any], made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emosteer.errors import UsageError
+    from emosteer.base.errors import UsageError
 
     with pytest.raises(UsageError):
         cli.main(["generate", "x", "-m", "./tiny", "--debug"])
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 def test_out_of_memory_halves_the_batch_and_says_so(
     run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emosteer import writing
+    from emosteer.writing import writer as writing
 
     real = writing.generate
 
@@ -409,7 +409,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(
 def test_help_does_not_import_torch() -> None:
     lines = (
         "import sys",
-        "from emosteer import cli",
+        "from emosteer.cli import main as cli",
         "try: cli.main(['--help'])",
         "except SystemExit: pass",
         "assert not {'torch', 'transformers'} & set(sys.modules)",

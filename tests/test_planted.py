@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emosteer.attribution import UnitScores, contrast_scores, raw_scores, reference_directions, stable_band, top_units, unit_mask
-from emosteer.directions import Directions
-from emosteer.extract import Settings, extract
-from emosteer.model import Model
-from emosteer.scenarios import VALENCES, Bank, Group, GroupKey
-from emosteer.sites import RESID_MID, RESID_POST, Head, Neuron, Site, Unit, residual_sites
-from emosteer.steering import Injector, compile_units, scaled
+from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units, unit_mask
+from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.directions.extract import Settings, extract
+from emosteer.generation.steering import Injector, compile_units, plan_for
+from emosteer.models.model import Model
+from emosteer.models.sites import RESID_MID, RESID_POST, Head, Neuron, Site, Unit, residual_sites
+from emosteer.scenarios.scenarios import VALENCES, Bank, Group, GroupKey
 from tests.conftest import SIZES, WORDS, tiny_tokenizer
 
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
@@ -146,7 +146,7 @@ def final_scores(case: Case, vectors: dict[Site, Tensor], strength: float) -> Te
     prompts = [group.text for group in data(99)[0][:4]]
     for text in prompts:
         ids = torch.tensor([model.prompt_ids([{"role": "user", "content": text}])]).expand(n, -1)
-        edits = Injector(scaled(vectors, range(n), [strength] * n), model.device, model.dtype).edits()
+        edits = Injector(plan_for(vectors, range(n), [strength] * n), model.device, model.dtype).edits()
         out = model.read(ids, [last], edits=edits, bridge=False)[last][:, -1]
         total += (out * v_ref).sum(-1)
     return total / len(prompts)

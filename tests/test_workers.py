@@ -22,20 +22,24 @@ import torch
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from emosteer import artifacts, cli, extract, workers, writing
-from emosteer.ablation import CurveSettings
-from emosteer.contest import Contest, cells_of
-from emosteer.contrast import Contrasts, Plan
-from emosteer.errors import ArtifactError, EmosteerError, UsageError
-from emosteer.files import write_jsonl
-from emosteer.generation import Decoding
-from emosteer.jsonl import KeyedLog
-from emosteer.model import Model
-from emosteer.scenarios import EMOTIONS
-from emosteer.scores import AblateSettings, ablate
-from emosteer.workers import ALONE, Crew, ShareDone, part, parts
-from tests import contest_setup
+from emosteer.attribution.ablate import AblateSettings, ablate
+from emosteer.attribution.curves import CurveSettings
+from emosteer.base import artifacts
+from emosteer.base import processes as workers
+from emosteer.base.errors import ArtifactError, EmosteerError, UsageError
+from emosteer.base.files import write_jsonl
+from emosteer.base.jsonl import KeyedLog
+from emosteer.base.processes import ALONE, Crew, ShareDone, part, parts
+from emosteer.cli import main as cli
+from emosteer.directions import extract
+from emosteer.directions.contrast import Contrasts, Plan
+from emosteer.generation.generate import Decoding
+from emosteer.models.model import Model
+from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.writing import writer as writing
+from emosteer.writing.contest_writer import ContestWriter, cells_of
 from tests.conftest import build, small_data
+from tests.helpers import contest_setup
 
 SETTINGS = extract.Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=60)
 DATA = small_data(4)
@@ -150,7 +154,7 @@ def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
         workers.refuse("circuit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    from emosteer.devices import resolve_device
+    from emosteer.models.devices import resolve_device
 
     assert str(resolve_device("auto")) == "cuda:1" and str(resolve_device("cpu")) == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "9")
@@ -363,10 +367,10 @@ def test_a_contest_by_several_processes_has_the_same_replies(models: list[Model]
 
     def work(crew: Crew) -> Any:
         log = KeyedLog(part(tmp_path / "two" / "replies.jsonl", crew.rank))
-        mine: Contest = replace(base, model=models[crew.rank], replies=log, crew=crew, _prompts={})
-        real = Contest._write_batch
+        mine: ContestWriter = replace(base, model=models[crew.rank], replies=log, crew=crew, _prompts={})
+        real = ContestWriter._write_batch
 
-        def counting(self: Contest, cells: Any, keys: Any, kept: Any) -> None:
+        def counting(self: ContestWriter, cells: Any, keys: Any, kept: Any) -> None:
             sizes[crew.rank].append(len(cells))
             threading.Event().wait(0.01)
             real(self, cells, keys, kept)
@@ -394,7 +398,8 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from emosteer import cli, extract
+from emosteer.cli import main as cli
+from emosteer.directions import extract
 
 torch.set_num_threads(1)
 extract.CHECKPOINT_SECONDS = 0.0

@@ -47,7 +47,7 @@ def extract(size: int, dtype: str) -> int:
     """What `emosteer extract` does; returns the peak of loading."""
     from bench.extraction import runner
     from bench.workload import Workbench, settings
-    from emosteer.devices import bound_kernel_caches
+    from emosteer.models.memory import bound_kernel_caches
 
     bound_kernel_caches()  # as the command does it
     bench = Workbench()
@@ -62,7 +62,9 @@ def extract(size: int, dtype: str) -> int:
 def generate(size: int, dtype: str) -> int:
     """What `emosteer generate --input` does: steered replies, written to a file in batches of 32; returns the peak of loading."""
     from bench.workload import Workbench, decoding, endless
-    from emosteer.writing import Job, Writer, write_file
+    from emosteer.writing.jobs import Job
+    from emosteer.writing.reply_files import write_file
+    from emosteer.writing.writer import Writer
 
     bench = Workbench()
     model, circuit = bench.model(dtype), bench.circuit

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from emosteer.base.cache_folder import cache_dir, locked, writing
+from emosteer.base.files import sha256_file, sha256_text, slug
+from emosteer.base.progress import note
 from emosteer.export.checkpoint import FACTS, export_checkpoint
-from emosteer.export.vectors import Steering
-from emosteer.files import sha256_file, sha256_text, slug
-from emosteer.progress import note
-from emosteer.store import cache_dir, locked, writing
+from emosteer.export.vectors import ExportRequest
 
 #: Raised by one whenever an earlier export is no longer what this version would write.
 VERSION = 1
 
 
-def cached_checkpoint(steering: Steering, precision: str) -> Path:
+def cached_checkpoint(steering: ExportRequest, precision: str) -> Path:
     """The exported folder; written first where it is not there yet, or not whole.
 
     Args:

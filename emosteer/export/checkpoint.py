@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emosteer.errors import EmosteerError, ModelError, UsageError
+from emosteer.base.cache_folder import megabytes, scratch
+from emosteer.base.errors import EmosteerError, ModelError, UsageError
+from emosteer.base.files import write_error
+from emosteer.base.progress import bar, note
 from emosteer.export.card import card
 from emosteer.export.forms import FORMS, llama_form, read_config
 from emosteer.export.tensors import CODES, PRECISIONS, Planned, Stored, pieces, shards, stored_tensors, write_shard
-from emosteer.export.vectors import WRITERS, Steering, compiled
-from emosteer.files import write_error
-from emosteer.progress import bar, note
-from emosteer.sites import Site
-from emosteer.store import megabytes, scratch
+from emosteer.export.vectors import WRITERS, ExportRequest, compiled
+from emosteer.models.sites import Site
 
 #: Names what a folder is, for people and for `--force`, which replaces nothing else.
 FACTS = "emosteer_export.json"
@@ -62,7 +62,7 @@ class Biases:
 
 
 def export_checkpoint(
-    steering: Steering, out: Path, *, precision: str = "auto", shard_size: int = 2 * 10**9, force: bool = False
+    steering: ExportRequest, out: Path, *, precision: str = "auto", shard_size: int = 2 * 10**9, force: bool = False
 ) -> dict[str, Any]:
     """Writes the folder: whole, or not at all.
 
@@ -109,7 +109,7 @@ def export_checkpoint(
     return {"out": str(out), **facts}
 
 
-def note_of_circuit(steering: Steering) -> str:
+def note_of_circuit(steering: ExportRequest) -> str:
     """What the circuit is made of, in a line."""
     units = steering.circuit.units(steering.emotion)
     heads = sum(str(unit).count("H") for unit in units)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emosteer.errors import ModelError, first_line
+from emosteer.base.errors import ModelError, first_line
 
 #: Model types that are a Llama but for biases and names: type -> class.
 FORMS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emosteer import weights
-from emosteer.errors import ModelError, UsageError, first_line
+from emosteer.base.errors import ModelError, UsageError, first_line
+from emosteer.base.files import atomic_path, slug
+from emosteer.base.progress import note
 from emosteer.export.forms import read_config
 from emosteer.export.tensors import stored_tensors
-from emosteer.export.vectors import Steering, compiled
-from emosteer.files import atomic_path, slug
-from emosteer.progress import note
-from emosteer.sites import ATTN_OUT, MLP_OUT, Site
+from emosteer.export.vectors import ExportRequest, compiled
+from emosteer.models.sites import ATTN_OUT, MLP_OUT, Site
+from emosteer.models.weights.resolve import gguf_file
 
 #: Model types whose sublayers write straight into the residual stream -> what llama.cpp calls them.
 HINTS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -44,7 +44,7 @@ def residual_form(vectors: Mapping[Site, Tensor], n_layers: int, d_model: int) -
     return after[1:]
 
 
-def target(out: Path, steering: Steering, end: str, force: bool) -> Path:
+def target(out: Path, steering: ExportRequest, end: str, force: bool) -> Path:
     """The file to write: `out` itself if it is called so, else one in the folder `out`.
 
     Raises:
@@ -58,7 +58,7 @@ def target(out: Path, steering: Steering, end: str, force: bool) -> Path:
     return path
 
 
-def export_control_vector(steering: Steering, out: Path, *, force: bool = False) -> dict[str, Any]:
+def export_control_vector(steering: ExportRequest, out: Path, *, force: bool = False) -> dict[str, Any]:
     """Writes a control vector; returns its facts.
 
     Raises:
@@ -87,7 +87,7 @@ def export_control_vector(steering: Steering, out: Path, *, force: bool = False)
     return {"out": str(path), **facts}
 
 
-def export_gguf_model(steering: Steering, out: Path, *, force: bool = False) -> dict[str, Any]:
+def export_gguf_model(steering: ExportRequest, out: Path, *, force: bool = False) -> dict[str, Any]:
     """Writes the model's own GGUF file once more with the circuit as biases: metadata and quantised tensors as they are.
 
     Raises:
@@ -96,7 +96,7 @@ def export_gguf_model(steering: Steering, out: Path, *, force: bool = False) -> 
     import gguf
 
     path = target(out, steering, "", force)
-    source = weights.gguf_file(steering.model.reference, progress=note)
+    source = gguf_file(steering.model.reference, progress=note)
     if source is None:
         name = shlex.quote(steering.model.reference)
         raise ModelError(
@@ -143,7 +143,7 @@ def _number(reader: Any, key: str) -> int:
     return int(field.contents()) if field is not None else 0
 
 
-def _add_facts(writer: Any, steering: Steering) -> None:
+def _add_facts(writer: Any, steering: ExportRequest) -> None:
     """What was done, under keys of our own, which llama.cpp passes over."""
     for key, value in steering.facts().items():
         if isinstance(value, str):

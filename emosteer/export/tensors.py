@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emosteer.errors import ModelError
+from emosteer.base.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

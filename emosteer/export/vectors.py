@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emosteer.circuit import Circuit
-from emosteer.errors import ArtifactError, ModelError
+from emosteer.base.errors import ArtifactError, ModelError
+from emosteer.base.files import sha256_file
+from emosteer.circuits.circuit import Circuit
 from emosteer.export.tensors import Stored, pieces
-from emosteer.files import sha256_file
-from emosteer.sites import ATTN_OUT, MLP_OUT, Site
-from emosteer.weights import Weights
+from emosteer.models.sites import ATTN_OUT, MLP_OUT, Site
+from emosteer.models.weights.resolve import Weights
 
 #: Where the two sublayers of a layer write into the residual stream.
 WRITERS = {ATTN_OUT: "self_attn.o_proj", MLP_OUT: "mlp.down_proj"}
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class ExportRequest:
     """What is exported: the circuit of an emotion at a strength. intensity: what the strength was asked for as, if it was."""
 
     model: Weights
@@ -51,7 +51,7 @@ def layer_weight(layer: int, kind: str) -> str:
     return f"model.layers.{layer}.{WRITERS[kind]}.weight"
 
 
-def compiled(stored: Mapping[str, Stored], steering: Steering) -> dict[Site, Tensor]:
+def compiled(stored: Mapping[str, Stored], steering: ExportRequest) -> dict[Site, Tensor]:
     """The constant vectors of the circuit times the strength, float32; the same that `Circuit.steering` gives of a loaded model.
 
     Returns:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from emosteer.circuit import Circuit, overlap
-from emosteer.directions import Directions
+from emosteer.circuits.circuit import Circuit, overlap
+from emosteer.directions.directions import Directions
 from emosteer.report import plots
-from emosteer.report.direction_figures import emotion_similarity, square
+from emosteer.report.direction_figures import emotion_similarity
 from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.panels import square
 from emosteer.report.plots import Spec, Steps, Style
 from emosteer.report.wording import finite, number, percent, plural, words
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from emosteer.prompts import INSTRUCTION
-from emosteer.scenarios import EMOTIONS
+from emosteer.circuits.places import OWN_BANK
+from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.scenarios.scenarios import EMOTIONS
 
 _STAGES = {
     "directions": "extract",
@@ -42,7 +43,7 @@ def made_by(kind: str, item: Any, reference: str) -> str:
             ("--emotions", ",".join(item.emotions), ",".join(EMOTIONS)),
             ("--instruction", item.instruction, INSTRUCTION),
             ("--holdout", params.get("holdout", 0.1), 0.1),
-            ("--replies", "self" if "replies/own-bank.jsonl" in provenance.data else None, None),
+            ("--replies", "self" if f"replies/{OWN_BANK}" in provenance.data else None, None),
         ]
     elif kind == "scores":
         options += [

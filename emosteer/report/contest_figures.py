@@ -22,6 +22,7 @@ from emosteer.report.wording import (
     place,
     plural,
     points_range,
+    shortened,
     words,
 )
 
@@ -270,8 +271,3 @@ def _confusion_table(contest: Measured, method: str) -> Table:
     (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
     rows = [[target, *(percent(finite(table[target].get(seen)) or 0.0) for seen in judged)] for target in targets]
     return Table(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)
-
-
-def shortened(name: str, length: int = 5) -> str:
-    """A name cut to fit above a narrow column."""
-    return name if len(name) <= length + 1 else name[: length - 1] + "."

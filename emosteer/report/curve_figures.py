@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emosteer.report import plots
-from emosteer.report.direction_figures import keys
 from emosteer.report.figures import Cell, Figure, Panel, Table
+from emosteer.report.panels import keys
 from emosteer.report.plots import Style
 from emosteer.report.wording import finite, number, plural
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emosteer.circuit import Circuit
+from emosteer.circuits.circuit import Circuit
 from emosteer.report import plots
 from emosteer.report.figures import Cell, Figure, Key, Panel, Table
 from emosteer.report.plots import Spec, Style, var
@@ -162,20 +162,3 @@ def _checked_panel(emotion: str, some: Sequence[Spot]) -> Panel:
     alt_text = f"{emotion}: judged probability {said}." + (f" The perplexity ratio is at most {number(max(ratios))}." if ratios else "")
     x, y = plots.quantity("x", "Intensity asked for", domain=(0, 100)), plots.quantity("y", "Judged", domain=(0, 1))
     return Panel(emotion.capitalize(), plots.svg(plots.lines(rows, ON_OTHERS, x, y, marks=True, height=180), alt_text), alt_text)
-
-
-def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tuple[str, list[tuple[str, bool, float | None]]]:
-    """Where the dial was measured, and per emotion whether judged intensity rises throughout and the highest perplexity ratio."""
-    if check is not None:
-        rows, axis, where = check["emotions"], "intensity", "on other prompts"
-    elif circuit is not None:
-        rows, axis = (circuit.metrics.get("calibration") or {}).get("emotions") or {}, "strength"
-        where = "on the prompts that it was fitted on"
-    else:
-        return "", []
-    said = []
-    for emotion, row in rows.items():
-        some = spots(row, axis)
-        judged, ratios = ([v for s in some if (v := getattr(s, name)) is not None] for name in ("judged", "ratio"))
-        said.append((emotion, all(b > a for a, b in zip(judged, judged[1:], strict=False)), max(ratios, default=None)))
-    return where, said

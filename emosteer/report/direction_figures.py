@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from emosteer.directions import Directions
+from emosteer.directions.directions import Directions
+from emosteer.models.sites import RESID_POST
 from emosteer.report import plots
-from emosteer.report.contest_figures import shortened
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import Cell, Figure, Panel, Table
+from emosteer.report.panels import keys, square
 from emosteer.report.plots import PANEL, WIDE, Steps, Style
 from emosteer.report.wording import number, percent
-from emosteer.sites import RESID_POST
 
 SOURCES = ("directions",)
 SHUFFLED = "labels shuffled"
@@ -24,11 +24,6 @@ HOLDING = {
     SHUFFLED: Style("m-control", "square", (4, 4)),
 }
 Series = Mapping[str, Sequence[float]]
-
-
-def keys(styles: Mapping[str, Style]) -> list[Key]:
-    """The key of a line chart."""
-    return [Key(style.paint, name, "line" if style.dash == (1, 0) else "dash") for name, style in styles.items()]
 
 
 def evidence(found: Directions) -> list[Figure]:
@@ -119,21 +114,3 @@ def emotion_similarity(found: Directions, band: Sequence[int]) -> tuple[Panel, T
     vectors = found.at(RESID_POST)[:, list(band)].float()
     cosines = (vectors[:, None] * vectors[None]).sum(-1).mean(-1)
     return square(found.emotions, cosines.tolist(), Steps.diverging(1.0), "Cosine between directions")
-
-
-def square(names: Sequence[str], values: Sequence[Sequence[float]], steps: Steps, title: str) -> tuple[Panel, Table]:
-    """Emotions against emotions, with the numbers in the cells."""
-    rows, apart = [], []
-    for i, a in enumerate(names):
-        for j, b in enumerate(names):
-            value = values[i][j]
-            said = plots.tip(f"{a} and {b}: {number(value)}")
-            rows.append({"x": shortened(b), "y": a, "value": value, "text": number(value), "tip": said})
-            apart += [(value, f"{a} and {b}")] if j < i else []
-    said = f" Highest for {max(apart)[1]} ({number(max(apart)[0])}), lowest for {min(apart)[1]} ({number(min(apart)[0])})." if apart else ""
-    alt_text = f"{title}.{said}"
-    chart = plots.heat(
-        rows, steps, plots.category("x", orient="top"), plots.category("y", room_for=names), height=36 * len(names) + 30, numbers=True
-    )
-    table = Table(title, ("", *names), [[a, *(number(v, 3) for v in row)] for a, row in zip(names, values, strict=True)])
-    return Panel(title, plots.svg(chart, alt_text), alt_text), table

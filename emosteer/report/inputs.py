@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emosteer.artifacts import Provenance
-from emosteer.circuit import Circuit
-from emosteer.directions import Directions
-from emosteer.errors import ArtifactError
-from emosteer.files import read_jsonl, read_text, sha256_file
-from emosteer.pipeline import Places, packaged_circuit
+from emosteer.attribution.scores import Scores
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import ArtifactError
+from emosteer.base.files import read_jsonl, read_text, sha256_file
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.places import Places, packaged_circuit
+from emosteer.directions.directions import Directions
 from emosteer.report import commands
 from emosteer.report.figures import Absent
 from emosteer.report.measured import Measured
-from emosteer.scores import Scores
 
 
 @dataclass(frozen=True)

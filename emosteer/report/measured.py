@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emosteer.errors import ArtifactError
-from emosteer.files import read_text
+from emosteer.base.errors import ArtifactError
+from emosteer.base.files import read_text
 from emosteer.report.wording import Interval, finite, ordered
 
 SCHEMA = 1

@@ -15,9 +15,9 @@ import jinja2
 from markupsafe import Markup
 
 from emosteer import __version__
-from emosteer.errors import EmosteerError
-from emosteer.files import write_text
-from emosteer.pipeline import Places
+from emosteer.base.errors import EmosteerError
+from emosteer.base.files import write_text
+from emosteer.circuits.places import Places
 from emosteer.report.figures import Cell, Table
 from emosteer.report.inputs import Inputs, read_inputs
 from emosteer.report.replies import Browser, browser, clean

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emosteer.files import sha256_text
+from emosteer.base.files import sha256_text
 from emosteer.report.wording import finite, label, ordered
 
 #: P(target) from which a reply matches the emotion asked for, as in the evaluation.

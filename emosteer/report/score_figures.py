@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from emosteer.circuit import Circuit
+from emosteer.attribution.scores import Scores
+from emosteer.circuits.circuit import Circuit
 from emosteer.report import plots
-from emosteer.report.direction_figures import keys
 from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.panels import keys
 from emosteer.report.plots import Steps, Style
 from emosteer.report.wording import finite, number, percent, plural, words
-from emosteer.scores import Scores
 
 SOURCES = ("scores",)
 #: Cells of all head maps together; beyond that one map shows the largest score of any emotion, so that the page stays light.

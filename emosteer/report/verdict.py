@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emosteer.circuit import Circuit
-from emosteer.report.dial_figures import dial_verdict
+from emosteer.circuits.circuit import Circuit
+from emosteer.report.dial_figures import spots
 from emosteer.report.measured import Measured
 from emosteer.report.wording import (
     CONTROLS,
@@ -278,3 +278,20 @@ def _missing(contest: Measured) -> list[Finding]:
     total = sum(row.get("n") or 0 for row in contest.results.values())
     detail = f"The judge failed on {lost:,} of {total:,} replies; they count as missing, not as misses."
     return [Finding("Was everything judged?", f"{plural(lost, 'reply was', 'replies were')} not", detail, MIXED)]
+
+
+def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tuple[str, list[tuple[str, bool, float | None]]]:
+    """Where the dial was measured, and per emotion whether judged intensity rises throughout and the highest perplexity ratio."""
+    if check is not None:
+        rows, axis, where = check["emotions"], "intensity", "on other prompts"
+    elif circuit is not None:
+        rows, axis = (circuit.metrics.get("calibration") or {}).get("emotions") or {}, "strength"
+        where = "on the prompts that it was fitted on"
+    else:
+        return "", []
+    said = []
+    for emotion, row in rows.items():
+        some = spots(row, axis)
+        judged, ratios = ([v for s in some if (v := getattr(s, name)) is not None] for name in ("judged", "ratio"))
+        said.append((emotion, all(b > a for a, b in zip(judged, judged[1:], strict=False)), max(ratios, default=None)))
+    return where, said

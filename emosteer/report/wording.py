@@ -144,3 +144,8 @@ def words(items: Sequence[str], last: str = "and") -> str:
 def plural(count: int, one: str, many: str | None = None) -> str:
     """`1 head`, `68 heads`, with thousands separated."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def shortened(name: str, length: int = 5) -> str:
+    """A name cut to fit above a narrow column."""
+    return name if len(name) <= length + 1 else name[: length - 1] + "."

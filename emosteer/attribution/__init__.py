@@ -1,0 +1,1 @@
+"""Which units write a direction: scores, checks, ablation curves."""

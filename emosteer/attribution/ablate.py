@@ -1,0 +1,221 @@
+"""The stage `ablate`: Directions -> Scores of every head and neuron, the checks that they are right, and the curves."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer.attribution.curves import CurveSettings, curves
+from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
+from emosteer.attribution.scores import Scores
+from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units
+from emosteer.attribution.verification import verify
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import DataError, EmosteerError
+from emosteer.base.files import sha256_text
+from emosteer.base.pieces import gather
+from emosteer.base.processes import ALONE, Crew
+from emosteer.base.progress import bar
+from emosteer.directions.activations import Sample, tokenize_group
+from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.models.model import Model
+from emosteer.models.sites import Head, Neuron, Unit
+from emosteer.scenarios.prompts import plain
+from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.splits import spread
+
+
+@dataclass(frozen=True)
+class AblateSettings:
+    """How much is measured. patch_groups: groups for attribution patching; true_groups, true_units: how many of them and how many
+    units (half the best, half random) are patched for real; verify_prompts, verify_neurons: the one-pass check; 0 leaves a part out."""
+
+    patch_groups: int = 6
+    true_groups: int = 2
+    true_units: int = 32
+    verify_prompts: int = 1
+    verify_neurons: int = 100
+    effect_prompts: int = 8
+    seed: int = 0
+    curves: CurveSettings | None = CurveSettings()
+
+
+def ablate(
+    model: Model,
+    directions: Directions,
+    groups: Sequence[Group],
+    settings: AblateSettings,
+    *,
+    bank: Bank | None = None,
+    partial: Path | None = None,
+    data: Mapping[str, str] | None = None,
+    parents: Mapping[str, str] | None = None,
+    crew: Crew = ALONE,
+) -> Scores:
+    """Scores every unit in four ways, checks them by intervening, and measures the curves.
+
+    Args:
+        groups: scenario-events (train); bank: their replies, for the `reply` elicitation; partial: where finished curve points are
+            kept, so that a rerun goes on; data, parents: hashes for the provenance; crew: the processes that share the groups and the
+            points of the curves, which need `partial` on a disk that all see.
+
+    Raises:
+        ShareDone: in every process but the first, once its share is done.
+        ArtifactError: if the directions are another model's. DataError: if no group is complete.
+    """
+    artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
+    band = stable_band(directions)
+    v_ref = reference_directions(directions, band)
+    forms = {"contrast": contrast_scores(model, directions), "raw": raw_scores(model, directions)}
+    team = _Team(model, directions, v_ref, crew, None if partial is None else pieces_of(partial))
+    with bar("ablate (steps)", 4) as advance:
+        prompts = prompt_samples(model, groups, settings.effect_prompts, len(directions.emotions), directions.instruction)
+        importance, forms["effect"] = team.importance_and_effects(prompts)
+        advance(1)
+        samples = _complete(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
+        if samples:
+            forms["patch"] = team.attribution_patching(samples, "patch")
+        advance(1)
+        patches = _patches(team, forms["patch"], samples, settings) if samples and settings.true_units else {}
+        advance(1)
+        checked = _verify(model, directions, groups, settings) if crew.lead else {}
+        advance(1)
+    wanted = settings.curves
+    rows = curves(model, directions, forms["contrast"], groups, band, wanted, partial=partial, crew=crew) if wanted else []
+    crew.finish()
+    provenance = Provenance(
+        model=model.name,
+        model_sha256=model.sha256,
+        template_sha256=model.template_sha256,
+        method="one-pass contributions, attribution patching, ablation and enhancement curves",
+        params={**vars(replace(settings, curves=None)), "curves": vars(settings.curves) if settings.curves else None},
+        seed=settings.seed,
+        data=dict(data or {}),
+        parents=dict(parents or {}),
+        versions=artifacts.versions(),
+    )
+    return Scores(directions.emotions, forms, importance, band, checked, patches, rows, provenance)
+
+
+def _complete(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
+    """The first complete groups, evenly spread, as token ids under the directions' own elicitation."""
+    chosen = []
+    for group in spread(groups, len(groups)):
+        replies = (bank or {}).get(group.key, {})
+        if directions.elicitation == "reply" and any(emotion not in replies for emotion in directions.emotions):
+            continue
+        chosen.append(tokenize_group(model, group, directions.elicitation, directions.emotions, replies, directions.instruction))
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise DataError("no scenario-event has a reply for every emotion; give the bank that the directions were made with (--replies)")
+    return chosen
+
+
+def pieces_of(partial: Path) -> Path:
+    """The folder in which several processes keep the groups' scores, beside the finished points of the curves."""
+    return partial.with_name(partial.name + ".pieces")
+
+
+@dataclass(frozen=True, eq=False)
+class _Team:
+    """What is averaged over groups, group by group: shared by the processes, added up in the groups' order."""
+
+    model: Model
+    directions: Directions
+    v_ref: Tensor
+    crew: Crew
+    folder: Path | None
+
+    def importance_and_effects(self, prompts: Sequence[Sample]) -> tuple[Tensor, UnitScores]:
+        """As `assembly.importance_and_effects`."""
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            importance, effects = importance_and_effects(self.model, [sample], self.directions, self.v_ref)
+            return {"importance": importance, "heads": effects.heads, "neurons": effects.neurons}
+
+        found = self._mean("effect", prompts, one)
+        return found["importance"], UnitScores(found["heads"], found["neurons"])
+
+    def attribution_patching(self, samples: Sequence[Sample], name: str) -> UnitScores:
+        """As `attribution.attribution_patching`."""
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            scores, _ = attribution_patching(self.model, [sample], self.v_ref)
+            return {"heads": scores.heads, "neurons": scores.neurons}
+
+        found = self._mean(name, samples, one)
+        return UnitScores(found["heads"], found["neurons"])
+
+    def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
+        """As `attribution.true_patches`."""
+        name = f"true-{sha256_text(json.dumps([emotion, [str(unit) for unit in units]]))[:12]}"
+        return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
+
+    def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
+        origin = [asdict(self.directions.provenance) | {"versions": None}, self.model.sha256, str(self.model.dtype), torch.__version__]
+        tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
+        fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
+        pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))
+        total = {key: torch.zeros_like(value) for key, value in pieces[0].items()}
+        for piece in pieces:
+            for key in total:
+                total[key] += piece[key]
+        return {key: value / len(samples) for key, value in total.items()}
+
+
+def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
+    """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
+    some = list(samples[: settings.true_groups])
+    local = team.attribution_patching(some, "patch-some")
+    units: list[Unit] = []
+    half = settings.true_units // 2
+    draw = random.Random(f"{settings.seed}/patches")
+    emotion = draw.randrange(len(team.directions.emotions))
+    units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
+    shape = team.model.shape
+    while len(units) < settings.true_units:
+        make, size = draw.choice(((Head, shape.n_heads), (Neuron, shape.d_mlp)))
+        unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
+        if unit not in units:
+            units.append(unit)
+    truth = team.true_patches(some, emotion, units)
+    estimate = torch.tensor([local.of(emotion, unit) for unit in units])
+    return {
+        "emotion": team.directions.emotions[emotion],
+        "units": [str(unit) for unit in units],
+        "estimate": estimate.tolist(),
+        "truth": truth.tolist(),
+        "correlation": _correlation(estimate, truth),
+        "correlation_random": _correlation(estimate[half:], truth[half:]),
+        "groups": len(some),
+    }
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return 0.0
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def _verify(model: Model, directions: Directions, groups: Sequence[Group], settings: AblateSettings) -> dict[str, Any]:
+    """The one-pass check; models whose sublayer outputs are normed (Gemma) are exact only up to a factor and are left out."""
+    if not settings.verify_prompts:
+        return {}
+    if model.spread:
+        return {"skipped": "the model lies on several devices, and the check runs single layers on the CPU"}
+    if model.post_norms:
+        return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
+    prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in spread(groups, settings.verify_prompts)]
+    try:
+        return verify(model, directions, prompts, settings.verify_neurons, settings.seed)
+    except (RuntimeError, MemoryError) as error:
+        raise EmosteerError(f"the check against real ablation failed ({error}); leave it out with --verify-prompts 0") from error

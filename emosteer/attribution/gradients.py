@@ -1,0 +1,184 @@
+"""How the final emotion score depends on activations: gradients, first-order estimates of patches, and real patches (METHOD section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emosteer.attribution.unit_scores import UnitScores
+from emosteer.base.errors import DataError
+from emosteer.directions.activations import Batch, Sample, make_batch, rows_of
+from emosteer.directions.directions import Directions
+from emosteer.models.interventions import replace_units
+from emosteer.models.model import Model
+from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Site, Unit, Z
+from emosteer.scenarios.prompts import plain
+from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.splits import spread
+
+
+def prompt_samples(model: Model, groups: Sequence[Group], count: int, n_emotions: int, instruction: str) -> list[Sample]:
+    """Emotion-free prompts, evenly spread over the groups, repeated once per emotion and read at t*.
+
+    Raises:
+        DataError: if there is no group.
+    """
+    if not groups:
+        raise DataError("no scenario-event to measure on; check the scenario file")
+    chosen = spread(groups, count)
+    found = []
+    for group in chosen:
+        ids = tuple(model.prompt_ids(plain(group.text, instruction)))
+        found.append(Sample(group.key, group.theme, (ids,) * n_emotions, ((),) * n_emotions))
+    return found
+
+
+def importance_and_effects(model: Model, samples: Sequence[Sample], directions: Directions, v_ref: Tensor) -> tuple[Tensor, UnitScores]:
+    """Sublayer importance and first-order unit effects, one forward and backward pass per prompt.
+
+    Returns:
+        importance [emotion, layer, 2]: d(final score) / d(dose along v at the attention's, the MLP's output);
+        effects: d(final score) when a unit's mean contrast is injected.
+    """
+    shape, n = model.shape, len(directions.emotions)
+    importance = torch.zeros(n, shape.n_layers, 2)
+    heads, neurons = torch.zeros(n, shape.n_layers, shape.n_heads), torch.zeros(n, shape.n_layers, shape.d_mlp)
+    layers = range(shape.n_layers)
+    sites = [Site(layer, kind) for layer in layers for kind in (Z, RESID_MID, MLP_POST, RESID_POST)]
+    v = {RESID_MID: directions.at(RESID_MID), RESID_POST: directions.at(RESID_POST)}
+    for sample in samples:
+        found = score_gradients(model, unpacked_batch(model, [sample]), v_ref, sites)
+        for site in sites:
+            grad = found.grad[site][:, -1].cpu()
+            if site.kind in v:
+                if site.kind == RESID_MID:  # an edit there reaches the MLP alone; what attention writes also goes past it
+                    grad = grad + found.grad[Site(site.layer, RESID_POST)][:, -1].cpu()
+                importance[:, site.layer, int(site.kind == RESID_POST)] += (grad * v[site.kind][:, site.layer]).sum(-1)
+            elif site.kind == Z:
+                effect = grad * directions.z.mean[:, site.layer]
+                heads[:, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
+            else:
+                neurons[:, site.layer] += grad * directions.mlp.mean[:, site.layer]
+    return importance / len(samples), UnitScores(heads / len(samples), neurons / len(samples))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of the final score, and the activations they belong to, at the read positions.
+
+    grad, value: site -> [state, pos, width]; weights: [state, pos], the read positions' shares; scores: [state].
+    """
+
+    grad: Mapping[Site, Tensor]
+    value: Mapping[Site, Tensor]
+    weights: Tensor
+    scores: Tensor
+
+
+def final_score(model: Model, batch: Batch, hidden: Tensor, v_ref: Tensor) -> Tensor:
+    """Mean over a state's read positions of the last raw residual's projection on its own v_ref.
+
+    Args:
+        hidden: last `resid_post` [row, pos, d_model]; v_ref: [state, d_model].
+    """
+    return (batch.average(hidden) * v_ref.to(hidden.device).float()).sum(-1)
+
+
+def score_gradients(model: Model, batch: Batch, v_ref: Tensor, sites: Sequence[Site]) -> Gradients:
+    """One forward and one backward pass: d final score / d activation at every site, for every state of an unpacked batch."""
+    values: dict[Site, Tensor] = {}
+    probes: dict[Site, Tensor] = {}
+    last = Site(model.shape.n_layers - 1, RESID_POST)
+    found: dict[Site, Tensor] = {}
+
+    def probing(site: Site) -> Callable[[Tensor], Tensor]:
+        def edit(activation: Tensor) -> Tensor:
+            values[site] = activation.detach()
+            probes[site] = torch.zeros_like(activation, requires_grad=True)
+            return activation + probes[site]
+
+        return edit
+
+    def keep(activation: Tensor) -> Tensor:
+        new = probing(last)(activation) if last in sites else activation
+        found[last] = new
+        return new
+
+    edits = {**{site: probing(site) for site in sites if site != last}, last: keep}
+    with torch.enable_grad():
+        model.run(batch.ids, edits, attention_mask=batch.mask, position_ids=batch.positions)
+        scores = final_score(model, batch, found[last], v_ref)
+        grads = torch.autograd.grad(scores.sum(), [probes[site] for site in sites])
+    return Gradients(
+        {site: grad.float() for site, grad in zip(sites, grads, strict=True)},
+        {site: values[site].float() for site in sites},
+        batch.weights[:, 0],
+        scores.detach(),
+    )
+
+
+def unpacked_batch(model: Model, samples: Sequence[Sample]) -> Batch:
+    """A batch with one row per emotion of every group: what a gradient or a patch of one emotion must not share."""
+    return make_batch(model, [row for sample in samples for row in rows_of(sample, packed=False)])
+
+
+def other_emotions_mean(states: Tensor) -> Tensor:
+    """Patch source: for each emotion of a group the mean state of the group's other emotions. [group, emotion, width] -> same."""
+    n = states.shape[1]
+    return (states.sum(1, keepdim=True) - states) / (n - 1)
+
+
+def attribution_patching(model: Model, samples: Sequence[Sample], v_ref: Tensor) -> tuple[UnitScores, Tensor]:
+    """First-order estimate, for every unit at once, of how much the final score falls when the unit's activation at all read
+    positions is replaced by its mean in the group's other emotions.
+
+    Args:
+        samples: groups, computed one at a time; v_ref: [emotion, d_model].
+
+    Returns:
+        Estimates averaged over groups, and the clean final scores [group, emotion].
+    """
+    shape, n = model.shape, len(samples[0].prompts)
+    heads = torch.zeros(n, shape.n_layers, shape.n_heads)
+    neurons = torch.zeros(n, shape.n_layers, shape.d_mlp)
+    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in (Z, MLP_POST)]
+    clean = []
+    for sample in samples:
+        batch = unpacked_batch(model, [sample])
+        found = score_gradients(model, batch, v_ref, sites)
+        reads = (found.weights > 0).float()[:, :, None]
+        for site in sites:
+            state = torch.einsum("sp,spw->sw", found.weights, found.value[site])
+            patch = other_emotions_mean(state[None])[0]
+            effect = ((found.value[site] - patch[:, None]) * found.grad[site] * reads).sum(1).cpu()
+            if site.kind == Z:
+                heads[:, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
+            else:
+                neurons[:, site.layer] += effect
+        clean.append(found.scores.cpu())
+    return UnitScores(heads / len(samples), neurons / len(samples)), torch.stack(clean)
+
+
+@torch.no_grad()
+def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion: int, units: Sequence[Unit], rows: int = 16) -> Tensor:
+    """The truth that `attribution_patching` estimates: each unit really patched, one row per unit. Shape [unit], mean over groups."""
+    drops = torch.zeros(len(units))
+    last = Site(model.shape.n_layers - 1, RESID_POST)
+    for sample in samples:
+        whole = unpacked_batch(model, [sample])
+        sites = sorted({Site(u.layer, Z if isinstance(u, Head) else MLP_POST) for u in units})
+        seen = model.read(whole.ids, [*sites, last], attention_mask=whole.mask, position_ids=whole.positions)
+        patch = {site: other_emotions_mean(whole.average(seen[site])[None])[0][emotion] for site in sites}
+        clean = whole.average(seen[last])[emotion]
+        single = Sample(sample.key, sample.theme, (sample.prompts[emotion],), (sample.replies[emotion],))
+        for start in range(0, len(units), rows):
+            chosen = units[start : start + rows]
+            batch = unpacked_batch(model, [single] * len(chosen))
+            edits = replace_units(model, [[unit] for unit in chosen], patch, positions=batch.read_mask())
+            out = model.read(batch.ids, [last], edits=edits, attention_mask=batch.mask, position_ids=batch.positions)[last]
+            # subtracted before projecting, see `ablation_drops`
+            drops[start : start + rows] += ((clean - batch.average(out)) @ v_ref[emotion].to(clean)).cpu()
+    return drops / len(samples)

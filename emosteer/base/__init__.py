@@ -1,0 +1,1 @@
+"""Errors, files, artefacts, processes, progress: what knows no emotion and no model."""

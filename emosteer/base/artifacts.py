@@ -1,0 +1,171 @@
+"""Artefacts: safetensors files whose JSON header says what they are and where they came from.
+
+Written atomically, read back only after every check has passed. Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emosteer import __version__
+from emosteer.base.errors import ArtifactError
+from emosteer.base.files import atomic_path, sha256_file
+
+#: Raised by one whenever a reader of the previous schema would misread a file.
+SCHEMA_VERSION = 1
+_HEADER_KEY = "emosteer"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artefact came from: enough to make it again.
+
+    model: name, sha256 of the weights, dtype and device used. template_sha256: the chat template's text.
+    data: file name -> sha256. method: what was done. params: how. parents: artefact kind -> sha256 of the file.
+    """
+
+    model: str
+    model_sha256: str
+    template_sha256: str
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    data: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Identified(Protocol):
+    """What says which weights are meant: a loaded `Model`, or the `Weights` that one would be loaded from.
+
+    reference: what the user called them, for commands in messages.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def reference(self) -> str: ...
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: Python and the numerical packages."""
+    packages = ("torch", "transformers", "transformer-lens", "safetensors")
+    return {"emosteer": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A loaded file: `kind` ("directions", "scores", "circuit"), `fields` (plain JSON), `tensors`, provenance."""
+
+    kind: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    provenance: Provenance
+    path: Path
+    sha256: str
+
+
+def save(path: Path, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], provenance: Provenance) -> None:
+    """Writes an artefact atomically. The same content gives the same bytes.
+
+    Raises:
+        EmosteerError: if the place cannot be written.
+    """
+    header = {"schema": f"emosteer/{kind}", "schema_version": SCHEMA_VERSION, "fields": dict(fields), "provenance": asdict(provenance)}
+    clean = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(clean, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)})
+        except SafetensorError as error:  # its Rust side reports a full disk as text, not as an OSError
+            raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
+
+
+def load_fields(path: Path, kind: str) -> dict[str, Any] | None:
+    """The plain fields of an artefact without its tensors; None where it is missing, damaged or of another kind."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    fields = header.get("fields") if isinstance(header, dict) and header.get("schema") == f"emosteer/{kind}" else None
+    return fields if isinstance(fields, dict) else None
+
+
+def load(path: Path, kind: str | None = None) -> Artifact:
+    """Reads an artefact, or refuses with one line.
+
+    Args:
+        kind: the kind that the caller needs; None takes any.
+
+    Raises:
+        ArtifactError: if the file is missing, truncated, a pickle, not an emosteer artefact, of another kind or schema.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"artefact {path} does not exist" + ("; it is a directory" if path.is_dir() else "; check the path"))
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise ArtifactError(f"{path} is a pickle (torch.save or the like); emosteer reads only safetensors, because a pickle can run code")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
+    if text is None:
+        raise ArtifactError(f"{path} is a safetensors file but not an emosteer artefact: it has no '{_HEADER_KEY}' header")
+    return _checked(path, text, tensors, kind)
+
+
+def _checked(path: Path, text: str, tensors: dict[str, Tensor], kind: str | None) -> Artifact:
+    try:
+        header = json.loads(text)
+        schema, version = header["schema"], header["schema_version"]
+        provenance = Provenance(**header["provenance"])
+        fields = header["fields"]
+        if not isinstance(fields, dict):
+            raise TypeError(f"'fields' is a {type(fields).__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} has a malformed emosteer header ({error}); make it again") from error
+    found = str(schema).removeprefix("emosteer/")
+    if kind is not None and found != kind:
+        raise ArtifactError(f"expected an artefact of kind '{kind}', found '{found}' in {path}")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"{path} has schema version {version}, this emosteer reads version {SCHEMA_VERSION}; make it again")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path} holds values that are not finite in '{name}'; make it again")
+    return Artifact(found, fields, tensors, provenance, path, sha256_file(path))
+
+
+def require_model(provenance: Provenance, model_sha256: str, model_name: str, path: Path | str) -> None:
+    """Refuses an artefact that was made for other weights.
+
+    Raises:
+        ArtifactError: if the weights' hashes differ.
+    """
+    if provenance.model_sha256 != model_sha256:
+        raise ArtifactError(
+            f"{path} was made for {provenance.model} (weights {provenance.model_sha256[:12]}), "
+            f"not for {model_name} (weights {model_sha256[:12]}); run `emosteer extract --model ...` for this model"
+        )

@@ -1,0 +1,111 @@
+"""The cache folder: where it is, one worker at a time in it, nothing half done in it, sha256 of big files remembered in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from emosteer.base.errors import EmosteerError, ModelError
+from emosteer.base.files import sha256_file, write_error, write_text
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there two conversions at once waste work, the rename still keeps the result whole
+    fcntl = None  # type: ignore[assignment]
+
+_LONG_HASH = 2**30  # bytes; reading more than this takes long enough to be worth a word
+Say = Callable[[str], None]
+
+
+def cache_dir() -> Path:
+    """$EMOSTEER_CACHE, or `emosteer` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("EMOSTEER_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "emosteer"
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A temporary sibling of `folder`, gone when the block ends (unless renamed)."""
+    path = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Say) -> Iterator[None]:
+    """One process or thread at a time works on `folder`. The kernel drops the lock of a killed process; what it left is swept."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("a") as file:
+        if fcntl is not None and _flock(file.fileno(), say):
+            for left in folder.parent.glob(f".{folder.name}.*.part"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _flock(handle: int, say: Say) -> bool:
+    """Takes the lock; False on file systems that have none (some network mounts)."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for another process that prepares the same model")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns trouble with writing the cache into one line."""
+    try:
+        yield
+    except (OSError, EmosteerError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, ModelError) or not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            where = cause.filename or folder
+            raise ModelError(f"cannot write {where}: no permission; set EMOSTEER_CACHE to a folder that can be written") from error
+        raise ModelError(f"{write_error(folder, cause)} (EMOSTEER_CACHE chooses another place)") from error
+
+
+def remembered_sha256(path: Path, say: Say) -> str:
+    """SHA-256 of a file, remembered in the cache by its path, size and modification time. A cache that cannot be written is no error."""
+    path = path.resolve()
+    stat = path.stat()
+    memory = cache_dir() / "hashes.json"
+    entry = _remembered(memory).get(str(path))
+    if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns] and isinstance(entry[-1], str):
+        return entry[-1]
+    if stat.st_size > _LONG_HASH:
+        say(f"taking the sha256 of {path.name} ({megabytes(stat.st_size)}, once)")
+    found = sha256_file(path)
+    with contextlib.suppress(EmosteerError):  # an entry lost to another writer costs one more reading, nothing else
+        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, found]}, indent=1))
+    return found
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(memory.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def silent(_: str) -> None:
+    """Progress that nobody asked for."""
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

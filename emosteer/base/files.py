@@ -1,0 +1,141 @@
+"""Files written whole or not at all, and JSON lines read with the line number in every complaint. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emosteer.base.errors import DataError, EmosteerError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` and renames it into place when the block ends without an exception.
+
+    Raises:
+        EmosteerError: if the directory cannot be written or the disk is full; what was at `path` stays as it was.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError) -> EmosteerError:
+    """Turns an OSError met while writing `path` into one line that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EmosteerError(f"cannot write {path}: the disk is full; free some space and run the command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EmosteerError(f"cannot write {path}: no permission; choose another place with --out")
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return EmosteerError(f"cannot write {path}: a part of its path is a file, not a directory")
+    if isinstance(error, IsADirectoryError):
+        return EmosteerError(f"cannot write {path}: it is a directory; name a file")
+    return EmosteerError(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text atomically, as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """Reads a UTF-8 text file.
+
+    Raises:
+        DataError: if it is missing, a directory, unreadable or not UTF-8.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{what} {path} does not exist; check the path")
+    if path.is_dir():
+        raise DataError(f"expected a {what}, found the directory {path}; name the file inside it")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: expected UTF-8 text, found byte 0x{data[error.start]:02x}; save it as UTF-8") from error
+
+
+def read_jsonl(path: Path, what: str = "file", *, may_be_empty: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) for every non-empty line.
+
+    Args:
+        may_be_empty: accept a file without any line.
+
+    Raises:
+        DataError: naming file and line, if a line is not a JSON object or the file holds no line at all.
+    """
+    seen = False
+    for found in parse_jsonl(read_text(path, what), str(path)):
+        seen = True
+        yield found
+    if not seen and not may_be_empty:
+        raise DataError(f"{what} {path} is empty; expected one JSON object a line")
+
+
+def parse_jsonl(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) for every non-empty line of a text. name: where it is from, for messages.
+
+    Raises:
+        DataError: naming the line, if one is not a JSON object.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{name}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{name}:{number}: expected a JSON object, found a {type(row).__name__}")
+        yield number, row
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes, as hex."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def slug(name: str) -> str:
+    """A file-system name for a model: `meta-llama/Llama-3.2-3B` -> `meta-llama--Llama-3.2-3B`."""
+    return Path(name.replace("/", "--")).name

@@ -1,0 +1,1 @@
+"""Default strengths and the dial."""

@@ -1,0 +1,277 @@
+"""The intensity dial of a circuit: which strength makes a reply sound how intense, and how strong the text bears.
+
+On development prompts the circuit writes at rising strengths. A blind judge gives the intensity (mean probability of the target), the
+unsteered model the perplexity ratio, and two more checks the share of sound replies and of replies that name the emotion. Each emotion is
+capped at the largest strength that holds the guard while no weaker one breaks it by more than chance, found to a fraction of a step by
+halving. How predictable text is differs between emotions at any strength (angry replies are less so than the bland ones of an assistant),
+hence the perplexity ratio proper is that of all emotions together: the caps of those furthest above it are lowered until it holds.
+Below the cap the judged intensity is made monotone (`dial`) and turned round, so that it rises evenly with `--intensity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from emosteer.base.errors import UsageError
+from emosteer.base.progress import note
+from emosteer.calibration.trials import StrengthPoint, Trials
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.dial import check_intensity, flattened, isotonic
+
+#: What `check` writes at.
+INTENSITIES = (0.0, 25.0, 50.0, 75.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What the replies of one emotion at a strength must hold. Unsteered replies that are worse move the bound: that is not the
+    steering's fault."""
+
+    ratio: float = 2.0
+    sound: float = 0.90
+    names: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks = (
+            (1 <= self.ratio < float("inf"), f"--each-ratio must be at least 1, found {self.ratio}"),
+            (0 <= self.sound <= 1, f"--sound must lie between 0 and 1, found {self.sound}"),
+            (0 <= self.names <= 1, f"--names must lie between 0 and 1, found {self.names}"),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise UsageError(message)
+
+    def faults(self, point: StrengthPoint, unsteered: StrengthPoint, slack: float = 0.0) -> list[str]:
+        """What a strength does not hold: some of "ratio", "sound", "names".
+
+        Args:
+            slack: standard errors that a figure may miss its bound by; two dozen prompts leave room for chance.
+        """
+        sound, names = min(self.sound, unsteered.sound), max(self.names, unsteered.names)
+        held = {
+            "ratio": point.ratio <= self.ratio * math.exp(slack * (point.ratio_error or 0.0)),
+            "sound": point.sound >= sound - slack * _share_error(sound, point),
+            "names": point.names <= names + slack * _share_error(names, point),
+        }
+        return [name for name, holds in held.items() if not holds]
+
+
+def _share_error(share: float, point: StrengthPoint) -> float:
+    return math.sqrt(share * (1 - share) / len(point.judged))
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """top: strongest tried, as a multiple of the circuit's default strength; points: of the grid, 0 included; refine: halvings between
+    the last strength that holds and the first that does not; default_intensity: what the default strengths are set to; ratio: bound of
+    the perplexity ratio at intensity 100, all emotions together."""
+
+    top: float = 2.0
+    points: int = 7
+    refine: int = 2
+    default_intensity: float = 85.0
+    guard: Guard = field(default_factory=Guard)
+    ratio: float = 1.2
+
+    def __post_init__(self) -> None:
+        check_intensity(self.default_intensity, "--default-intensity")
+        checks = (
+            (0 < self.top < float("inf"), f"--top must be above 0, found {self.top}"),
+            (self.points >= 2, f"--points must be at least 2, found {self.points}"),
+            (self.refine >= 0, f"--refine must be at least 0, found {self.refine}"),
+            (1 <= self.ratio < float("inf"), f"--ratio must be at least 1, found {self.ratio}"),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise UsageError(message)
+
+    @property
+    def rule(self) -> str:
+        """The rule in words, kept with the circuit."""
+        g = self.guard
+        return (
+            f"cap: the largest strength with perplexity ratio <= {g.ratio:g}, sound >= {g.sound:g} and naming <= {g.names:g} (or what "
+            f"unsteered replies have, where that is worse) such that no weaker one misses a bound by more than a standard error, of "
+            f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; then the caps with the highest ratios are "
+            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; dial: isotonic regression of judged "
+            f"intensity, even in its rise; default: intensity {self.default_intensity:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Climb:
+    """One emotion's points. held: up to the cap, rising, unsteered first; broke: stronger ones, rising."""
+
+    held: tuple[StrengthPoint, ...]
+    broke: tuple[StrengthPoint, ...] = ()
+
+
+def uncalibrated(circuit: Circuit) -> Circuit:
+    """The circuit as it was before any calibration: calibrating again starts from the same strengths."""
+    if not circuit.calibrated:
+        return circuit
+    before = circuit.metrics["calibration"]["before"]
+    metrics = {name: value for name, value in circuit.metrics.items() if name != "calibration"}
+    return replace(circuit.with_strength([before[emotion] for emotion in circuit.emotions]), metrics=metrics)
+
+
+def climb(trials: Trials, tops: Mapping[str, float], settings: CalibrateSettings) -> dict[str, Climb]:
+    """Raises every emotion's strength step by step until the guard breaks or the top is reached, then halves the step to find the cap.
+
+    All emotions are written in the same batches; one whose text broke by more than chance is not tried any stronger.
+
+    Args:
+        tops: emotion -> strongest strength.
+    """
+    guard, emotions = settings.guard, list(tops)
+    tried = {point.emotion: [point] for point in trials.at([(emotion, 0.0) for emotion in emotions], "unsteered")}
+    for step in range(1, settings.points):
+        alive = [e for e in emotions if not guard.faults(tried[e][-1], tried[e][0], slack=1)]
+        if not alive:
+            break
+        wanted = [(e, round(tops[e] * step / (settings.points - 1), 6)) for e in alive]
+        for point in trials.at(wanted, f"strength {step} of {settings.points - 1}"):
+            tried[point.emotion].append(point)
+        note(f"strength {step} of {settings.points - 1}: written for {', '.join(alive)}")
+    found = {emotion: _capped(points, guard) for emotion, points in tried.items()}
+    for step in range(settings.refine):
+        middles = [(e, round((c.held[-1].strength + c.broke[0].strength) / 2, 6)) for e, c in found.items() if c.broke]
+        if not middles:
+            break
+        for point in trials.at(middles, f"cap {step + 1} of {settings.refine}"):
+            so_far = found[point.emotion]
+            if guard.faults(point, so_far.held[0]):
+                found[point.emotion] = Climb(so_far.held, (point, *so_far.broke))
+            else:
+                found[point.emotion] = Climb((*so_far.held, point), so_far.broke)
+        note(f"cap {step + 1} of {settings.refine}: " + ", ".join(f"{e} {c.held[-1].strength:g}" for e, c in found.items()))
+    return found
+
+
+def _capped(points: Sequence[StrengthPoint], guard: Guard) -> Climb:
+    """The points up to the strongest that holds every bound itself, and those beyond."""
+    size = 1 + max(i for i, point in enumerate(points) if i == 0 or not guard.faults(point, points[0]))
+    return Climb(tuple(points[:size]), tuple(points[size:]))
+
+
+def joint_ratio(points: Sequence[StrengthPoint]) -> float:
+    """The perplexity ratio of several emotions' replies to the same prompts together."""
+    return math.exp(fmean(math.log(point.ratio) for point in points))
+
+
+def lowered(climbs: Mapping[str, Climb], bound: float) -> dict[str, Climb]:
+    """The climbs with caps lowered, the highest ratio first, until the ratio at the caps holds the bound for all emotions together."""
+    found = dict(climbs)
+    while joint_ratio([climb.held[-1] for climb in found.values()]) > bound:
+        above = {emotion: climb.held[-1].ratio for emotion, climb in found.items() if len(climb.held) > 1 and climb.held[-1].ratio > bound}
+        if not above:
+            break
+        worst = max(above, key=lambda emotion: above[emotion])
+        held = found[worst].held
+        found[worst] = Climb(held[:-1], (held[-1], *found[worst].broke))
+    return found
+
+
+def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:
+    """The circuit of the trials with its dial in metrics["calibration"] and default strengths at the default intensity.
+
+    Args:
+        data: the scenario file's name -> sha256; parents: artefact kind -> sha256 of what was calibrated, kept if it was calibrated
+            before.
+
+    Raises:
+        UsageError: if a default strength, which the strengths tried are multiples of, is not above 0.
+    """
+    base = uncalibrated(trials.circuit)
+    before = {emotion: round(float(s), 6) for emotion, s in zip(base.emotions, base.strength.tolist(), strict=True)}
+    for emotion, strength in before.items():
+        if strength <= 0:
+            raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
+    climbs = lowered(climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings), settings.ratio)
+    table = {
+        "judge": trials.jury.judge.name,
+        "judge_key": trials.jury.judge.key,
+        "groups": len(trials.groups),
+        "data": dict(data),
+        "decoding": asdict(trials.decoding),
+        "dtype": str(trials.model.dtype).removeprefix("torch."),
+        "rule": settings.rule,
+        "cap": {**asdict(settings.guard), "joint_ratio": settings.ratio},
+        "joint_ratio": round(joint_ratio([climb.held[-1] for climb in climbs.values()]), 6),
+        "default_intensity": settings.default_intensity,
+        "before": before,
+        "emotions": {emotion: _curve(climbs[emotion], settings.guard) for emotion in base.emotions},
+    }
+    kept = trials.circuit.provenance.parents if trials.circuit.calibrated else {**base.provenance.parents, **parents}
+    made = replace(base, metrics={**base.metrics, "calibration": table}, provenance=replace(base.provenance, parents=dict(kept)))
+    return made.with_strength([_default(made, emotion, before[emotion], settings) for emotion in made.emotions])
+
+
+def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
+    """The part of one emotion: what held, its monotone fit, and what broke, why."""
+    held = _rows(found.held)
+    fitted = [round(value, 6) for value in flattened(isotonic(held["judged"], held["n"]))]
+    why = [guard.faults(point, found.held[0]) or ["joint ratio"] for point in found.broke]
+    return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
+
+
+def _rows(points: Sequence[StrengthPoint]) -> dict[str, Any]:
+    return {
+        "strength": [p.strength for p in points],
+        "judged": [round(p.mean, 6) for p in points],
+        "n": [len(p.known) for p in points],
+        "error": [None if p.error is None else round(p.error, 6) for p in points],
+        "ratio": [round(p.ratio, 6) for p in points],
+        "ratio_error": [None if p.ratio_error is None else round(p.ratio_error, 6) for p in points],
+        "sound": [round(p.sound, 6) for p in points],
+        "names": [round(p.names, 6) for p in points],
+    }
+
+
+def _default(circuit: Circuit, emotion: str, before: float, settings: CalibrateSettings) -> float:
+    """The default strength; as it was where no strength held, and said so."""
+    curve = circuit.metrics["calibration"]["emotions"][emotion]
+    if len(curve["strength"]) < 2:
+        why = ", ".join(curve["broke"]["why"][0] if curve["broke"]["why"] else ())
+        note(f"{emotion}: the text broke at every strength tried ({why}); its default strength stays {before:g} and it has no intensity")
+        return before
+    if curve["fitted"][0] == curve["fitted"][-1]:
+        note(f"{emotion}: judged intensity does not rise with strength; its dial is a straight line up to the cap")
+    if not curve["broke"]["strength"]:
+        note(f"{emotion}: the text held at every strength tried; a higher --top could reach further")
+    return circuit.strength_at(emotion, settings.default_intensity)
+
+
+def check(trials: Trials, intensities: Sequence[float] = INTENSITIES) -> dict[str, Any]:
+    """What the dial gives on other prompts: per emotion and intensity the judged intensity, ratio, sound and naming, and whether it
+    rises at every step (with the step's standard error over prompts). "all" is the mean over emotions."""
+    circuit = trials.circuit
+    emotions = [e for e in circuit.emotions if len(circuit.metrics["calibration"]["emotions"][e]["strength"]) > 1]
+    wanted = [(emotion, circuit.strength_at(emotion, i)) for emotion in emotions for i in intensities]
+    points = trials.at(wanted, "check")
+    size = len(intensities)
+    found = {emotion: _checked(points[k * size : (k + 1) * size], intensities) for k, emotion in enumerate(emotions)}
+    return {
+        "emotions": found,
+        "without_dial": [emotion for emotion in circuit.emotions if emotion not in emotions],
+        "monotone": all(row["monotone"] for row in found.values()),
+        "joint_ratio": [
+            round(joint_ratio([points[k * size + i] for k in range(len(emotions))]), 6) if emotions else None for i in range(size)
+        ],
+        "highest_ratio": max((max(row["ratio"]) for row in found.values()), default=None),
+    }
+
+
+def _checked(points: Sequence[StrengthPoint], intensities: Sequence[float]) -> dict[str, Any]:
+    rises = [a.rise_to(b) for a, b in zip(points, points[1:], strict=False)]
+    return {
+        "intensity": list(intensities),
+        **_rows(points),
+        "rise": [round(rise, 6) for rise, _ in rises],
+        "rise_error": [None if error is None else round(error, 6) for _, error in rises],
+        "monotone": all(rise > 0 for rise, _ in rises),
+    }

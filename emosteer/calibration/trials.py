@@ -1,0 +1,128 @@
+"""Replies of a circuit at chosen strengths on fixed prompts, and what a blind jury says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from emosteer.base.errors import DataError, UsageError
+from emosteer.base.jsonl import KeyedLog
+from emosteer.circuits.circuit import Circuit
+from emosteer.generation.generate import Decoding
+from emosteer.judges.jury import Jury
+from emosteer.judges.protocol import LABELS
+from emosteer.models.model import Model
+from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.words import stem_pattern
+from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
+
+#: Nats per token that an empty reply counts for: it is a broken one.
+EMPTY = 10.0
+
+
+@dataclass(frozen=True)
+class StrengthPoint:
+    """All replies of one emotion at one strength. judged: P(target) per prompt, None where the judge failed; ratio: perplexity against
+    the unsteered replies to the same prompts; sound, names: shares of the replies; ratio_error: standard error of the ratio's
+    logarithm over prompts."""
+
+    emotion: str
+    strength: float
+    judged: tuple[float | None, ...]
+    ratio: float
+    sound: float
+    names: float
+    ratio_error: float | None = None
+
+    @property
+    def known(self) -> list[float]:
+        """P(target) where there is one."""
+        return [share for share in self.judged if share is not None]
+
+    @property
+    def mean(self) -> float:
+        """Mean P(target)."""
+        return fmean(self.known)
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None with fewer than two prompts."""
+        return standard_error(self.known)
+
+    def rise_to(self, other: StrengthPoint) -> tuple[float, float | None]:
+        """Mean difference in P(target) to a point on the same prompts, and its standard error."""
+        pairs = [b - a for a, b in zip(self.judged, other.judged, strict=True) if a is not None and b is not None]
+        return (fmean(pairs), standard_error(pairs)) if pairs else (other.mean - self.mean, None)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None with fewer than two values."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def circuit_key(circuit: Circuit) -> str:
+    """A hash of everything that the circuit adds; its default strengths and metrics do not count."""
+    parts = [circuit.z_delta, circuit.neuron_index, circuit.neuron_delta]
+    content = b"".join(part.detach().cpu().contiguous().numpy().tobytes() for part in parts)
+    return hashlib.sha256(json.dumps(circuit.emotions).encode() + content).hexdigest()
+
+
+class Trials:
+    """A circuit that answers the same prompts at any strength. Replies and opinions that are kept on disk are not made again."""
+
+    def __init__(
+        self, model: Model, circuit: Circuit, jury: Jury, groups: Sequence[Group], kept: KeyedLog, decoding: Decoding, batch_size: int = 32
+    ) -> None:
+        """Writes the unsteered replies, which every ratio refers to.
+
+        Args:
+            kept: where the replies are kept; the jury's own file may be the same.
+
+        Raises:
+            DataError: if there is no scenario-event. UsageError: if no judge has a label for an emotion of the circuit.
+        """
+        if not groups:
+            raise DataError("no scenario-event to write to; check the scenario file")
+        unknown = [emotion for emotion in circuit.emotions if emotion not in LABELS]
+        if unknown:
+            raise UsageError(f"no judge knows the emotion '{unknown[0]}'; judges tell {', '.join(LABELS)} apart")
+        self.model, self.circuit, self.jury, self.groups, self.decoding = model, circuit, jury, list(groups), decoding
+        vectors, added = {"circuit": circuit.steering(model)}, {"circuit": circuit_key(circuit)}
+        self._contest = ContestWriter(model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size)
+        self._plain = self._contest.write(cells_of("none", self.groups, {}), "unsteered")
+
+    def at(self, wanted: Sequence[tuple[str, float]], what: str = "trials") -> list[StrengthPoint]:
+        """One point per (emotion, strength), all in the same batches. Strength 0 is the unsteered replies.
+
+        Args:
+            what: for the progress bar.
+
+        Raises:
+            DataError: if the judge failed on every reply of a point.
+        """
+        cells = [Cell(group, emotion, "circuit", strength) for emotion, strength in wanted if strength for group in self.groups]
+        written = iter(self._contest.write(cells, what) if cells else [])
+        rows = [[next(written) for _ in self.groups] if strength else self._plain for _, strength in wanted]
+        texts = [row["text"] for some in rows for row in some]
+        opinions, verdicts = self.jury.opinions(texts, what), self.jury.verdicts(texts, what)
+        points = []
+        for (emotion, strength), replies in zip(wanted, rows, strict=True):
+            found = [opinions[row["text"]].probabilities for row in replies]
+            judged = tuple(None if shares is None else float(shares.get(emotion, 0.0)) for shares in found)
+            if all(share is None for share in judged):
+                name = self.jury.judge.name
+                raise DataError(f"the judge {name} failed on all {len(replies)} replies of {emotion} at strength {strength:g}; try again")
+            dearer = [_nats(row) - _nats(plain) for row, plain in zip(replies, self._plain, strict=True)]
+            sound = fmean(verdicts[row["text"]].sound for row in replies)
+            named = fmean(bool(stem_pattern(emotion).search(row["text"])) for row in replies)
+            points.append(StrengthPoint(emotion, strength, judged, math.exp(fmean(dearer)), sound, named, standard_error(dearer)))
+        return points
+
+
+def _nats(reply: Row) -> float:
+    """Nats per token of a reply alone under the unsteered model."""
+    return EMPTY if reply["nll"] is None else float(reply["nll"])

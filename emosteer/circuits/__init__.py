@@ -1,0 +1,1 @@
+"""Circuits: assembly, gains, faithfulness, dial, methods, where artefacts lie."""

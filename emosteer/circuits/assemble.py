@@ -1,0 +1,240 @@
+"""Directions and scores -> Circuit: sublayer importance, the budget over sublayers, and how faithful the result is.
+
+METHOD section 5. Everything is measured on emotion-free prompts at t*, by really injecting and reading the last raw residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer.attribution.gradients import importance_and_effects, prompt_samples
+from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units, unit_mask
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import UsageError
+from emosteer.circuits.circuit import Circuit, overlap
+from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
+from emosteer.circuits.gains import GainSettings, learn_gains
+from emosteer.circuits.name_sparing import without_names
+from emosteer.circuits.settings import CircuitSettings
+from emosteer.directions.activations import Sample
+from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.models.model import Model
+from emosteer.models.sites import RESID_POST, Head, Neuron, Unit
+from emosteer.scenarios.scenarios import Bank, Group
+
+#: Shares of heads that `auto` tries, smallest first.
+AUTO_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+#: The paper's budget at Llama-3.2-3B (392 of 229,376 neurons and 168 of 672 heads), as shares; floors per sublayer; cap per sublayer.
+PAPER_HEADS, PAPER_NEURONS, PAPER_FLOORS, PAPER_CAP = 0.25, 392 / 229_376, {"heads": 2, "neurons": 4}, 0.4
+
+
+def allocate(importance: Tensor, budget: int, floor: int, cap: float, capacity: int) -> list[int]:
+    """Spreads a budget over sublayers in proportion to `max(importance, 0)`, with a floor and a cap per sublayer.
+
+    Args:
+        importance: [sublayer]; cap: as a share of the budget; capacity: units that a sublayer has.
+
+    Returns:
+        Units per sublayer; their sum is the budget, as far as caps and capacity allow.
+    """
+    n = len(importance)
+    limit = min(capacity, max(1, int(cap * budget)))
+    floor = min(floor, budget // n, limit)
+    counts = [floor] * n
+    weights = importance.clamp_min(0).double().tolist()
+    if sum(weights) == 0:
+        weights = [1.0] * n
+    left = budget - floor * n
+    while left > 0:
+        free = [i for i in range(n) if counts[i] < limit and weights[i] > 0] or [i for i in range(n) if counts[i] < limit]
+        if not free:
+            break
+        total = sum(weights[i] for i in free) or float(len(free))
+        wanted = {i: left * (weights[i] or 1.0) / total for i in free}
+        whole = {i: min(int(wanted[i]), limit - counts[i]) for i in free}
+        if all(whole[i] == int(wanted[i]) for i in free):  # nobody was cut: the largest remainders get what rounding left
+            open_to = [i for i in free if counts[i] + whole[i] < limit]
+            for i in sorted(open_to, key=lambda i: (whole[i] - wanted[i], i))[: left - sum(whole.values())]:
+                whole[i] += 1
+        for i, more in whole.items():
+            counts[i] += more
+        left = budget - sum(counts)
+    return counts
+
+
+def paper_units(model: Model, scores: UnitScores, importance: Tensor, emotion: int, settings: CircuitSettings) -> list[Unit]:
+    """The paper's circuit, scaled to the model in hand: budgets over sublayers by importance, filled by rank inside each."""
+    shape, units = model.shape, []
+    n_heads, n_neurons = shape.n_layers * shape.n_heads, shape.n_layers * shape.d_mlp
+    head_share = PAPER_HEADS if settings.head_share is None else settings.head_share
+    neuron_share = PAPER_NEURONS if settings.neuron_share is None else settings.neuron_share
+    plan = (
+        (Head, scores.heads, importance[emotion, :, 0], round(n_heads * head_share), PAPER_FLOORS["heads"], shape.n_heads),
+        (Neuron, scores.neurons, importance[emotion, :, 1], round(n_neurons * neuron_share), PAPER_FLOORS["neurons"], shape.d_mlp),
+    )
+    for make, table, weight, budget, floor, capacity in plan:
+        for layer, count in enumerate(allocate(weight, budget, floor, PAPER_CAP, capacity)):
+            units += [make(layer, i) for i in table[emotion, layer].topk(count).indices.tolist()]
+    return units
+
+
+def auto_units(
+    model: Model,
+    directions: Directions,
+    scores: UnitScores,
+    emotion: int,
+    samples: Sequence[Sample],
+    v_ref: Tensor,
+    settings: CircuitSettings,
+) -> list[Unit]:
+    """The smallest set of top-ranked heads that keeps a stated share of the effect of all heads; neurons only on request.
+
+    FINDINGS: at reply positions the heads carry the cause, injecting every neuron's contrast alone does nothing.
+    """
+    neurons = round((settings.neuron_share or 0) * model.shape.n_layers * model.shape.d_mlp)
+    extra = top_units(scores.neurons[emotion], neurons, Neuron)
+    total = scores.heads[emotion].numel()
+    if settings.head_share is not None:
+        return top_units(scores.heads[emotion], max(1, round(settings.head_share * total)), Head) + extra
+    sets = [top_units(scores.heads[emotion], max(1, round(share * total)), Head) for share in AUTO_SHARES]
+    masks = [unit_mask(model, units) for units in sets]
+    effects = injected_effect(model, samples, compiled_sets(model, directions, emotion, masks, settings.spare_names), v_ref)
+    kept = [units for units, effect in zip(sets, effects.tolist(), strict=True) if effect >= settings.share * effects[-1].item()]
+    return (kept[0] if kept and effects[-1] > 0 else sets[AUTO_SHARES.index(0.25)]) + extra
+
+
+def _heads_of(model: Model) -> tuple[int, int]:
+    return model.shape.n_heads, model.shape.d_head
+
+
+def _with_gains(
+    model: Model, directions: Directions, groups: Sequence[Group], bank: Bank, gain_settings: GainSettings, settings: CircuitSettings
+) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
+    """Directions whose head contrasts carry the learned gains (zero for the heads left out), so that everything after reads them.
+
+    The direct effect on the emotions' names is taken out head by head before the gains are learned, not again afterwards.
+    """
+    contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
+    found = learn_gains(model, contrast, groups, bank, directions.emotions, directions.instruction, gain_settings)
+    mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
+    record = {"gains": {**vars(gain_settings), "curve": list(found.curve), "margin": list(found.margin)}}
+    return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
+
+
+def assemble(
+    model: Model,
+    directions: Directions,
+    groups: Sequence[Group],
+    settings: CircuitSettings,
+    *,
+    data: Mapping[str, str] | None = None,
+    parents: Mapping[str, str] | None = None,
+    bank: Bank | None = None,
+    gain_settings: GainSettings | None = None,
+) -> Circuit:
+    """The stage `circuit`: ranks, budgets, assembles and measures one circuit per emotion.
+
+    Args:
+        groups: scenario-events whose plain prompts effects are measured on; use train, never test.
+        bank, gain_settings: with both, how much each head adds is learned (`gains.learn_gains`) and the heads that are left make the
+            circuit; otherwise every head of the ranking adds its mean contrast.
+
+    Raises:
+        ArtifactError: if the directions are another model's.
+    """
+    artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
+    n = len(directions.emotions)
+    _ = model.bridge  # made and proved now: what cannot be measured should not cost minutes of learning first
+    learned: dict[str, Any] = {}
+    plain_contrast = directions, settings.spare_names
+    if bank is not None and gain_settings is not None and gain_settings.steps:
+        directions, settings, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
+    band = stable_band(directions)
+    v_ref = reference_directions(directions, band)
+    samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
+    importance, effects = importance_and_effects(model, samples, plain_contrast[0], v_ref)
+    scores = (
+        {"contrast": contrast_scores, "raw": raw_scores}[settings.ranking](model, directions) if settings.ranking != "effect" else effects
+    )
+    sets: list[list[Unit]] = []
+    metrics: dict[str, Any] = {"band": list(band), "emotions": {}, **learned}
+    for e, emotion in enumerate(directions.emotions):
+        units: list[Unit]
+        if learned:
+            units = [Head(layer, head) for layer, head in directions.z.mean[e].unflatten(-1, _heads_of(model)).any(-1).nonzero().tolist()]
+        elif settings.preset == "paper":
+            units = paper_units(model, scores, importance, e, settings)
+        else:
+            units = auto_units(model, directions, scores, e, samples, v_ref[e], settings)
+        if not units:
+            raise UsageError("the circuit would be empty; raise --heads or --neurons")
+        units.sort(key=lambda unit: -scores.of(e, unit))
+        sets.append(units)
+        metrics["emotions"][emotion] = faithfulness(
+            model, directions, e, units, samples, v_ref[e], settings, plain_contrast if learned else None
+        )
+    hashes = directions.provenance.data if data is None else data
+    circuit = _circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {})
+    metrics["overlap"] = overlap(circuit)
+    return circuit
+
+
+#: Strength of a ranked circuit that nobody has calibrated (2 to 4 on every model tried; learned gains are learned at strength 1);
+#: residual steering in rms.
+DEFAULT_STRENGTH, DEFAULT_RESIDUAL_STRENGTH = 3.0, 1.0
+
+
+def _circuit(
+    model: Model,
+    directions: Directions,
+    sets: Sequence[Sequence[Unit]],
+    importance: Tensor,
+    settings: CircuitSettings,
+    metrics: Mapping[str, Any],
+    data: Mapping[str, str],
+    parents: Mapping[str, str],
+) -> Circuit:
+    masks = [unit_mask(model, units) for units in sets]
+    z_mask, mlp_mask = torch.stack([m[0] for m in masks]), torch.stack([m[1] for m in masks])
+    added = [contrasts_of(model, directions, e, mask, settings.spare_names) for e, mask in enumerate(masks)]
+    z_delta, mlp_delta = torch.stack([z for z, _ in added]), torch.stack([mlp for _, mlp in added])
+    index = mlp_mask.nonzero()
+    heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
+    post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
+    n_layers = model.shape.n_layers
+    provenance = Provenance(
+        model=model.name,
+        model_sha256=model.sha256,
+        template_sha256=model.template_sha256,
+        method=f"{'learned head gains' if 'gains' in metrics else f'{settings.preset} circuit by {settings.ranking} rank'}, "
+        f"{directions.elicitation} directions",
+        params={**vars(settings), "extract": directions.provenance.params},
+        seed=settings.seed,
+        data=dict(data),
+        parents=dict(parents),
+        versions=artifacts.versions(),
+    )
+    return Circuit(
+        emotions=directions.emotions,
+        heads=heads,
+        z_delta=z_delta,
+        neuron_index=index,
+        neuron_delta=mlp_delta[tuple(index.T)],
+        strength=torch.full((len(sets),), 1.0 if "gains" in metrics else DEFAULT_STRENGTH),
+        importance=importance,
+        vectors=directions.at(RESID_POST),
+        rms=directions.rms[post],
+        residual_layers=tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15))),
+        residual_strength=DEFAULT_RESIDUAL_STRENGTH,
+        d_mlp=model.shape.d_mlp,
+        preset=settings.preset,
+        instruction=directions.instruction,
+        metrics=metrics,
+        provenance=provenance,
+    )

@@ -1,0 +1,169 @@
+"""The Circuit: which heads and neurons, what they add, at what strength, and how well it stands for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Identified, Provenance
+from emosteer.base.errors import ArtifactError, UsageError, suggest
+from emosteer.circuits.dial import check_intensity, strength_for
+from emosteer.generation.steering import compile_units, residual_vectors
+from emosteer.models.model import Model
+from emosteer.models.sites import Head, Neuron, Site, Unit
+
+KIND = "circuit"
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """The product of `circuit`: enough to steer, without any other file.
+
+    heads: [emotion, layer, head], bool; z_delta: [emotion, layer, n_heads * d_head], mean contrast of the circuit's heads, zero
+    elsewhere; neuron_index: [n, 3] (emotion, layer, neuron) and neuron_delta: [n]; strength: [emotion], the default; importance:
+    [emotion, layer, 2], of the attention and MLP sublayers. For residual steering, the comparison: vectors [emotion, layer,
+    d_model] (v_post, unit length), rms [layer], residual_layers and residual_strength. metrics: what `circuit` measured.
+    """
+
+    emotions: tuple[str, ...]
+    heads: Tensor
+    z_delta: Tensor
+    neuron_index: Tensor
+    neuron_delta: Tensor
+    strength: Tensor
+    importance: Tensor
+    vectors: Tensor
+    rms: Tensor
+    residual_layers: tuple[int, ...]
+    residual_strength: float
+    d_mlp: int
+    preset: str
+    instruction: str
+    metrics: Mapping[str, Any]
+    provenance: Provenance
+
+    def index(self, emotion: str) -> int:
+        """Position of an emotion.
+
+        Raises:
+            UsageError: if the circuit has none for it.
+        """
+        if emotion not in self.emotions:
+            raise UsageError(f"unknown emotion '{emotion}'{suggest(emotion, self.emotions)}; this circuit knows {', '.join(self.emotions)}")
+        return self.emotions.index(emotion)
+
+    def units(self, emotion: str) -> tuple[Unit, ...]:
+        """The heads and neurons of an emotion, in the order of the model."""
+        e = self.index(emotion)
+        heads: list[Unit] = [Head(layer, head) for layer, head in self.heads[e].nonzero().tolist()]
+        mine = self.neuron_index[self.neuron_index[:, 0] == e]
+        return tuple(sorted(heads, key=str_order) + sorted((Neuron(layer, n) for _, layer, n in mine.tolist()), key=str_order))
+
+    def mlp_delta(self) -> Tensor:
+        """Mean contrast of the circuit's neurons, zero elsewhere. Shape [emotion, layer, d_mlp]."""
+        dense = torch.zeros(len(self.emotions), self.z_delta.shape[1], self.d_mlp)
+        if len(self.neuron_index):
+            e, layer, neuron = self.neuron_index.T
+            dense[e, layer, neuron] = self.neuron_delta
+        return dense
+
+    def steering(self, model: Model) -> dict[Site, Tensor]:
+        """The circuit compiled to constant vectors: site -> [emotion, d_model], at strength 1."""
+        return {site: value.cpu() for site, value in compile_units(model, self.z_delta, self.mlp_delta()).items()}
+
+    def residual(self) -> dict[Site, Tensor]:
+        """Residual steering with the same directions: site -> [emotion, d_model], at strength 1 (one rms per layer)."""
+        return residual_vectors(self.vectors, self.rms, self.residual_layers)
+
+    def with_strength(self, strength: Sequence[float], residual_strength: float | None = None) -> Circuit:
+        """The same circuit with other default strengths."""
+        kept = self.residual_strength if residual_strength is None else residual_strength
+        return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
+
+    def default_strength(self, emotion: str) -> float:
+        """The strength of an emotion when none is asked for."""
+        return round(self.strength[self.index(emotion)].item(), 6)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has fitted the intensity dial."""
+        return "calibration" in self.metrics
+
+    def strength_at(self, emotion: str, intensity: float) -> float:
+        """The strength that gives an intensity of 0 (unsteered) to 100 (as strong as the text bears), as calibrated.
+
+        Raises:
+            UsageError: for an unknown emotion or an intensity outside 0 to 100. ArtifactError: if the circuit is not calibrated, or no
+                strength was found that the text bears.
+        """
+        self.index(emotion)
+        check_intensity(intensity)
+        if not self.calibrated:
+            raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")
+        curve = self.metrics["calibration"]["emotions"][emotion]
+        if len(curve["strength"]) < 2:
+            raise ArtifactError(f"the calibration found no strength for {emotion} that the text bears; use --strength")
+        return round(strength_for(curve["strength"], curve["fitted"], intensity), 6)
+
+    def save(self, path: Path) -> None:
+        """Writes the artefact."""
+        names = ("heads", "z_delta", "neuron_index", "neuron_delta", "strength", "importance", "vectors", "rms")
+        fields = {
+            "emotions": list(self.emotions),
+            "residual_layers": list(self.residual_layers),
+            "residual_strength": self.residual_strength,
+            "d_mlp": self.d_mlp,
+            "preset": self.preset,
+            "instruction": self.instruction,
+            "metrics": dict(self.metrics),
+        }
+        artifacts.save(path, KIND, fields, {name: getattr(self, name) for name in names}, self.provenance)
+
+    @classmethod
+    def load(cls, path: Path, model: Identified | None = None) -> Circuit:
+        """Reads the artefact back.
+
+        Args:
+            model: refuse a circuit that was made for other weights.
+
+        Raises:
+            ArtifactError: if it is not a circuit, is damaged, or is another model's.
+        """
+        found = artifacts.load(path, KIND)
+        if model is not None:
+            artifacts.require_model(found.provenance, model.sha256, model.name, path)
+        return cls.from_artifact(found)
+
+    @classmethod
+    def from_artifact(cls, found: artifacts.Artifact) -> Circuit:
+        """Makes the value from a loaded artefact of kind "circuit"."""
+        fields = dict(found.fields)
+        try:
+            return cls(
+                **{
+                    **fields,
+                    **found.tensors,
+                    "emotions": tuple(fields["emotions"]),
+                    "residual_layers": tuple(fields["residual_layers"]),
+                    "provenance": found.provenance,
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error
+
+
+def str_order(unit: Unit) -> tuple[int, int]:
+    """Sort key: the order of the model."""
+    return unit.layer, unit.index
+
+
+def overlap(circuit: Circuit) -> dict[str, dict[str, float]]:
+    """Jaccard overlap of the units of every pair of emotions: emotion -> emotion -> share."""
+    sets = {emotion: {str(unit) for unit in circuit.units(emotion)} for emotion in circuit.emotions}
+    return {a: {b: len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for b in sets} for a in sets}

@@ -1,0 +1,92 @@
+"""Keeping a circuit from saying the emotion's name.
+
+What a head or neuron writes reaches the logits directly, through the unembedding. The part of it that lifts the emotion's own name
+("happy") is not needed to sound happy and makes replies name the feeling. It is projected out at unit level: per layer, the smallest
+change of the circuit's contrast after which what it writes is orthogonal to the name's direction, `gain * (mean W_U[names] - mean W_U)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emosteer.attribution.unit_scores import written_direction
+from emosteer.models.model import Model
+from emosteer.models.sites import RESID_MID, RESID_POST
+from emosteer.scenarios.words import stem_pattern
+
+
+def name_tokens(model: Model, emotion: str) -> list[int]:
+    """Tokens that are the emotion's name in one of its forms, with or without a space before."""
+    pattern = stem_pattern(emotion)
+    decode = model.tokenizer.decode
+    vocabulary = sorted(set(model.tokenizer.get_vocab().values()))
+    return [i for i in vocabulary if i < model.shape.d_vocab and pattern.fullmatch(decode([i]).strip())]
+
+
+def name_direction(model: Model, emotion: str) -> Tensor | None:
+    """Direction in the residual stream that lifts the emotion's name in the logits [d_model]; None if no token is the name.
+
+    The final norm's gain is folded in; its scale, one positive factor per position, is not needed for a direction.
+    """
+    tokens = name_tokens(model, emotion)
+    if not tokens:
+        return None
+    unembedding = model.hf.lm_head.weight.float()
+    gain = model.body.norm.weight.float()
+    gain = 1 + gain if model.post_norms else gain  # Gemma stores the gain less one
+    direction = (unembedding[tokens].mean(0) - unembedding.mean(0)) * gain
+    return direction / direction.norm()
+
+
+def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delta: Tensor, push: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Takes the direct effect on each emotion's own name out of its contrast.
+
+    Args:
+        emotions: one per row; a name may stand several times. z_delta: [row, layer, n_heads * d_head], zero outside the circuit;
+            mlp_delta: [row, layer, d_mlp], alike.
+        push: 0 leaves no direct effect on the name; 1 turns it round, so that the name is held down as much as it was lifted.
+
+    Returns:
+        The same shapes; entries that were zero stay zero.
+    """
+    z, mlp = z_delta.clone(), mlp_delta.clone()
+    for emotion in dict.fromkeys(emotions):
+        direction = name_direction(model, emotion)
+        if direction is None:
+            continue
+        rows = [row for row, name in enumerate(emotions) if name == emotion]
+        for layer in range(model.shape.n_layers):
+            mid, post = (written_direction(model, layer, kind, direction) for kind in (RESID_MID, RESID_POST))
+            of_heads, of_neurons = model.w_o(layer).flatten(0, 1).float() @ mid, model.w_down(layer).float() @ post
+            for row in rows:
+                z[row, layer] = _without(z[row, layer], of_heads, 1 + push)
+                mlp[row, layer] = _without(mlp[row, layer], of_neurons, 1 + push)
+    return z, mlp
+
+
+def _without(delta: Tensor, effect: Tensor, times: float) -> Tensor:
+    """The nearest delta whose summed effect is zero (times 1) or turned round (times 2), without touching entries that are zero."""
+    effect = torch.where(delta != 0, effect.to(delta), 0.0)
+    length = effect.square().sum()
+    return delta - times * effect * (delta @ effect) / length if length > 0 else delta
+
+
+def without_names(model: Model, emotions: Sequence[str], z_delta: Tensor) -> Tensor:
+    """Takes out of each head's contrast what lifts the emotion's own name directly, head by head, so that no gain can bring it back.
+
+    Args:
+        z_delta: [emotion, layer, n_heads * d_head].
+    """
+    heads = z_delta.unflatten(-1, (model.shape.n_heads, model.shape.d_head)).clone()
+    for e, emotion in enumerate(emotions):
+        direction = name_direction(model, emotion)
+        if direction is None:
+            continue
+        for layer in range(model.shape.n_layers):
+            written = model.w_o(layer).float() @ written_direction(model, layer, RESID_MID, direction).float()
+            written = written.to(heads) / written.norm(dim=-1, keepdim=True).clamp_min(1e-12).to(heads)
+            heads[e, layer] -= (heads[e, layer] * written).sum(-1, keepdim=True) * written
+    return heads.flatten(-2)

@@ -1,0 +1,39 @@
+"""How a circuit is put together: settings, presets and rankings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emosteer.base.errors import UsageError, suggest
+
+PRESETS = ("auto", "paper")
+RANKINGS = ("contrast", "raw", "effect")
+
+
+@dataclass(frozen=True)
+class CircuitSettings:
+    """How a circuit is put together.
+
+    ranking: contrast (mean contrastive contribution at the unit's own layer), raw (the paper's form), effect (first-order effect of
+    injecting the unit's contrast on the final score). head_share, neuron_share: of all units; None lets the preset decide.
+    share: what `auto` must keep of the whole-model effect. spare_names: take the direct effect on the emotion's own name out of what
+    the circuit adds (see `naming.py`). n_prompts: emotion-free prompts that effects are measured on.
+    """
+
+    preset: str = "auto"
+    ranking: str = "contrast"
+    head_share: float | None = None
+    neuron_share: float | None = None
+    share: float = 0.95
+    spare_names: bool = True
+    n_prompts: int = 6
+    n_random: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("preset", self.preset, PRESETS), ("ranking", self.ranking, RANKINGS)):
+            if value not in known:
+                raise UsageError(f"unknown {name} '{value}'{suggest(value, known)}; expected {', '.join(known)}")
+        for name, number in (("--heads", self.head_share), ("--neurons", self.neuron_share), ("--share", self.share)):
+            if number is not None and not 0 <= number <= 1:
+                raise UsageError(f"{name} must be a share between 0 and 1, found {number}")

@@ -1,0 +1,107 @@
+"""`emosteer ablate`: score every head and neuron, and check the scores by intervening."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emosteer.base.errors import UsageError
+from emosteer.cli.options import (
+    DEFAULT_MODEL,
+    DeviceMapOption,
+    DeviceOption,
+    DirectionsOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RootOption,
+    ScenariosOption,
+    SeedOption,
+    finite,
+)
+
+
+def ablate(
+    model: ModelOption = DEFAULT_MODEL,
+    directions: DirectionsOption = None,
+    scenarios: ScenariosOption = None,
+    replies: Annotated[Path | None, typer.Option(help="The bank that the directions were made with.", metavar="FILE")] = None,
+    out: OutOption = None,
+    curves: Annotated[bool, typer.Option(help="Measure ablation and enhancement curves.")] = True,
+    shares: Annotated[str, typer.Option(help="Shares of heads on the curves.")] = "0.02,0.05,0.1,0.25",
+    kinds: Annotated[str, typer.Option(help="zero, mean, resample, enhance.")] = "zero,mean,resample,enhance",
+    randoms: Annotated[int, typer.Option(min=0, help="Random sets of equal size per point.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per point and emotion.")] = 4,
+    strength: Annotated[float, typer.Option(help="Multiplier of the enhancement curves.")] = 2.0,
+    neuron_shares: Annotated[str, typer.Option(help="Shares of neurons on the curves; '' for none.")] = "0.01",
+    patch_groups: Annotated[int, typer.Option(min=0, help="Groups for attribution patching.")] = 6,
+    true_units: Annotated[int, typer.Option(min=0, help="Units patched for real, half of them random.")] = 32,
+    verify_prompts: Annotated[int, typer.Option(min=0, help="Prompts for the check of contributions against real ablation.")] = 1,
+    verify_neurons: Annotated[int, typer.Option(min=0, help="Random neurons in that check (every head is in it).")] = 100,
+    top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Score every head and neuron, check the scores by intervening, and draw ablation and enhancement curves."""
+    from emosteer.attribution.curves import ABLATIONS, ENHANCE, CurveSettings
+
+    chosen = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    for name in chosen:
+        if name not in (*ABLATIONS, ENHANCE):
+            raise UsageError(f"unknown kind '{name}'; expected {', '.join((*ABLATIONS, ENHANCE))}")
+    finite(strength, "--strength")
+    settings = CurveSettings(
+        _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
+    )
+    from emosteer.attribution.ablate import AblateSettings, pieces_of
+    from emosteer.attribution.ablate import ablate as run
+    from emosteer.base.files import sha256_file
+    from emosteer.base.pieces import clear
+    from emosteer.base.processes import join, parts
+    from emosteer.circuits.places import Places, own_bank_of, require_directions
+    from emosteer.models.model import Model
+    from emosteer.scenarios.shipped import read_data
+
+    crew = join()
+    loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
+    places = Places.of(loaded.name, root)
+    found, path = require_directions(loaded, directions, places)
+    data = read_data(scenarios, replies or own_bank_of(found, path), found.elicitation)
+    target = out or places.scores
+    wanted = AblateSettings(
+        patch_groups,
+        true_units=true_units,
+        verify_prompts=verify_prompts,
+        verify_neurons=verify_neurons,
+        seed=seed,
+        curves=settings if curves else None,
+    )
+    partial = target.with_name(target.name + ".partial.jsonl")
+    parents = {"directions": sha256_file(path)}
+    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
+    scores.save(target)
+    for file in (partial, *parts(partial).values()):
+        file.unlink(missing_ok=True)
+    clear(pieces_of(partial))
+    from emosteer.cli.print_artifacts import print_scores, scores_summary
+
+    summary = {"file": str(target), **scores_summary(scores, top)}
+    typer.echo(json.dumps(summary, indent=2)) if as_json else print_scores(summary)
+
+
+def _shares(text: str, name: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"expected {name} to be numbers with commas, found '{text}'") from error
+    if any(not 0 < share <= 1 for share in found):
+        raise UsageError(f"expected {name} to lie above 0 and up to 1, found '{text}'")
+    return found

@@ -1,0 +1,149 @@
+"""`emosteer calibrate`: the intensity dial of a circuit, and the check of it on other prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.base.errors import ArtifactError, UsageError
+from emosteer.circuits.dial import check_intensity
+from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
+from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
+from emosteer.scenarios.splits import split, spread, unread
+
+if TYPE_CHECKING:
+    from emosteer.calibration.trials import Trials
+
+
+def calibrate(
+    model: ModelOption = DEFAULT_MODEL,
+    circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where the calibrated circuit goes; --circuit, else artifacts/MODEL/.", metavar="FILE"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write at 0, 25, 50, 75 and 100 to other prompts, and measure.")] = False,
+    scenarios: Annotated[
+        Path | None,
+        typer.Option(
+            help="SEV file; a fifth of the shipped training set, or for --check the test set.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
+    skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
+    judge: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    base_url: Annotated[
+        str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = 2.0,
+    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = 7,
+    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 2,
+    ratio: Annotated[float, typer.Option(help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")] = 1.2,
+    each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = 2.0,
+    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.90,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.1,
+    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 85.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Write every reply again instead of going on.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the strength that gives `generate --intensity` 0 to 100, capped where the text would break; kept with the circuit."""
+    check_intensity(default_intensity, "--default-intensity")
+    if skip and not check:
+        raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
+    if check and out is not None and out.suffix == ".safetensors":
+        raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
+    prompts = _prompts(scenarios, groups, check, skip)
+    from emosteer.calibration.calibrate import CalibrateSettings, Guard
+    from emosteer.generation.generate import Decoding
+
+    settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
+    decoding = Decoding(max_new_tokens)
+    from emosteer.judges.jury import make_jury
+
+    jury = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    from emosteer.base.jsonl import KeyedLog
+    from emosteer.calibration.trials import Trials
+    from emosteer.circuits.places import require_circuit
+    from emosteer.judges.huggingface import refuse_same_weights
+    from emosteer.models.model import Model
+
+    loaded = Model.load(model, device=device, dtype=dtype)
+    found, path = require_circuit(loaded, circuit, root)
+    if check and not found.calibrated:
+        raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
+    target = out or _target(loaded.name, root, circuit, check)
+    log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
+    if fresh:
+        log.unlink(missing_ok=True)
+    kept = KeyedLog(log)
+    readers = jury(kept)
+    refuse_same_weights(readers.judge, loaded.sha256)
+    trials = Trials(loaded, found, readers, prompts[0], kept, decoding, batch_size)
+    if check:
+        _check(trials, path, prompts[1], target, as_json)
+    else:
+        _fit(trials, settings, path, prompts[1], target, as_json)
+
+
+def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
+    """Where the result goes: a circuit file that was named is calibrated in place, so that it overwrites no other."""
+    from emosteer.circuits.places import Places
+
+    places = Places.of(name, root)
+    return places.folder / "calibration-check.json" if check else circuit or places.circuit
+
+
+def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tuple[list[Group], Path]:
+    """The scenario-events to write to. The check takes test events that nothing was chosen on."""
+    file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
+    found = read_scenarios(file)
+    if check:
+        return unread(groups_of(found), count, skip), file
+    return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
+
+
+def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as_json: bool) -> None:
+    from emosteer.base.files import sha256_file
+    from emosteer.calibration.calibrate import calibrate as run
+    from emosteer.cli.print_artifacts import print_calibration
+
+    made = run(trials, settings, {file.name: sha256_file(file)}, {"circuit": sha256_file(path)})
+    made.save(target)
+    table = made.metrics["calibration"]
+    if as_json:
+        strength = {emotion: round(s, 6) for emotion, s in zip(made.emotions, made.strength.tolist(), strict=True)}
+        typer.echo(json.dumps({"file": str(target), "strength": strength, "calibration": table}, indent=2))
+        return
+    print(f"{trials.model.name}: calibrated circuit -> {target}")
+    print_calibration(table)
+
+
+def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) -> None:
+    from emosteer.base.files import sha256_file, write_text
+    from emosteer.calibration.calibrate import check
+    from emosteer.cli.print_artifacts import print_calibration_check
+
+    result = {
+        "schema": 1,
+        "kind": "calibration-check",
+        "file": str(target),
+        "model": trials.model.name,
+        "circuit": str(path),
+        "circuit_sha256": sha256_file(path),
+        "judge": {"name": trials.jury.judge.name, "key": trials.jury.judge.key},
+        "test": {"n_groups": len(trials.groups), "file": file.name, "sha256": sha256_file(file)},
+        **check(trials),
+    }
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    write_text(target, text + "\n")
+    typer.echo(text) if as_json else print_calibration_check(result)

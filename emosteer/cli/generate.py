@@ -1,0 +1,317 @@
+"""`emosteer generate`: replies that carry an emotion."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.base.errors import DataError, UsageError, suggest
+from emosteer.base.processes import world
+from emosteer.cli.options import (
+    DEFAULT_MODEL,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RootOption,
+    SeedOption,
+    finite,
+    one_of,
+)
+from emosteer.scenarios.prompts import INSTRUCTION, METHODS, POSITIONS
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
+
+if TYPE_CHECKING:
+    from emosteer.base.processes import Crew
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.generation.generate import Decoding
+    from emosteer.models.model import Model
+    from emosteer.serving.vllm_writer import Served
+    from emosteer.writing.jobs import Job, ReplyWriter
+
+ENGINES = ("builtin", "vllm")
+
+
+def generate(
+    text: Annotated[str | None, typer.Argument(help="What the user says; '-' or nothing reads stdin.", show_default=False)] = None,
+    emotion: Annotated[
+        str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = "circuit",
+    strength: Annotated[
+        float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
+    ] = None,
+    intensity: Annotated[
+        float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where steering acts: reply (what writes the reply, the default), or all (the prompt too, as in an exported model).",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
+    instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
+    seed: SeedOption = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Replies written at once; 32, or with vLLM what it can.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="builtin, or vllm for large jobs (docs/VLLM.md).")] = "builtin",
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="Of vLLM, such as tensor_parallel_size=4; may be repeated.", metavar="NAME=VALUE")
+    ] = None,
+    device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    dtype: DtypeOption = "auto",
+    root: RootOption = Path("artifacts"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
+    if method not in METHODS:
+        raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
+    if method != "none" and emotion is None:
+        raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
+    strength = finite(strength, "--strength")
+    if method in ("prompt", "none") and strength is not None:
+        raise UsageError(f"--strength has no meaning with --method {method}")
+    _check_intensity(intensity, strength, method)
+    positions = _positions(positions, engine)
+    options = _engine_options(engine, engine_option, device, device_map)
+    _check_processes(text, source, out, auto, engine)
+    inputs = _inputs(text, source)
+    from emosteer.generation.generate import Decoding
+
+    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
+    from emosteer.base.processes import join
+    from emosteer.circuits.places import find_circuit, require_circuit, require_dial
+    from emosteer.writing.jobs import jobs_for
+
+    if method == "prompt" and emotion is not None and circuit is None:
+        parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
+    crew = join()
+    loaded = _load(engine, model, device, device_map, dtype, method)
+    found: tuple[Circuit, Path] | None = None
+    if method in ("circuit", "residual"):
+        if auto and find_circuit(loaded, circuit, root) is None:
+            _make_circuit(loaded, model, root)
+        found = require_circuit(loaded, circuit, root)
+    elif method == "prompt" and circuit is not None:
+        found = require_circuit(loaded, circuit, root)
+    if found and intensity is not None:
+        require_dial(loaded, found, circuit)
+    known = found[0].emotions if found else EMOTIONS
+    wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
+    dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
+    jobs = [job for name, group in inputs for job in jobs_for(name, group, wanted, method, strength, found[0] if found else None, dialled)]
+    author = _author(loaded, found if method != "prompt" else None, decoding, instruction, method, batch_size, positions, options)
+    _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
+
+
+def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool, engine: str) -> None:
+    """What several processes need: an input that each can read, one file to write, and a circuit that is there."""
+    if world() == 1:
+        return
+    if engine != "builtin":
+        raise UsageError("vLLM starts its own processes (--engine-option tensor_parallel_size=4); start it without torchrun")
+    if out is None or (source is None and text in (None, "-")) or auto:
+        raise UsageError(
+            "several processes need --input FILE (or a text) and --out FILE, and a circuit that is there already (no --auto); "
+            "start it without torchrun for anything else"
+        )
+
+
+def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
+    if intensity is not None and strength is None and method != "circuit":
+        raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method circuit")
+    one_of(intensity, strength)
+
+
+def _positions(given: str | None, engine: str) -> str:
+    found = given or ("all" if engine == "vllm" else "reply")
+    if found not in POSITIONS:
+        raise UsageError(f"expected --positions to be reply or all, found '{found}'")
+    if engine == "vllm" and found != "all":
+        raise UsageError(
+            "vLLM steers by biases in the weights, which act at all positions; leave --positions out, or use the built-in engine"
+        )
+    return found
+
+
+def _engine_options(engine: str, given: Sequence[str] | None, device: str, device_map: str | None) -> dict[str, Any]:
+    """NAME=VALUE of vLLM, values as JSON where they are, else as text.
+
+    Raises:
+        UsageError: for an unknown engine, or options that it does not take.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine '{engine}'{suggest(engine, ENGINES)}; expected {' or '.join(ENGINES)}")
+    if engine == "builtin":
+        if given:
+            raise UsageError("--engine-option has no meaning with the built-in engine; it belongs to --engine vllm")
+        return {}
+    if device != "auto" or device_map is not None:
+        raise UsageError("--device and --device-map have no meaning with --engine vllm; choose GPUs with CUDA_VISIBLE_DEVICES")
+    options: dict[str, Any] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(f"expected --engine-option NAME=VALUE, such as tensor_parallel_size=4, found '{item}'")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _load(engine: str, model: str, device: str, device_map: str | None, dtype: str, method: str) -> Model | Served:
+    """What the engine needs of the model: all of it, or for vLLM (which loads it itself) its tokenizer and configuration."""
+    if engine == "builtin":
+        from emosteer.models.model import Model
+
+        return Model.load(model, device=device, dtype=dtype, device_map=device_map)
+    from emosteer.base.progress import note
+    from emosteer.models.weights.resolve import resolve
+    from emosteer.serving.vllm_process import find_python
+    from emosteer.serving.vllm_writer import Served, check_method
+
+    check_method(method)
+    find_python()  # what is not there is said before anything slow
+    return Served.of(resolve(model, progress=note), dtype)
+
+
+def _make_circuit(loaded: Model | Served, model: str, root: Path) -> None:
+    from emosteer.api import make_circuit
+    from emosteer.models.model import Model
+
+    make_circuit(loaded if isinstance(loaded, Model) else Model.load(model), root)
+
+
+def _author(
+    loaded: Model | Served,
+    found: tuple[Circuit, Path] | None,
+    decoding: Decoding,
+    instruction: str,
+    method: str,
+    batch_size: int | None,
+    positions: str,
+    options: Mapping[str, Any],
+) -> ReplyWriter:
+    from emosteer.models.model import Model
+    from emosteer.writing.writer import Writer
+
+    if isinstance(loaded, Model):
+        return Writer(loaded, found[0] if found else None, decoding, instruction, method, batch_size or 32, positions=positions)
+    from emosteer.serving.vllm_writer import VllmWriter
+
+    return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
+
+
+def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
+    """(id, scenario-event or text) for everything to be answered.
+
+    Raises:
+        UsageError: if there is nothing, or both a text and a file. DataError: naming file and line, for a malformed file.
+    """
+    from emosteer.scenarios.scenarios import GroupKey
+
+    if source is not None:
+        if text is not None:
+            raise UsageError("expected a text or --input, found both")
+        return _read_inputs(source)
+    if text is None or text == "-":
+        if text is None and sys.stdin.isatty():
+            raise UsageError("expected a text to answer, --input FILE.jsonl, or text on stdin")
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise DataError("stdin is not UTF-8 text; convert it first") from error
+    if not text.strip():
+        raise UsageError("the text to answer is empty")
+    return [("text", Group(GroupKey("", ""), "", text.strip()))]
+
+
+def _read_inputs(source: Path) -> list[tuple[str, Group]]:
+    from emosteer.base.files import read_jsonl
+    from emosteer.scenarios.scenarios import GroupKey
+
+    found: list[tuple[str, Group]] = []
+    for number, row in read_jsonl(source, "input file"):
+        where = f"{source}:{number}"
+        if "event" in row or "scenario" in row:
+            scenario = parse_scenario(row, where)
+            for valence in VALENCES:
+                key = GroupKey(scenario.id, valence)
+                found.append((str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
+        elif "text" in row:
+            identity = str(row.get("id", f"line-{number}"))
+            found.append((identity, Group(GroupKey("", ""), "", text_field(row["text"], "text", where))))
+        else:
+            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text'")
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{source}: the id '{twice}' is there twice; ids must be unique")
+    return found
+
+
+def _write(
+    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew
+) -> None:
+    from emosteer.base.files import sha256_file
+    from emosteer.base.progress import bar
+    from emosteer.writing.jobs import row_of
+    from emosteer.writing.reply_files import write_file
+
+    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
+    if out is not None:
+        rows = write_file(writer, jobs, out, sha256, fresh=fresh, crew=crew)
+        if not crew.lead:
+            return
+        if as_json:
+            _print_json(rows)
+        else:
+            finished = sum(row["finish_reason"] == "stop" for row in rows)
+            cut = len(rows) - finished
+            where = "; steered at all positions, the prompt's included" if writer.marks.get("positions") == "all" else ""
+            ends = f"{finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens"
+            typer.echo(f"{len(rows)} replies -> {out} ({ends}{where})")
+        return
+    run = writer.run_key(sha256)
+    if len(jobs) == 1 and not as_json:
+        for _ in writer.write(jobs, on_token=lambda piece: typer.echo(piece, nl=False)):
+            typer.echo("")
+        return
+    several = len({job.text for job in jobs}) > 1
+    written: dict[str, dict[str, Any]] = {}
+    waiting = list(jobs)
+    with bar("generate (replies)", len(jobs)) as advance:
+        for job, reply in writer.write(jobs):
+            written[job.id] = row_of(job, reply, run, writer.marks)
+            advance(1)
+            while waiting and waiting[0].id in written:  # in the order of the input, as soon as it is that reply's turn
+                first = waiting.pop(0)
+                row = written.pop(first.id)
+                if as_json:
+                    _print_json([row])
+                else:
+                    typer.echo(f"{first.id if several else first.emotion}: {row['text']}")
+
+
+def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        typer.echo(json.dumps(row, ensure_ascii=False))

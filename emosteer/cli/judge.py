@@ -1,0 +1,272 @@
+"""`emosteer judge`: blind opinions and soundness for every line of a file. Imports are inside: --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emosteer.base.errors import DataError, EmosteerError, UsageError
+from emosteer.cli.options import DeviceOption
+
+if TYPE_CHECKING:
+    from emosteer.base.jsonl import JsonlLog
+    from emosteer.judges.protocol import EmotionJudge, Opinion, Soundness
+
+#: Texts judged before their rows are written; a kill costs no more.
+CHUNK = 256
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One text to judge. given: the label that the input carries, for the summary alone; sha256: of the text."""
+
+    id: str
+    text: str
+    given: str | None
+    sha256: str
+
+
+def judge(
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
+    spec: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    base_url: Annotated[
+        str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where its answers are kept; the cache folder if not given.", metavar="FILE", show_default=False)
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write one verdict a line; a rerun goes on.", metavar="FILE.jsonl", show_default=False),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a summary.")] = False,
+) -> None:
+    """Judge texts: which emotion each voices, and whether it is sound text. The judge sees the text and nothing else.
+
+    A judge that failed leaves the emotion null, with the problem beside it. A label of the input (emotion or label) is only compared.
+    """
+    lines = _lines(file, field)
+    if out is not None and file != "-" and out.exists() and out.samefile(file):
+        raise UsageError(f"--out {out} is the input file; name another one")
+    from emosteer.judges.registry import make_judge
+    from emosteer.judges.soundness import SoundnessCheck
+
+    chosen = make_judge(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
+    check = SoundnessCheck.load(encoder=getattr(chosen, "encoder", None))
+    run = _run_key(chosen, check)
+    log = _opened(out, run, fresh) if out is not None else None
+    # what was missing is judged again
+    known = {row["text_sha256"]: row for row in log.rows if row["emotion"] is not None} if log is not None else {}
+    show = _printer(lines) if as_json else lambda known: None
+    show(known)
+    try:
+        for rows in _judged(lines, known, chosen, check.check, run, max(CHUNK, 16 * parallel)):
+            if log is not None:
+                for row in rows:
+                    log.append(row)
+            show(known)
+    finally:
+        if log is not None:
+            log.close()
+        if hasattr(chosen, "close"):
+            chosen.close()
+    found = [{**known[line.sha256], "id": line.id} for line in lines]
+    if out is not None:
+        _settle(out, found)
+    if not as_json:
+        _summary(chosen.name, lines, found, out)
+    problems = [row["problem"] for row in found if row["emotion"] is None]
+    if len(problems) == len(found):
+        raise EmosteerError(f"no text could be judged: {problems[-1]}")
+    if problems and as_json:
+        from emosteer.base.progress import note
+
+        note(f"{len(problems)} of {len(found)} are missing (last problem: {problems[-1]})")
+
+
+# ---- input ---------------------------------------------------------------------------------------------------------
+
+
+def _lines(file: str, field: str) -> list[Line]:
+    """The texts of a file or of stdin.
+
+    Raises:
+        UsageError: if nothing is piped. DataError: naming the line, if one is malformed or lacks the field.
+    """
+    from emosteer.base.files import parse_jsonl, read_jsonl, sha256_text
+
+    if file == "-":
+        if sys.stdin.isatty():
+            raise UsageError("expected objects with a text on stdin, one a line, or a FILE.jsonl")
+        try:
+            rows = list(parse_jsonl(sys.stdin.read(), "stdin"))
+        except UnicodeDecodeError as error:
+            raise DataError("stdin is not UTF-8 text; convert it first") from error
+        if not rows:
+            raise DataError("stdin is empty; expected one JSON object a line")
+    else:
+        rows = list(read_jsonl(Path(file), "input file"))
+    found = []
+    for number, row in rows:
+        where = f"{'stdin' if file == '-' else file}:{number}"
+        text = row.get(field)
+        if not isinstance(text, str):
+            what = f"'{field}' as {type(text).__name__}" if field in row else ", ".join(row) or "no field at all"
+            texts = [name for name in row if name != field and isinstance(row[name], str)]
+            hint = next((name for name in ("text", "reply", "response") if name in texts), "NAME")
+            raise DataError(f"{where}: expected the text in a field '{field}', found {what}; name its field with --field {hint}")
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character could be neither sent nor written
+        given = next((row[name] for name in ("emotion", "label") if isinstance(row.get(name), str) and name != field), None)
+        found.append(Line(str(row.get("id", f"line-{number}")), text, given, sha256_text(text)))
+    return found
+
+
+# ---- judging -------------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    lines: Sequence[Line],
+    known: dict[str, Row],
+    judge: EmotionJudge,
+    check: Callable[[Sequence[str]], Sequence[Soundness]],
+    run: str,
+    chunk: int,
+) -> Iterator[list[Row]]:
+    """Judges every text that is not known, each once; yields the rows of a chunk at a time and puts them into `known`, by text."""
+    from emosteer.base.progress import bar, note
+
+    todo = list({line.sha256: line for line in lines if line.sha256 not in known}.values())
+    there = len({line.sha256 for line in lines}) - len(todo)
+    if there:
+        note(f"going on: {there} of {there + len(todo)} texts are judged")
+    with bar("judge (texts)", there + len(todo), there) as advance:
+        for start in range(0, len(todo), chunk):
+            some = todo[start : start + chunk]
+            texts = [line.text for line in some]
+            opinions = judge.opinions(texts, lambda index, opinion: advance(1))
+            rows = [_row(*parts, run) for parts in zip(some, opinions, check(texts), strict=True)]
+            known.update({line.sha256: row for line, row in zip(some, rows, strict=True)})
+            yield rows
+
+
+def _row(line: Line, opinion: Opinion, soundness: Soundness, run: str) -> Row:
+    from emosteer.scenarios.scenarios import EMOTIONS
+
+    shares = opinion.probabilities
+    return {
+        "id": line.id,
+        "emotion": opinion.emotion(),
+        "six": opinion.emotion(EMOTIONS),
+        "probabilities": None if shares is None else {label: round(share, 6) for label, share in shares.items()},
+        "sound": soundness.sound,
+        "reasons": list(soundness.reasons),
+        "problem": opinion.problem,
+        "text_sha256": line.sha256,
+        "run": run,
+    }
+
+
+def _run_key(judge: EmotionJudge, check: object) -> str:
+    from emosteer.base.files import sha256_text
+
+    return sha256_text(json.dumps([judge.key, str(getattr(check, "key", ""))]))[:12]
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
+
+
+def _opened(out: Path, run: str, fresh: bool) -> JsonlLog:
+    """The output file, with what an earlier run has judged.
+
+    Raises:
+        UsageError: if it holds something else than verdicts of this judge. EmosteerError: if it cannot be written.
+    """
+    from emosteer.base.jsonl import JsonlLog
+
+    if fresh and out.is_file():
+        out.unlink()
+    log = JsonlLog(out, first_key="id")
+    if any(row.get("run") != run for row in log.rows):
+        raise UsageError(f"{out} holds something else than verdicts of this judge; name another --out, or --fresh to replace it")
+    return log
+
+
+def _settle(out: Path, found: Sequence[Row]) -> None:
+    """Puts the finished file into the order of the input, without what it does not hold any more."""
+    from emosteer.base.files import read_jsonl, write_jsonl
+
+    if [row for _, row in read_jsonl(out, "output file", may_be_empty=True)] != list(found):
+        write_jsonl(out, list(found))
+
+
+def _printer(lines: Sequence[Line]) -> Callable[[dict[str, Row]], None]:
+    """Prints rows in the order of the input, each as soon as it and all before it are there."""
+    printed = 0
+
+    def show(known: dict[str, Row]) -> None:
+        nonlocal printed
+        while printed < len(lines) and lines[printed].sha256 in known:
+            line = lines[printed]
+            typer.echo(json.dumps({**known[line.sha256], "id": line.id}, ensure_ascii=False))
+            printed += 1
+
+    return show
+
+
+def _summary(name: str, lines: Sequence[Line], found: Sequence[Row], out: Path | None) -> None:
+    from emosteer.base.tables import print_table
+    from emosteer.judges.protocol import LABELS
+
+    total = len(found)
+    judged = Counter(row["emotion"] for row in found)
+    sound = Counter(row["emotion"] for row in found if row["sound"])
+    typer.echo(f"{total} text{'s' * (total != 1)} judged by {name}" + (f" -> {out}" if out is not None else ""))
+    rows = [(label or "missing", judged[label], _percent(judged[label], total), judged[label] - sound[label]) for label in (*LABELS, None)]
+    print_table(("judged", "texts", "share", "unsound"), [*rows, ("all", total, _percent(total, total), total - sum(sound.values()))])
+    reasons = Counter(reason for row in found for reason in row["reasons"])
+    if reasons:
+        typer.echo("reasons and remarks: " + ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()))
+    problems = Counter(row["problem"] for row in found if row["emotion"] is None)
+    for problem, n in problems.most_common(3):
+        typer.echo(f"{n} missing: {problem}")
+    _agreement(lines, found)
+
+
+def _agreement(lines: Sequence[Line], found: Sequence[Row]) -> None:
+    """Agreement with the labels that the input carries, and which was taken for which."""
+    from emosteer.base.tables import print_table
+    from emosteer.judges.protocol import LABELS, NEUTRAL
+
+    given = [line.given.strip().lower() if line.given is not None else None for line in lines]
+    pairs = [(label, row) for label, row in zip(given, found, strict=True) if label in LABELS]
+    if not pairs:
+        return
+    there = [(str(label), row) for label, row in pairs if row["emotion"] is not None]
+    emotional = [(label, row) for label, row in there if label != NEUTRAL]
+    seven, six = sum(label == row["emotion"] for label, row in there), sum(label == row["six"] for label, row in emotional)
+    other = sum(label is not None and label not in LABELS for label in given)
+    typer.echo(
+        f"\nagreement with the given label: {_percent(six, len(emotional))} of {len(emotional)} six-way, "
+        f"{_percent(seven, len(there))} of {len(there)} with neutral; {len(pairs) - len(there)} missing"
+        + (f"; {other} with labels that are none of ours" if other else "")
+    )
+    confusion = Counter((label, row["emotion"]) for label, row in there)
+    rows = [(label, *(confusion[label, one] for one in LABELS)) for label in LABELS if any(label == one for one, _ in there)]
+    print_table(("given \\ judged", *LABELS), rows)
+
+
+def _percent(part: int, total: int) -> str:
+    return f"{100 * part / total:.1f} %" if total else "-"

@@ -1,0 +1,124 @@
+"""The command line: thin. torch is imported inside commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from emosteer import __version__
+from emosteer.base import processes
+from emosteer.base.errors import EmosteerError, says_out_of_memory
+from emosteer.cli.ablate import ablate
+from emosteer.cli.build import build
+from emosteer.cli.calibrate import calibrate
+from emosteer.cli.circuit import circuit
+from emosteer.cli.evaluate import evaluate
+from emosteer.cli.export import export
+from emosteer.cli.extract import extract
+from emosteer.cli.generate import generate
+from emosteer.cli.inspect import inspect
+from emosteer.cli.judge import judge
+from emosteer.cli.models import models
+from emosteer.cli.report import report
+
+# typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
+_ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="emosteer",
+    help="Find emotion circuits in language models and write with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(build)
+app.add_typer(models, name="models")
+app.command()(extract)
+app.command()(ablate)
+app.command()(circuit)
+app.command()(calibrate)
+app.command()(evaluate)
+app.command()(report)
+app.command()(inspect)
+app.command()(generate)
+app.command()(export)
+app.command()(judge)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emosteer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Find emotion circuits in language models and write with them."""
+    processes.refuse(context.invoked_subcommand)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Errors are one line on stderr: exit code 2 for usage, 1 for failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    # accepted anywhere on the line, as people add it after the command that failed
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    guarded(lambda: app(arguments, standalone_mode=False), debug)
+
+
+def guarded(run: Callable[[], object], debug: bool = False) -> None:
+    """Runs something and turns whatever goes wrong into one line and an exit code; with `debug`, errors are raised."""
+    try:
+        status = run()
+    except EmosteerError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except processes.ShareDone:
+        sys.exit(0)
+    except _ClickException as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+            typer.echo(context.get_help())
+            sys.exit(2)
+        if debug:
+            raise
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; what was finished is kept, the same command goes on from there", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads any more, as with `| head`
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(_unforeseen(error), 1)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _unforeseen(error: Exception) -> str:
+    if says_out_of_memory(error):
+        return "out of memory; try --dtype bfloat16, smaller batches or fewer prompts (see --help), or a smaller model"
+    if isinstance(error, OSError):
+        place = f" {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}; check the path, its permissions and the space left"
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {text}; run it again with --debug for the traceback"
+
+
+def _fail(message: str, code: int) -> None:
+    """One line. Of several processes only the first says what goes for all: a wrong command line, or the end of the run."""
+    rank = processes.rank()
+    if not rank or code not in (2, processes.Stopped.exit_code):
+        typer.echo(f"emosteer: {message}" if not rank else f"emosteer, process {rank}: {message}", err=True)
+    sys.exit(code)

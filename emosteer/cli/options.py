@@ -1,0 +1,66 @@
+"""Options that several commands share. No torch here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emosteer.base.errors import UsageError
+from emosteer.circuits.dial import check_intensity
+
+DEFAULT_MODEL = "smollm2-135m"
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="Lay a large model over all GPUs: auto, balanced or sequential; needs accelerate.", show_default=False
+    ),
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
+RootOption = Annotated[Path, typer.Option("--artifacts", help="Folder that artefacts are kept in.", metavar="DIR")]
+ScenariosOption = Annotated[
+    Path | None, typer.Option("--scenarios", help="SEV file; the shipped training set if not given.", metavar="FILE")
+]
+RepliesOption = Annotated[
+    str | None, typer.Option("--replies", help="Reply bank, or 'self' for the model's own filtered replies.", metavar="FILE|self")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
+
+
+def finite(value: float | None, name: str) -> float | None:
+    """Refuses nan and infinity, which Python reads as numbers.
+
+    Raises:
+        UsageError: for a value that is not a finite number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"expected {name} to be a finite number, found {value}")
+    return value
+
+
+def one_of(intensity: float | None, strength: float | None) -> None:
+    """Checks how much was asked for: an intensity from 0 to 100, or a strength, or neither.
+
+    Raises:
+        UsageError: for both, or an intensity outside the dial.
+    """
+    if intensity is None:
+        return
+    if strength is not None:
+        raise UsageError("expected --intensity or --strength, found both")
+    check_intensity(intensity)
+
+
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]
+
+
+DirectionsOption = Annotated[
+    Path | None, typer.Option("--directions", help="What `extract` wrote; artifacts/MODEL/ if not given.", metavar="FILE")
+]

@@ -1,0 +1,1 @@
+"""Reading states, contrasts, and directions."""

@@ -1,0 +1,247 @@
+"""Statistics -> Directions: `v[e] = m[e] / |m[e]|` per site, and the evidence that they carry emotion and not context."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import ArtifactError, DegenerateDirection, UsageError, suggest
+from emosteer.directions.contrast import HALVES, HELDOUT, SHUFFLED, Contrasts, unit_vectors
+from emosteer.models.sites import MLP_POST, RESID_POST, Site, Z, parse_site
+
+KIND = "directions"
+
+
+@dataclass(frozen=True, eq=False)
+class UnitStats:
+    """Mean contrast and its variance over groups [emotion, layer, width], and the mean activation [layer, width]."""
+
+    mean: Tensor
+    variance: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What backs the directions, per residual site; accuracy and halves with their control of shuffled labels.
+
+    accuracy, accuracy_shuffled: [site, emotion], share of held-out groups whose emotion is named right by the largest
+    projection (chance 1 / emotions). halves, halves_shuffled, themes, valences: [emotion, site], cosine between the
+    directions of disjoint halves, and the mean cosine over pairs of themes and of valences.
+    """
+
+    accuracy: Tensor
+    accuracy_shuffled: Tensor
+    halves: Tensor
+    halves_shuffled: Tensor
+    themes: Tensor
+    valences: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The product of `extract`.
+
+    vectors: [emotion, site, d_model], unit length; norms: [emotion, site], length before scaling; rms: [site], root mean
+    square of the residual stream's entries at the read positions; base: [site, d_model], mean residual over emotions and
+    groups; variance: [emotion, site, d_model], of the contrast over groups; z, mlp: statistics of heads and neurons.
+    """
+
+    emotions: tuple[str, ...]
+    sites: tuple[Site, ...]
+    vectors: Tensor
+    norms: Tensor
+    rms: Tensor
+    base: Tensor
+    variance: Tensor
+    z: UnitStats
+    mlp: UnitStats
+    evidence: Evidence | None
+    elicitation: str
+    instruction: str
+    n_groups: int
+    n_heldout: int
+    dropped: Mapping[str, int]
+    provenance: Provenance
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return self.z.mean.shape[1]
+
+    def index(self, emotion: str) -> int:
+        """Position of an emotion.
+
+        Raises:
+            UsageError: if there is no direction for it.
+        """
+        if emotion not in self.emotions:
+            raise UsageError(f"unknown emotion '{emotion}'{suggest(emotion, self.emotions)}; this file holds {', '.join(self.emotions)}")
+        return self.emotions.index(emotion)
+
+    def at(self, kind: str) -> Tensor:
+        """Directions of one residual kind. Shape [emotion, layer, d_model]."""
+        return self.vectors[:, [i for i, site in enumerate(self.sites) if site.kind == kind]]
+
+    def save(self, path: Path) -> None:
+        """Writes the artefact."""
+        tensors = {"vectors": self.vectors, "norms": self.norms, "rms": self.rms, "base": self.base, "variance": self.variance}
+        for kind, stats in ((Z, self.z), (MLP_POST, self.mlp)):
+            tensors |= {f"{kind}.mean": stats.mean, f"{kind}.variance": stats.variance, f"{kind}.base": stats.base}
+        if self.evidence:
+            tensors |= {f"evidence.{name}": value for name, value in vars(self.evidence).items()}
+        fields = {
+            "emotions": list(self.emotions),
+            "sites": [str(site) for site in self.sites],
+            "elicitation": self.elicitation,
+            "instruction": self.instruction,
+            "n_groups": self.n_groups,
+            "n_heldout": self.n_heldout,
+            "dropped": dict(self.dropped),
+        }
+        artifacts.save(path, KIND, fields, tensors, self.provenance)
+
+    @classmethod
+    def load(cls, path: Path) -> Directions:
+        """Reads the artefact back.
+
+        Raises:
+            ArtifactError: if it is not one.
+        """
+        return cls.from_artifact(artifacts.load(path, KIND))
+
+    @classmethod
+    def from_artifact(cls, found: artifacts.Artifact) -> Directions:
+        """Makes the value from a loaded artefact of kind "directions".
+
+        Raises:
+            ArtifactError: if a part is missing.
+        """
+        try:
+            return cls._from_parts(found)
+        except KeyError as error:
+            raise ArtifactError(f"{found.path} lacks {error}; make it again") from error
+
+    @classmethod
+    def _from_parts(cls, found: artifacts.Artifact) -> Directions:
+        fields, tensors = found.fields, found.tensors
+        names = Evidence.__dataclass_fields__
+        evidence = Evidence(**{n: tensors[f"evidence.{n}"] for n in names}) if "evidence.halves" in tensors else None
+        return cls(
+            emotions=tuple(fields["emotions"]),
+            sites=tuple(parse_site(text) for text in fields["sites"]),
+            vectors=tensors["vectors"],
+            norms=tensors["norms"],
+            rms=tensors["rms"],
+            base=tensors["base"],
+            variance=tensors["variance"],
+            z=UnitStats(tensors["z.mean"], tensors["z.variance"], tensors["z.base"]),
+            mlp=UnitStats(tensors["mlp_post.mean"], tensors["mlp_post.variance"], tensors["mlp_post.base"]),
+            evidence=evidence,
+            elicitation=fields["elicitation"],
+            instruction=fields["instruction"],
+            n_groups=fields["n_groups"],
+            n_heldout=fields["n_heldout"],
+            dropped=fields["dropped"],
+            provenance=found.provenance,
+        )
+
+
+def from_contrasts(
+    contrasts: Contrasts, *, elicitation: str, instruction: str, dropped: Mapping[str, int], provenance: Provenance
+) -> Directions:
+    """Directions over all counted groups, held-out ones included; the evidence uses the held-out split.
+
+    Raises:
+        DegenerateDirection: if an emotion has no direction at some site.
+    """
+    counts = dict(zip(contrasts.plan.strata, contrasts.sums["count"].tolist(), strict=True))
+    means = contrasts.mean(*HALVES, HELDOUT)
+    vectors = unit_vectors(means)
+    n_states = contrasts.n_groups
+    units = {kind: UnitStats(*(t.float() for t in contrasts.unit_moments(kind))) for kind in (Z, MLP_POST)}
+    return Directions(
+        emotions=contrasts.plan.emotions,
+        sites=contrasts.sites,
+        vectors=vectors.float(),
+        norms=means.norm(dim=-1).float(),
+        rms=(contrasts.sums["resid_rms"] / n_states).sqrt().float(),
+        base=(contrasts.sums["resid_base"] / n_states).float(),
+        variance=(contrasts.sums["resid_sq"] / n_states - means.square()).clamp_min(0).float(),
+        z=units[Z],
+        mlp=units[MLP_POST],
+        evidence=_evidence(contrasts, counts) if counts[HELDOUT] and all(counts[half] for half in HALVES) else None,
+        elicitation=elicitation,
+        instruction=instruction,
+        n_groups=n_states,
+        n_heldout=int(counts[HELDOUT]),
+        dropped=dropped,
+        provenance=provenance,
+    )
+
+
+def _evidence(contrasts: Contrasts, counts: Mapping[str, float]) -> Evidence:
+    right = contrasts.sums["correct"] / counts[HELDOUT]
+
+    def pairwise(prefix: str) -> Tensor:
+        """Mean cosine over pairs of the strata with this prefix that hold groups; NaN-free: one stratum alone gives 1."""
+        names = [name for name in contrasts.plan.strata if name.startswith(prefix) and counts[name]]
+        vectors = [unit_vectors(contrasts.mean(name)) for name in names]
+        cosines = [(a * b).sum(-1) for a, b in itertools.combinations(vectors, 2)]
+        return torch.stack(cosines).mean(0).float() if cosines else torch.ones(contrasts.sums["resid"].shape[1:3])
+
+    return Evidence(
+        accuracy=right[0].float(),
+        accuracy_shuffled=right[1].float(),
+        halves=pairwise("half:"),
+        halves_shuffled=pairwise(SHUFFLED[0].split(":")[0] + ":"),
+        themes=pairwise("theme:"),
+        valences=pairwise("valence:"),
+    )
+
+
+#: Adjacent layers whose directions agree more than this are one stable band (METHOD section 5).
+BAND_COSINE = 0.9
+
+
+def stable_band(directions: Directions, threshold: float = BAND_COSINE) -> tuple[int, ...]:
+    """The late layers over which the directions keep still: the longest run of adjacent `resid_post` cosines above the threshold
+    that ends in the last third of the model; found, not hard-coded. Falls back to the single stillest late pair.
+    """
+    vectors = directions.at(RESID_POST)
+    n_layers = vectors.shape[1]
+    cosines = (vectors[:, 1:] * vectors[:, :-1]).sum(-1).mean(0)
+    best: range | None = None
+    start = 0
+    for layer in range(1, n_layers + 1):
+        if layer < n_layers and cosines[layer - 1] > threshold:
+            continue
+        run = range(start, layer)
+        if run.stop > 2 * n_layers // 3 and (best is None or len(run) > len(best)):
+            best = run
+        start = layer
+    if best is None or len(best) < 2:
+        late = n_layers // 2
+        pair = late + int(cosines[late:].argmax()) if n_layers - 1 > late else max(n_layers - 2, 0)
+        best = range(pair, min(pair + 2, n_layers))
+    return tuple(best)
+
+
+def reference_directions(directions: Directions, band: Sequence[int]) -> Tensor:
+    """`v_ref[e]`: normalised mean of `v_post[e]` over the stable band. Shape [emotion, d_model].
+
+    Raises:
+        DegenerateDirection: if the band's directions cancel out.
+    """
+    mean = directions.at(RESID_POST)[:, list(band)].mean(1)
+    norms = mean.norm(dim=-1, keepdim=True)
+    if not (norms > 1e-3).all():
+        raise DegenerateDirection(f"the directions of layers {band[0]} to {band[-1]} cancel out; choose a narrower band")
+    return mean / norms

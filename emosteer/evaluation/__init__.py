@@ -1,0 +1,1 @@
+"""The contest: controls, metrics, doses, bootstrap."""

@@ -1,0 +1,269 @@
+"""The contest's figures: which strength each method is given (development split), and how it does with it (test split, read once)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from emosteer.base.errors import UsageError, suggest
+from emosteer.circuits.methods import CONTROL_OF, METHODS, NONE, PROMPTS, STEERED
+from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
+from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
+from emosteer.evaluation.metrics import Table, confusion, content_tables, judged_rows, table_of
+from emosteer.judges.jury import Jury
+from emosteer.judges.protocol import LABELS, NEUTRAL
+from emosteer.scenarios.scenarios import VALENCES, Group
+from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
+
+#: Shares and means that are reported with an interval, beside the perplexity ratio and its median form.
+METRICS = ("accuracy", "match", "probability", "names", "synonyms", "sound", "repetition", "unfinished", "on_topic", "kept")
+#: What two methods are compared by.
+COMPARED = ("accuracy", "match", "probability", "ratio", "names", "sound", "unfinished", "on_topic", "kept")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """methods: who takes part; doses: strengths tried on the development split, as multiples of the method's default; control_groups:
+    development scenario-events that random controls write to at every dose (for the frontier only)."""
+
+    methods: tuple[str, ...] = METHODS
+    doses: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+    control_groups: int = 8
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
+            if method in CONTROL_OF and CONTROL_OF[method] not in self.methods:
+                raise UsageError(f"{method} takes the strengths of {CONTROL_OF[method]}; add {CONTROL_OF[method]} to --methods")
+        if NONE not in self.methods:
+            raise UsageError(f"every ratio refers to the unsteered replies; add {NONE} to --methods")
+        if not self.doses or not all(0 < dose < math.inf for dose in self.doses):
+            raise UsageError("expected --doses to be numbers above 0")
+        if not self.budget.ratio > 0:
+            raise UsageError(f"expected --budget above 0, found {self.budget.ratio}")
+
+
+Strengths = Mapping[str, float | None]
+#: What was tried on the development split: (method, dose) -> table; the dose is None where there is nothing to choose.
+Trials = dict[tuple[str, float | None], Table]
+
+
+# ---- the development split -------------------------------------------------------------------------------------------
+
+
+def develop(
+    contest: ContestWriter, jury: Jury, groups: Sequence[Group], defaults: Mapping[str, Strengths], settings: EvaluationSettings
+) -> Trials:
+    """Writes and judges every method at every setting, random controls on fewer scenario-events."""
+    wanted: dict[tuple[str, float | None], list[Cell]] = {}
+    for method in settings.methods:
+        own = groups[: settings.control_groups] if method in CONTROL_OF else groups
+        if method not in defaults:
+            wanted[method, None] = cells_of(method, own, dict.fromkeys(contest.emotions))
+        else:
+            for dose in settings.doses:
+                wanted[method, dose] = cells_of(method, own, {e: absolute_strength(dose, s) for e, s in defaults[method].items()})
+    cells = [cell for some in wanted.values() for cell in some]
+    rows = iter(judged_rows(cells, contest.write(cells, "development split"), jury, "development split"))
+    found = {setting: [next(rows) for _ in some] for setting, some in wanted.items()}
+    return {s: table_of(some, groups_of_cells(wanted[s]), contest.emotions) for s, some in found.items()}
+
+
+def absolute_strength(dose: float, strength: float | None) -> float:
+    """An absolute strength, rounded so that it reads well and is the same in every run."""
+    return round(dose * (strength or 0.0), 6)
+
+
+def groups_of_cells(cells: Sequence[Cell]) -> list[Group]:
+    """The scenario-events of some cells, each once, in order."""
+    return list(dict.fromkeys(cell.group for cell in cells))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """doses: method -> emotion -> dose, None where there is nothing to choose; unfit: method -> what no allocation of doses kept to:
+    "budget" (ratio and soundness of all replies together), or an emotion that no dose left sound enough."""
+
+    doses: dict[str, dict[str, float | None]]
+    unfit: dict[str, list[str]]
+
+
+def chosen_doses(trials: Trials, emotions: Sequence[str], settings: EvaluationSettings) -> Chosen:
+    """The rule, for every method. A control takes the doses of what it controls."""
+    base = trials[NONE, None]
+    plain = {emotion: DosePoint.of(base, base, e) for e, emotion in enumerate(emotions)}
+    found = Chosen({}, {})
+    for method in settings.methods:
+        found.doses[method] = dict.fromkeys(emotions)
+        source = CONTROL_OF.get(method, method)
+        if source not in STEERED:
+            continue
+        points = {e: {dose: DosePoint.of(trials[source, dose], base, i) for dose in settings.doses} for i, e in enumerate(emotions)}
+        choice = choose(points, plain, settings.budget)
+        found.doses[method] = dict(choice.doses)
+        if method == source and not choice.fits:
+            found.unfit[method] = list(choice.unsound) or ["budget"]
+    return found
+
+
+def frontier(trials: Trials, emotions: Sequence[str]) -> list[Row]:
+    """Accuracy against perplexity ratio: one line per method, dose and emotion, and one for all emotions together."""
+    lines = []
+    for (method, dose), table in trials.items():
+        for index, emotion in ((None, "all"), *enumerate(emotions)):
+            lines.append({"method": method, "setting": dose, "emotion": emotion, **vars(DosePoint.of(table, trials[NONE, None], index))})
+    return lines
+
+
+def equal_ratio(
+    trials: Trials, doses: Mapping[str, Mapping[str, float | None]], rivals: Sequence[tuple[str, str]], settings: EvaluationSettings
+) -> list[Row]:
+    """Two methods at the same fluency: `b` as chosen, `a` at the dose whose perplexity ratio is nearest to it. Development split.
+
+    The ratios can stay apart, because no dose comes near: they are given beside the difference.
+    """
+    base, found = trials[NONE, None], []
+    for a, b in rivals:
+        table = as_chosen(trials, b, doses[b])
+        target = DosePoint.of(table, base)
+        dose = min(settings.doses, key=lambda d: abs(math.log(DosePoint.of(trials[a, d], base).ratio / target.ratio)))
+        own, draws = trials[a, dose], Draws.make(len(table["nll"]), seed=settings.seed)
+        found.append(
+            {
+                "a": a,
+                "b": b,
+                "setting": dose,
+                "ratio_a": DosePoint.of(own, base).ratio,
+                "ratio_b": target.ratio,
+                "accuracy_a": estimate(mean(own["accuracy"], draws)),
+                "accuracy_b": estimate(mean(table["accuracy"], draws)),
+                **compare(own, table, base, "accuracy", draws, settings.seed),
+            }
+        )
+    return found
+
+
+def as_chosen(trials: Trials, method: str, doses: Strengths) -> Table:
+    """A method's development table with each emotion at its chosen dose."""
+    parts = [trials[method, dose] for dose in doses.values()]
+    return {name: torch.stack([part[name][:, e] for e, part in enumerate(parts)], 1) for name in parts[0]}
+
+
+# ---- the test split --------------------------------------------------------------------------------------------------
+
+
+def read_test(contest: ContestWriter, jury: Jury, groups: Sequence[Group], chosen: Mapping[str, Strengths]) -> dict[str, list[Row]]:
+    """Method -> its judged replies to the test split at the chosen strengths."""
+    cells = [cell for method, strengths in chosen.items() for cell in cells_of(method, groups, strengths)]
+    rows = judged_rows(cells, contest.write(cells, "test split"), jury, "test split")
+    return {method: [row for row in rows if row["method"] == method] for method in chosen}
+
+
+def ratio_of(table: Table, base: Table, draws: Draws) -> Tensor:
+    """Perplexity ratio to the unsteered replies. Shape [1 + draw]."""
+    return (mean(table["nll"], draws) - mean(base["nll"], draws)).exp()
+
+
+def compare(a: Table, b: Table, base: Table, metric: str, draws: Draws, seed: int) -> Row:
+    """a - b over the replies that both have: difference with interval, p, n. The ratio's p is that of the nats per token behind it."""
+    one, two = paired(*(table["nll" if metric == "ratio" else metric] for table in (a, b)))
+    values = [ratio_of(t, base, draws) for t in (a, b)] if metric == "ratio" else [mean(t, draws) for t in (one, two)]
+    p = sign_flip_p(one - two, seed)
+    return {"difference": estimate(values[0] - values[1]), "p": float(f"{p:.3g}"), "n": int((~one.isnan()).sum())}
+
+
+def result_of(
+    method: str, table: Table, base: Table, rows: Sequence[Row], groups: Sequence[Group], draws: Draws, emotions: Sequence[str]
+) -> Row:
+    """Everything reported of one method."""
+
+    def some(values: Table, unsteered: Table, drawn: Draws) -> Row:
+        return {
+            "accuracy": estimate(mean(values["accuracy"], drawn)),
+            "ratio": estimate(ratio_of(values, unsteered, drawn)),
+            "names": estimate(mean(values["names"], drawn)),
+            "n": values["nll"].numel(),
+        }
+
+    def part(columns: slice, lines: Sequence[int]) -> Row:
+        cut = [{name: values[list(lines)][:, columns] for name, values in source.items()} for source in (table, base)]
+        return some(cut[0], cut[1], draws.of(lines))
+
+    everything = list(range(len(groups)))
+    valences = {v: [g for g, group in enumerate(groups) if group.key.valence == v] for v in VALENCES}
+    return {
+        "method": method,
+        "n": table["nll"].numel(),
+        "missing": int(table["accuracy"].isnan().sum()),
+        **{name: estimate(mean(table[name], draws)) for name in METRICS},
+        "ratio": estimate(ratio_of(table, base, draws)),
+        "median_ratio": estimate((median(table["nll"], draws) - median(base["nll"], draws)).exp()),
+        "n_tokens": round(table["n_tokens"].mean().item(), 6),
+        "confusion": confusion(rows, emotions),
+        "by_emotion": {emotion: part(slice(e, e + 1), everything) for e, emotion in enumerate(emotions)},
+        "by_valence": {valence: part(slice(None), lines) for valence, lines in valences.items() if lines},
+    }
+
+
+def rivals_of(methods: Sequence[str], prompt: str | None) -> list[tuple[str, str]]:
+    """Who is compared with whom: the two steerings with each other, with the best prompt and with their controls."""
+    pairs = [("circuit", "residual"), ("circuit", prompt), ("residual", prompt), ("circuit", NONE), ("residual", NONE)]
+    pairs += [(source, control) for control, source in CONTROL_OF.items()]
+    return [(a, b) for a, b in pairs if a in methods and b in methods and b is not None]
+
+
+def evaluate(
+    contest: ContestWriter,
+    jury: Jury,
+    dev: Sequence[Group],
+    test: Sequence[Group],
+    defaults: Mapping[str, Strengths],
+    settings: EvaluationSettings,
+) -> tuple[Row, list[Row]]:
+    """Holds the contest.
+
+    Args:
+        defaults: method -> emotion -> default strength, for every method that has strengths to choose.
+
+    Returns:
+        The evaluation (without provenance), and the judged test replies.
+
+    Raises:
+        UsageError: if no judge knows an emotion of the circuit.
+    """
+    emotions = contest.emotions
+    if unknown := [emotion for emotion in emotions if emotion not in LABELS or emotion == NEUTRAL]:
+        raise UsageError(f"no judge knows the emotion '{unknown[0]}'; judges tell {', '.join(LABELS)} apart")
+    trials = develop(contest, jury, dev, defaults, settings)
+    choice = chosen_doses(trials, emotions, settings)
+    doses = choice.doses
+    prompts = {name: DosePoint.of(trials[name, None], trials[NONE, None]) for name in PROMPTS if name in settings.methods}
+    prompt = best_prompt(prompts, settings.budget) if prompts else None
+    chosen = {m: {e: None if d is None else absolute_strength(d, defaults[m][e]) for e, d in own.items()} for m, own in doses.items()}
+    by_method = read_test(contest, jury, test, chosen)
+    content = content_tables(by_method, test, emotions, jury.encoder, settings.seed)
+    tables = {method: {**table_of(some, test, emotions), **content[method]} for method, some in by_method.items()}
+    draws, rivals = Draws.make(len(test), seed=settings.seed), rivals_of(settings.methods, prompt)
+    body: Row = {
+        "budget": vars(settings.budget),
+        "defaults": {method: dict(own) for method, own in defaults.items()},
+        "chosen": chosen,
+        "unfit": choice.unfit,
+        "best_prompt": prompt,
+        "frontier": frontier(trials, emotions),
+        "equal_ratio": equal_ratio(trials, doses, [(a, b) for a, b in rivals if b in (prompt, "residual")], settings),
+        "results": [result_of(m, table, tables[NONE], by_method[m], test, draws, emotions) for m, table in tables.items()],
+        "comparisons": [
+            {"a": a, "b": b, "metric": metric, **compare(tables[a], tables[b], tables[NONE], metric, draws, settings.seed)}
+            for a, b in rivals
+            for metric in COMPARED
+        ],
+    }
+    return body, [row for some in by_method.values() for row in some]

@@ -1,0 +1,1 @@
+"""Steering plans, engines, KV cache, the fast forward pass, decoding, fluency."""

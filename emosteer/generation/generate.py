@@ -1,0 +1,280 @@
+"""Batched generation under a steering plan: KV cache, a different emotion and strength per row, seeds per row.
+
+The plain model writes; the bridge would be slower. A row's text depends on its prompt, plan, seed and decoding alone: sampling
+noise is drawn per row, so batch size and neighbours do not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emosteer.base.errors import DataError, UsageError
+from emosteer.generation.engines import engine_for
+from emosteer.generation.steering import SteeringPlan
+from emosteer.models.interventions import RowEdits
+from emosteer.models.model import Model
+from emosteer.models.tokens import reply_text
+
+#: How many of the likeliest tokens are sorted when sampling; a nucleus that is larger is found among all.
+LIKELY = 1024
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen; the same for every method compared.
+
+    temperature: 0 is greedy; top_p: nucleus, 1 is all; repetition_penalty: 1 is none (small models loop without one), applied to
+    the tokens of prompt and reply as Hugging Face does.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, found {self.max_new_tokens}"),
+            (0 <= self.temperature < float("inf"), f"--temperature must be a number of at least 0, found {self.temperature}"),
+            (0 < self.top_p <= 1, f"--top-p must lie between 0 and 1, found {self.top_p}"),
+            (0 < self.repetition_penalty < float("inf"), f"--repetition-penalty must be above 0, found {self.repetition_penalty}"),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to write. key: what its seed is drawn from; ids: the prompt's tokens."""
+
+    key: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was written. finish_reason: "stop" (the model ended it) or "length" (cut off); ids: its tokens, no stop token."""
+
+    key: str
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the reply."""
+        return len(self.ids)
+
+
+OnToken = Callable[[str], None]
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    plan: SteeringPlan | None = None,
+    decoding: Decoding | None = None,
+    *,
+    row_edits: RowEdits | None = None,
+    on_token: OnToken | None = None,
+) -> list[Reply]:
+    """Writes one batch of replies.
+
+    Args:
+        plan: what is added per row; None adds nothing.
+        row_edits: unit edits on top (ablation and enhancement curves).
+        on_token: for a batch of one, receives each piece of text as it is written.
+
+    Raises:
+        DataError: if a prompt with its reply does not fit the model's context.
+    """
+    decoding = decoding or Decoding()
+    plan = plan or SteeringPlan.none(len(requests))
+    if plan.n_rows != len(requests):
+        raise ValueError(f"the plan has {plan.n_rows} rows, the batch {len(requests)}")
+    if not requests:
+        return []
+    check_lengths(requests, decoding, model.shape.context, model.name)
+    batch = _Batch(model, requests, decoding)
+    stream = _Stream(model, on_token) if on_token and len(requests) == 1 else None
+    with engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens) as engine:
+        tokens = None
+        for _ in range(decoding.max_new_tokens):
+            tokens, kept = batch.take(engine.step(tokens))
+            if stream:
+                stream.push(batch.written[0])
+            if not kept:
+                break
+            if len(kept) < len(tokens):
+                tokens = batch.keep(kept, tokens)
+                engine.keep(kept)
+    if stream:
+        stream.flush(batch.written[0])
+    return batch.replies()
+
+
+def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int, name: str) -> None:
+    """Refuses what a model has no positions for.
+
+    Args:
+        context: positions of the model; name: what it is called.
+
+    Raises:
+        DataError: naming the first prompt that is too long.
+    """
+    for request in requests:
+        if len(request.ids) + decoding.max_new_tokens > context:
+            raise DataError(
+                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
+                f"context of {name} ({context}); shorten it or lower --max-new-tokens"
+            )
+
+
+class _Batch:
+    """The replies of one batch while they are written. Rows that end leave the batch, so that the others go on faster."""
+
+    def __init__(self, model: Model, requests: Sequence[Request], decoding: Decoding) -> None:
+        self.model, self.requests, self.decoding = model, requests, decoding
+        device = model.device
+        width = max(len(request.ids) for request in requests)
+        # What each row has seen: its prompt, filled up with its first token, and room for its reply.
+        seen = [[*request.ids, *[request.ids[0]] * (width - len(request.ids) + decoding.max_new_tokens)] for request in requests]
+        self.seen = torch.tensor(seen, device=device)
+        self.noise = _noise(requests, decoding).to(device) if decoding.temperature > 0 else None
+        self.alive = list(range(len(requests)))
+        self.written: list[list[int]] = [[] for _ in requests]
+        self.reason = ["length"] * len(requests)
+        self.width, self.steps = width, 0
+
+    def take(self, logits: Tensor) -> tuple[Tensor, list[int]]:
+        """Chooses one token for every row that is alive. Returns the tokens [row] and which of the rows go on."""
+        noise = None if self.noise is None else self.noise[:, self.steps]
+        end = self.width + self.steps
+        tokens = choose(logits.float(), self.seen[:, :end], noise, self.decoding)
+        self.seen[:, end] = tokens
+        self.steps += 1
+        kept = []
+        for place, (row, token) in enumerate(zip(self.alive, tokens.tolist(), strict=True)):
+            if token in self.model.stop_ids:
+                self.reason[row] = "stop"
+            else:
+                self.written[row].append(token)
+                kept.append(place)
+        return tokens, kept
+
+    def keep(self, kept: Sequence[int], tokens: Tensor) -> Tensor:
+        """Lets the rows go that have ended; returns the tokens of the others."""
+        index = torch.tensor(kept, device=tokens.device)
+        self.alive, self.seen = [self.alive[place] for place in kept], self.seen[index]
+        if self.noise is not None:
+            self.noise = self.noise[index]
+        return tokens[index]
+
+    def replies(self) -> list[Reply]:
+        return [
+            Reply(request.key, reply_text(self.model.tokenizer, ids), tuple(ids), reason)
+            for request, ids, reason in zip(self.requests, self.written, self.reason, strict=True)
+        ]
+
+
+def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decoding) -> Tensor:
+    """The next token of every row: repetition penalty, temperature and nucleus in Hugging Face's order. Shape [row].
+
+    Args:
+        logits: [row, d_vocab], float32; seen: the tokens of prompt and reply so far, as a mask [row, d_vocab] or, which is cheaper,
+            as token ids [row, n] in any order, repeated or not.
+        noise: [row], a uniform number in [0, 1) per row; None is greedy.
+    """
+    if decoding.repetition_penalty != 1:
+        listed = seen.dtype != torch.bool
+        scores = logits.gather(1, seen) if listed else logits
+        scores = torch.where(scores > 0, scores / decoding.repetition_penalty, scores * decoding.repetition_penalty)
+        logits = logits.scatter(1, seen, scores) if listed else torch.where(seen, scores, logits)
+    if noise is None:
+        return logits.max(-1).indices  # several times as fast as argmax on a processor
+    probabilities = (logits / decoding.temperature).softmax(-1)
+    if decoding.top_p == 1 or probabilities.shape[1] < 4 * LIKELY:
+        return _draw(probabilities, noise, decoding.top_p)[0]
+    # Sorting the whole vocabulary costs more than the model's own work: the likeliest tokens do wherever the nucleus ends among them.
+    likely = probabilities.topk(LIKELY).indices.sort(-1).values
+    places, least = _draw(probabilities.gather(1, likely), noise, decoding.top_p)
+    tokens = likely.gather(1, places[:, None])[:, 0]
+    rest = (least <= probabilities.gather(1, likely).amin(-1)).nonzero()[:, 0]
+    if len(rest):
+        tokens[rest] = _draw(probabilities[rest], noise[rest], decoding.top_p)[0]
+    return tokens
+
+
+def _draw(probabilities: Tensor, noise: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The token of every row at its place in the nucleus, likeliest first, and the probability of the nucleus' last token."""
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    outside = before >= top_p
+    probabilities = probabilities.masked_fill(outside, 0)  # the first token always stays
+    heaped = probabilities.cumsum(-1)
+    target = noise[:, None] * heaped[:, -1:]
+    token = order.gather(1, torch.searchsorted(heaped, target, right=True).clamp_max(order.shape[1] - 1))[:, 0]
+    return token, probabilities.masked_fill(outside, torch.inf).amin(-1)
+
+
+def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:
+    """Uniform numbers [row, step], drawn from each row's own seed."""
+    rows = []
+    for request in requests:
+        generator = torch.Generator().manual_seed(seed_of(decoding.seed, request.key))
+        rows.append(torch.rand(decoding.max_new_tokens, generator=generator))
+    return torch.stack(rows)
+
+
+def seed_of(seed: int, key: str) -> int:
+    """A row's own seed, 63 bits: whatever the batch, the neighbours and the engine."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class _Stream:
+    """Turns growing token lists into text pieces that join to the reply's text; incomplete last characters are held back."""
+
+    def __init__(self, model: Model, on_token: OnToken) -> None:
+        self.tokenizer, self.on_token, self.sent = model.tokenizer, on_token, ""
+
+    def push(self, ids: Sequence[int]) -> None:
+        text = reply_text(self.tokenizer, ids)  # white space at the end waits: the reply's text may end before it
+        if not text.endswith("\ufffd"):
+            self._send(text)
+
+    def flush(self, ids: Sequence[int]) -> None:
+        self._send(reply_text(self.tokenizer, ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > len(self.sent):
+            self.on_token(text[len(self.sent) :])
+            self.sent = text
+
+
+def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    """Indices of the requests in batches of similar prompt length, longest first, so that little is padded."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].ids), i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def completer(
+    reference: str, *, device: str = "auto", dtype: str = "auto", temperature: float = 0.9, max_new_tokens: int = 400
+) -> Callable[[list[dict[str, str]], int], str]:
+    """Loads a model and returns `complete(messages, seed) -> text`; authoring uses it."""
+    model = Model.load(reference, device=device, dtype=dtype)
+
+    def complete(messages: list[dict[str, str]], seed: int) -> str:
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, repetition_penalty=1.05, seed=seed)
+        return generate(model, [Request("author", tuple(model.prompt_ids(messages)))], decoding=decoding)[0].text
+
+    return complete

@@ -1,0 +1,304 @@
+"""The forward pass of Llama and Qwen2 models without the generality that costs time, for generation only.
+
+It differs from the Hugging Face model in what is done per token, not in what is computed: every distinct prompt prefix once, all
+linear layers on packed tokens, keys and values in one growing block, no masks rebuilt, steering vectors added in place; on a CPU weights
+laid out ahead for small batches, and in float32 a step that was compiled for the machine (`native`). `lean_of` proves it
+against the Hugging Face forward pass before it is used, and gives None for every model that is not exactly of this shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from emosteer.base.progress import note
+from emosteer.generation.kv_cache import RowCache, growing_cache
+from emosteer.generation.native import step as native
+from emosteer.generation.native.build import library
+from emosteer.generation.packed_linear import MOST_BYTES, PackedLinear, pack_all
+from emosteer.generation.prefix_tree import PrefixTree, pack
+from emosteer.models.model import Model
+from emosteer.models.sites import ATTN_OUT, MLP_OUT, RESID_POST, Site
+
+#: Model class -> classes of its attention, MLP and norm. Anything else keeps the Hugging Face forward pass.
+_KNOWN = {
+    "LlamaForCausalLM": ("LlamaAttention", "LlamaMLP", "LlamaRMSNorm"),
+    "Qwen2ForCausalLM": ("Qwen2Attention", "Qwen2MLP", "Qwen2RMSNorm"),
+}
+#: Rotary variants whose angles do not depend on the length of the sequence.
+_ROTARY = ("default", "linear", "llama3", "yarn")
+#: layer -> vectors [row, d_model] added after attention and after the MLP; None adds nothing.
+Added = Sequence[tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """The parts of one decoder layer."""
+
+    norm1: nn.Module
+    norm2: nn.Module
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class Lean:
+    """A lean forward pass over the weights of a model; the weights are the model's own."""
+
+    def __init__(self, model: Model) -> None:
+        """Takes the model apart; `lean_of` says whether that is allowed."""
+        self.model, self.shape = model, model.shape
+        self.embed: Tensor = model.body.embed_tokens.weight
+        self.norm = model.body.norm
+        self.layers = [self._layer(layer) for layer in model.layers]
+        self.head = PackedLinear([model.hf.lm_head])
+        self.scale = self.shape.d_head**-0.5
+        self.native: native.NativeStep | None = None
+        self._prepared, self._lock = False, Lock()
+
+    @staticmethod
+    def _layer(layer: Any) -> _Layer:
+        attn, mlp = layer.self_attn, layer.mlp
+        return _Layer(
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            PackedLinear([attn.q_proj, attn.k_proj, attn.v_proj]),
+            PackedLinear([attn.o_proj]),
+            PackedLinear([mlp.gate_proj, mlp.up_proj]),
+            PackedLinear([mlp.down_proj]),
+        )
+
+    def linears(self) -> list[PackedLinear]:
+        """All linear maps."""
+        return [self.head, *(linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+
+    def prepare(self, rows: int) -> None:
+        """Gets ready for steps of `rows` rows: the compiled step where there is one, or else weights laid out ahead where that pays.
+
+        Safe to call from several threads: a compiled step is shown to others once it is proved.
+        """
+        with self._lock:
+            if not self._prepared:
+                self._prepared = True
+                if self.model.device.type == "cpu" and self.model.dtype == torch.float32 and library() is not None:
+                    self.native = self._if_equal(native.NativeStep(self.shape, self.model.layers, self.norm, self.model.hf.lm_head), 1)
+            if self.native is None:
+                pack_all(self.linears(), rows)
+            elif rows > 1 and not self.native.is_packed and self.native.n_bytes <= MOST_BYTES:
+                self.native.pack()
+                self.native = self._if_equal(self.native, 3)
+
+    @torch.no_grad()
+    def _if_equal(self, compiled: native.NativeStep, rows: int) -> native.NativeStep | None:
+        """The compiled step if it computes what the step in torch computes."""
+        draw = torch.Generator().manual_seed(rows)
+        lengths = [3 + row for row in range(rows)]
+        cache = RowCache(self.shape, lengths, 2, self.model.device, self.model.dtype)
+        cache.block.copy_(torch.randn(cache.block.shape, generator=draw))
+        tokens = torch.randint(self.shape.d_vocab, (rows,), generator=draw)
+        added = self.added({Site(0, ATTN_OUT): torch.randn(rows, self.shape.d_model, generator=draw)})
+        found = []
+        for way in (None, compiled):
+            trial = copy(self)
+            trial.native, cache.end = way, cache.width
+            found.append(trial.logits(trial.step(tokens, torch.tensor(lengths), cache, added)))
+        if agree(found[1], found[0]):
+            return compiled
+        note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
+        return None
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [token, 1, d_head] by the model's own rotary module."""
+        cos, sin = self.model.body.rotary_emb(self.embed[:1], positions[None])
+        half = self.shape.d_head // 2
+        return cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
+
+    def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
+        """Root-mean-square norm, statistics in float32 as Hugging Face takes them."""
+        if self.native is not None:
+            return native.norm(hidden, norm.weight, norm.variance_epsilon)
+        if hidden.dtype == torch.float32:
+            return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * wide.to(hidden.dtype)
+
+    def _queries(self, layer: _Layer, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values [token, head, d_head]."""
+        shape = self.shape
+        heads = layer.qkv(self._normed(layer.norm1, hidden)).view(len(hidden), -1, shape.d_head)
+        if self.native is not None:
+            native.rotate(heads, shape.n_heads + shape.n_kv_heads, angles)
+            return heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
+        turned, values = heads[:, : -shape.n_kv_heads], heads[:, -shape.n_kv_heads :]
+        turned = torch.addcmul(turned * angles[0], turned.roll(shape.d_head // 2, -1), angles[1])
+        return turned[:, : shape.n_heads], turned[:, shape.n_heads :], values
+
+    def _rest(
+        self, layer: _Layer, hidden: Tensor, z: Tensor, added: tuple[Tensor | None, Tensor | None], room: Tensor | None = None
+    ) -> Tensor:
+        """What follows attention in a layer. hidden, result: [token, d_model]; room: [2, token, d_mlp], to be written over."""
+        hidden = layer.o(z, hidden)
+        if added[0] is not None:
+            hidden += added[0]
+        gate, up = layer.gate_up.parts(self._normed(layer.norm2, hidden), room)
+        gated = functional.silu(gate, inplace=True).mul_(up) if self.native is None else native.gate(gate, up)
+        hidden = layer.down(gated, hidden)
+        if added[1] is not None:
+            hidden += added[1]
+        return hidden
+
+    def read(self, packed: PrefixTree, keep: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Computes keys and values [node, n_kv_heads, d_head] of every distinct prefix and gives them to `keep(layer, keys, values)`."""
+        hidden, angles = self.embed[packed.tokens], self.rotary(packed.positions)
+        n_paths, width = packed.paths.shape
+        # One room for all layers: memory that is given back and asked for again has to be cleared by the system every time.
+        room = hidden.new_empty(2, len(hidden), self.shape.d_mlp) if self.native is not None else None
+        for index, layer in enumerate(self.layers):
+            queries, keys, values = self._queries(layer, hidden, angles)
+            keep(index, keys, values)
+            if index + 1 == len(self.layers):
+                return  # the last layer's output is not needed
+            if self.native is not None:
+                z = native.read(queries, self.shape.n_kv_heads, packed, self.scale)
+            else:
+                q, k, v = (states[packed.paths].transpose(1, 2) for states in (queries, keys, values))
+                z = functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shape.n_kv_heads < self.shape.n_heads
+                )
+                z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place]
+            hidden = self._rest(layer, hidden, z, (None, None), room)
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
+        """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""
+        mask = cache.advance()
+        if self.native is not None and self.native.takes(len(tokens)):
+            return self.native.step(self.embed[tokens], self.rotary(positions), cache, added)
+        return self._step(tokens, positions, cache.write, mask, added)
+
+    def fixed_step(self, tokens: Tensor, positions: Tensor, block: Tensor, column: Tensor, mask: Tensor, added: Added) -> Tensor:
+        """`step` with shapes that do not change from token to token, which a recording needs: attention over all columns of a cache's
+        block, of which `mask` [row, 1, 1, pos] hides some; the new one is `column` [1]."""
+
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = block[layer]
+            return k.index_copy_(2, column, keys[:, :, None]), v.index_copy_(2, column, values[:, :, None])
+
+        return self._step(tokens, positions, write, mask, added)
+
+    def _step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        write: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        added: Added,
+    ) -> Tensor:
+        """write: takes a layer's new keys and values, and returns all of them, [row, n_kv_heads, pos, d_head]."""
+        hidden, angles, shape = self.embed[tokens], self.rotary(positions), self.shape
+        grouped = (len(tokens), shape.n_kv_heads, -1, shape.d_head)
+        for index, layer in enumerate(self.layers):
+            queries, keys, values = self._queries(layer, hidden, angles)
+            k, v = write(index, keys, values)
+            z = functional.scaled_dot_product_attention(queries.reshape(grouped), k, v, attn_mask=mask, scale=self.scale)
+            hidden = self._rest(layer, hidden, z.reshape(len(tokens), -1), added[index])
+        return self._normed(self.norm, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembeds final-normed hidden states [row, d_model]."""
+        if self.native is not None and self.native.takes(len(hidden)):
+            return self.native.head(hidden)
+        return self.head(hidden) if self.head.is_packed else self.model.logits(hidden)
+
+    def added(self, vectors: Mapping[Site, Tensor]) -> Added:
+        """Steering vectors by layer; what is added to the MLP's output and to the layer's is one sum."""
+        table: list[tuple[Tensor | None, Tensor | None]] = []
+        for layer in range(self.shape.n_layers):
+            mlp, post = vectors.get(Site(layer, MLP_OUT)), vectors.get(Site(layer, RESID_POST))
+            late = mlp + post if mlp is not None and post is not None else mlp if post is None else post
+            table.append((vectors.get(Site(layer, ATTN_OUT)), late))
+        return table
+
+
+def lean_of(model: Model) -> Lean | None:
+    """The model's lean forward pass, proved; None where the Hugging Face forward pass must be used.
+
+    It is made once per model and made again if a weight has changed since.
+    """
+    if not _recognised(model):
+        return None
+    found: tuple[Any, Lean | None] | None = model.__dict__.get("_lean")
+    state = _state(model)
+    if found is None or found[0] != state:
+        lean = Lean(model)
+        found = model.__dict__["_lean"] = (state, lean if _proved(lean) else None)
+    return found[1]
+
+
+def _state(model: Model) -> list[tuple[int, int]]:
+    """Changes when a weight is replaced or written to."""
+    return [(weight.data_ptr(), weight._version) for weight in model.hf.parameters()]
+
+
+def _recognised(model: Model) -> bool:
+    """Whether the modules are exactly those whose arithmetic `Lean` repeats, with nothing hooked into them."""
+    hf, config = model.hf, model.hf.config
+    known = _KNOWN.get(type(hf).__name__)
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    rotary = getattr(model.body, "rotary_emb", None)
+    if known is None or kinds != {"full_attention"} or config.hidden_act != "silu" or getattr(rotary, "rope_type", "") not in _ROTARY:
+        return False
+    if not type(hf).__module__.startswith("transformers.models.") or getattr(hf, "hf_device_map", None):
+        return False
+    attention, mlp, norm = known
+    for layer in model.layers:
+        parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+        if tuple(type(part).__name__ for part in parts) != (attention, mlp, norm, norm):
+            return False
+        attn = layer.self_attn
+        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        if any(type(linear) is not nn.Linear for linear in linears) or getattr(attn, "sliding_window", None):
+            return False
+        if any(hasattr(attn, name) for name in ("q_norm", "k_norm")) or attn.scaling != model.shape.d_head**-0.5:
+            return False
+    plain_ends = type(hf.lm_head) is nn.Linear and type(model.body.embed_tokens) is nn.Embedding and type(model.body.norm).__name__ == norm
+    return plain_ends and not any(module._forward_hooks or module._forward_pre_hooks for module in hf.modules())
+
+
+@torch.no_grad()
+def _proved(lean: Lean) -> bool:
+    """Whether logits agree with the Hugging Face forward pass: prompts of different lengths that begin alike, and two tokens more."""
+    model, vocab = lean.model, lean.shape.d_vocab
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randint(vocab, (3, 12), generator=draw)
+    whole[1, :6] = whole[0, :6]
+    starts = (0, 0, 4)  # the third row is shorter
+    whole, mask = whole.to(model.device), torch.ones(3, 12, dtype=torch.long, device=model.device)
+    mask[2, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    usual = model.body(input_ids=whole, attention_mask=mask, position_ids=positions, past_key_values=growing_cache(model.hf.config))
+    expected = model.logits(usual.last_hidden_state[:, 9:])
+    prompts = [whole[row, start:9].tolist() for row, start in enumerate(starts)]
+    cache = RowCache(lean.shape, [len(prompt) for prompt in prompts], 3, model.device, model.dtype)
+    packed = pack(prompts, cache.width, model.device)
+    lean.read(packed, lambda layer, keys, values: cache.fill(layer, range(3), packed.rows, keys, values))
+    added = lean.added({})
+    found = torch.stack([lean.logits(lean.step(whole[:, at], positions[:, at], cache, added)) for at in range(9, 12)], dim=1)
+    return agree(found, expected)
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of the same computation, of one precision, differ by no more than rounding."""
+    # In half precision two orders of the same sums differ by 4 to 6 % of the logits' spread on a real model; an error in the arithmetic
+    # gives differences as large as the spread.
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 0.2
+    error = (found - expected).float().square().mean().sqrt()
+    return bool(error <= tolerance * expected.float().std())

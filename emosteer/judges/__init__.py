@@ -1,0 +1,1 @@
+"""Blind judges, soundness, jury, and their training."""

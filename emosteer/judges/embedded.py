@@ -1,0 +1,192 @@
+"""The embedded judge: sentence embeddings (all-MiniLM-L6-v2) and two small linear heads fitted on the project's own judge texts.
+
+Offline once the encoder is there, blind, and independent: it shares no weights with a steered model and no text with the reply bank.
+The heads read every layer of the encoder (mean and standard deviation over tokens), not only the last: what sentence embeddings are
+trained for is the topic, while tone and word order live in the layers below. `make judge` fits the heads again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import ArtifactError
+from emosteer.judges.protocol import Opinion
+
+ENCODER = "all-minilm-l6-v2"
+KIND = "judge"
+ASSET = Path(__file__).parents[1] / "assets" / "judge.safetensors"
+MAX_TOKENS = 160
+#: Weight of the squared head weights in the fit.
+RIDGE = 3e-6
+
+
+class SentenceEncoder:
+    """all-MiniLM-L6-v2: sentence embeddings, and features of all its layers. Fetched on first use; float32, on the CPU."""
+
+    def __init__(self) -> None:
+        """Loads the encoder."""
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as hf_logging
+
+        from emosteer.base.progress import note
+        from emosteer.models.weights.resolve import packaged_folder
+
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        folder = packaged_folder(ENCODER, progress=note).path
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Sentence embeddings: mean over the tokens of the last layer, unit length. Shape [text, width]."""
+        return self._run(texts, lambda layers, weight: normalize((layers[-1] * weight).sum(1) / weight.sum(1), dim=-1))
+
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """Mean and standard deviation over tokens of every layer, each part of unit length. Shape [text, 2 * layers * width]."""
+        return self._run(texts, _layer_statistics)
+
+    @torch.no_grad()
+    def _run(self, texts: Sequence[str], read: Callable[[tuple[Tensor, ...], Tensor], Tensor], batch_size: int = 64) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # little padding
+        found: list[Tensor | None] = [None] * len(texts)
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            some = [texts[i] if texts[i].strip() else "." for i in index]
+            tokens = self.tokenizer(some, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            layers = self.model(**tokens, output_hidden_states=True).hidden_states
+            for i, row in zip(index, read(layers, tokens["attention_mask"][..., None].float()), strict=True):
+                found[i] = row
+        return torch.stack([row for row in found if row is not None]) if texts else torch.zeros(0, 0)
+
+
+def _layer_statistics(layers: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    count = weight.sum(1)
+    means = [(layer * weight).sum(1) / count for layer in layers]
+    spreads = [(((layer - mean[:, None]).square() * weight).sum(1) / count).sqrt() for layer, mean in zip(layers, means, strict=True)]
+    return torch.cat([normalize(part, dim=-1) for part in (*means, *spreads)], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Multinomial logistic regression on standardised features. mean, scale: [feature]; weight: [label, feature]; bias: [label]."""
+
+    labels: tuple[str, ...]
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @cached_property
+    def key(self) -> str:
+        """A short hash of the head: the same opinions, the same key."""
+        parts = (self.mean, self.scale, self.weight, self.bias)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:12]
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """[text, label]."""
+        return ((features - self.mean) * self.scale @ self.weight.T + self.bias).softmax(-1)
+
+
+def fit_head(features: Tensor, answers: Tensor, labels: Sequence[str], ridge: float = RIDGE) -> LinearHead:
+    """Fits a head by LBFGS: the loss is strictly convex in the weights, so the result does not depend on chance.
+
+    Args:
+        features: [text, feature]; answers: [text], indices of `labels`.
+    """
+    mean = features.mean(0)
+    scale = 1 / ((features.std(0) + 1e-4) * features.shape[1] ** 0.5)
+    x = (features - mean) * scale
+    weight = torch.zeros(len(labels), x.shape[1], requires_grad=True)
+    bias = torch.zeros(len(labels), requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], lr=1.0, max_iter=150, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = cross_entropy(x @ weight.T + bias, answers) + ridge * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    kept = [part.detach().half().float() for part in (weight, bias)]  # half precision is plenty, and hides the last bits of the fit
+    return LinearHead(tuple(labels), mean, scale, kept[0], kept[1])
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedJudge:
+    """Probabilities over the emotions and neutral; soundness is the other head of the same file (`soundness.SoundnessCheck`)."""
+
+    encoder: SentenceEncoder
+    head: LinearHead
+    key: str
+    name: str = "embedded"
+
+    @classmethod
+    def load(cls, path: Path = ASSET, encoder: SentenceEncoder | None = None) -> EmbeddedJudge:
+        """The shipped judge, or another head file.
+
+        Raises:
+            ArtifactError: if the file is missing or damaged.
+        """
+        head = load_heads(path)["emotion"]  # before the encoder, which may have to be fetched
+        return cls(encoder or SentenceEncoder(), head, f"embedded-{head.key}")
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The emotions, then neutral."""
+        return self.head.labels
+
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        """[text, label], blind."""
+        return self.head.probabilities(self.encoder.features(texts)) if texts else torch.zeros(0, len(self.labels))
+
+    def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
+        """One opinion per text; never missing."""
+        rows = self.probabilities(texts).tolist()
+        found = [Opinion({label: round(p, 6) for label, p in zip(self.labels, row, strict=True)}) for row in rows]
+        for index, opinion in enumerate(found):
+            if done is not None:
+                done(index, opinion)
+        return found
+
+
+def save_heads(path: Path, heads: dict[str, LinearHead], card: dict[str, Any], provenance: Provenance) -> None:
+    """Writes the heads and their card (what was measured on held-out texts) to one file."""
+    tensors = {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in ("mean", "scale", "weight", "bias")}
+    tensors = {name: value.half() if name.endswith(("weight", "bias")) else value for name, value in tensors.items()}
+    fields = {"labels": {name: list(head.labels) for name, head in heads.items()}, "encoder": ENCODER, "card": card}
+    artifacts.save(path, KIND, fields, tensors, provenance)
+
+
+def load_heads(path: Path) -> dict[str, LinearHead]:
+    """Reads what `save_heads` wrote: name -> head.
+
+    Raises:
+        ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
+    """
+    found = artifacts.load(path, KIND)
+    try:
+        if found.fields["encoder"] != ENCODER:
+            raise ArtifactError(f"{path} reads the encoder {found.fields['encoder']}, expected {ENCODER}; run `make judge`")
+        return {
+            name: LinearHead(tuple(labels), *(found.tensors[f"{name}.{part}"].float() for part in ("mean", "scale", "weight", "bias")))
+            for name, labels in found.fields["labels"].items()
+        }
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error
+
+
+def load_card(path: Path = ASSET) -> dict[str, Any]:
+    """What was measured when the heads were fitted."""
+    return dict(artifacts.load(path, KIND).fields["card"])

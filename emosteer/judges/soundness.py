@@ -1,0 +1,114 @@
+"""Is it sound text? A verdict that knows nothing of emotions and shares no weights with the model that wrote it.
+
+A linear head on the layers of the embedded judge's encoder tells running text from text with its words out of order, loops, symbol
+noise and other languages; three plain rules catch what needs no model. A reply that is merely cut off by the token limit is sound, with
+the remark "unfinished": the limit is the same for every method, and `evaluate` reports it on its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder, load_heads
+from emosteer.judges.protocol import Soundness
+
+SOUND = "sound"
+#: What can be wrong, as the head names it.
+FAULTS = ("order", "repetition", "symbols", "language")
+#: A text is unsound when its probability of being broken exceeds this.
+THRESHOLD = 0.35
+#: Version of the rules below, for caches of verdicts.
+RULES = 3
+#: Longest run of one word, and largest share of word 3-grams that occurred before, that plain text may have.
+LONGEST_RUN, REPEATED = 4, 0.4
+#: Two to six words three times in a row.
+_THRICE = re.compile(r"(?<!\S)(\S+(?: \S+){1,5})(?: \1(?!\S)){2,}")
+
+
+def repeated_share(text: str, n: int = 3) -> float:
+    """The share of word n-grams that occur earlier in the same text: 0 for text without loops."""
+    words = re.findall(r"\w+(?:'\w+)?", text.lower())
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeats(text: str) -> bool:
+    """Whether anything at all is said twice: a word twice in a row, or a pair of words again."""
+    words = re.findall(r"\w+(?:'\w+)?", text.lower())
+    return any(a == b for a, b in zip(words, words[1:], strict=False)) or repeated_share(text, 2) > 0.08
+
+
+def unfinished(text: str) -> bool:
+    """Whether a text stops without an ending: neither closing punctuation nor an emoji."""
+    end = text.rstrip().rstrip("\"'”’)]*_ ")
+    return bool(end) and (end[-1].isalnum() or end[-1] in ",;:-–—(&/")
+
+
+def plain_faults(text: str) -> list[str]:
+    """What is wrong with a text by rule alone: nothing there, one thing over and over, hardly any letters."""
+    if not re.search(r"\w", text):
+        return ["empty"]
+    found = []
+    words = re.findall(r"\w+(?:'\w+)?", text.lower())
+    runs, longest = 1, 1
+    for before, word in zip(words, words[1:], strict=False):
+        runs = runs + 1 if word == before else 1
+        longest = max(longest, runs)
+    counts = Counter(words)
+    half = len(words) >= 12 and counts.most_common(1)[0][1] > len(words) / 2
+    if longest > LONGEST_RUN or repeated_share(text) > REPEATED or half or _THRICE.search(" ".join(words)):
+        found.append("repetition")
+    visible = [character for character in text if not character.isspace()]
+    if sum(character.isalnum() for character in visible) < 0.6 * len(visible) and len(visible) > 12:
+        found.append("symbols")
+    return found
+
+
+def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
+    """Head and rules together.
+
+    Args:
+        features: [text, feature], of the encoder.
+    """
+    found, sound = [], head.labels.index(SOUND)
+    for text, row in zip(texts, head.probabilities(features), strict=True):
+        broken = 1 - row[sound].item()
+        reasons = plain_faults(text)
+        if broken > THRESHOLD and not reasons:
+            rest = row.clone()
+            rest[sound] = 0
+            fault = head.labels[int(rest.argmax())]
+            # dry official prose looks a little like a loop to the head; a loop can be counted, so it has to be there
+            reasons = [fault] if fault != "repetition" or repeats(text) else []
+        remarks = ["unfinished"] if unfinished(text) else []
+        found.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class SoundnessCheck:
+    """The head and the rules, with the encoder that the head reads."""
+
+    encoder: SentenceEncoder
+    head: LinearHead
+    key: str
+
+    @classmethod
+    def load(cls, path: Path = ASSET, encoder: SentenceEncoder | None = None) -> SoundnessCheck:
+        """The shipped check; give the judge's encoder so that it is loaded once.
+
+        Raises:
+            ArtifactError: if the file is missing or damaged.
+        """
+        head = load_heads(path)["soundness"]
+        return cls(encoder or SentenceEncoder(), head, f"soundness-{RULES}-{head.key}")
+
+    def check(self, texts: Sequence[str]) -> list[Soundness]:
+        """One verdict per text, in order."""
+        return verdicts_of(self.head, self.encoder.features(texts), texts) if texts else []

@@ -1,0 +1,1 @@
+"""One loaded model: architecture, sites, hooks, tokens, devices, memory, unit interventions."""

@@ -1,0 +1,323 @@
+"""The model adapter: one loaded model, its sites by name, and hooks that are gone when their block ends.
+
+A model is held as two module trees over the same weights. The *plain* tree is the Hugging Face model as loaded: generation
+runs on it. The *bridge* is TransformerLens' `TransformerBridge` on a copy of the module tree (parameters shared, no memory
+spent): analysis runs on it, and its hook names are what the field knows. Both are proved to agree before they are used.
+This is the only module that imports transformer_lens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor, nn
+
+from emosteer.base.errors import ModelError, first_line
+from emosteer.base.files import sha256_text
+from emosteer.base.progress import note
+from emosteer.models import tokens
+from emosteer.models.architecture import decoder_body, shape_of
+from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
+from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
+from emosteer.models.memory import is_out_of_memory
+from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
+
+_BRIDGE_NAMES = {
+    RESID_MID: "hook_resid_mid",
+    RESID_POST: "hook_resid_post",
+    Z: "attn.hook_z",
+    MLP_POST: "mlp.hook_post",
+    ATTN_OUT: "attn.o.hook_out",
+    MLP_OUT: "mlp.out.hook_out",
+}
+
+
+class Model:
+    """A causal language model whose sites can be read and edited.
+
+    Use `Model.load` (name, folder or file) or `Model.from_hf` (a model already in memory). All weights are frozen.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str, weights_sha256: str) -> None:
+        """Wraps a loaded Hugging Face causal LM; prefer `load` or `from_hf`."""
+        self.hf = hf.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.reference = name  # what the user called it; commands in messages use it
+        self.sha256 = weights_sha256
+        self.body: Any = decoder_body(hf)
+        self.layers: Any = self.body.layers
+        self.shape = shape_of(hf)
+        self.post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
+        #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
+        self.spread = bool(getattr(hf, "hf_device_map", None))
+        self._prove(bridge=False)
+
+    # ---- loading -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, reference: str, *, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> Model:
+        """Loads a model by hub id, local folder, GGUF file or packaged name (see `emosteer models list`).
+
+        Args:
+            device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+            device_map: how to lay a model over all GPUs of the machine ("auto", "balanced", "sequential"); needs accelerate.
+
+        Raises:
+            UsageError: if it cannot be laid over devices.
+            ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as untyped
+
+        from emosteer.models.weights.resolve import resolve
+
+        target, kind = resolve_device(device), resolve_dtype(dtype, device)
+        layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
+        found = resolve(reference, progress=note)
+        hf_logging: Any = untyped
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa", **layout
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
+        if any(weight.is_meta for weight in hf.parameters()):
+            raise ModelError(f"{found.name} does not fit on the GPUs of this machine, even together; try --dtype bfloat16 or more GPUs")
+        try:
+            hf = hf if layout else hf.to(target)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
+            raise
+        model = cls(hf, tokenizer, found.name, found.sha256)
+        model.reference = reference
+        return model
+
+    @classmethod
+    def from_hf(cls, hf: Any, tokenizer: Any, name: str = "in-memory") -> Model:
+        """Wraps a model already in memory; its hash is taken over the state dict."""
+        digest = hashlib.sha256()
+        for key, value in sorted(hf.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return cls(hf, tokenizer, name, digest.hexdigest())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.hf.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights and activations."""
+        dtype: torch.dtype = next(self.hf.parameters()).dtype
+        return dtype
+
+    @property
+    def template_sha256(self) -> str:
+        """Hash of the chat template's text (of the empty text where the model has none)."""
+        return sha256_text(self.tokenizer.chat_template or "")
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The TransformerBridge over a copy of the module tree that shares every parameter; made and proved on first use."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformer_lens.model_bridge import TransformerBridge
+
+            shared = {id(tensor): tensor for tensor in itertools.chain(self.hf.parameters(), self.hf.buffers())}
+            tree = copy.deepcopy(self.hf, shared)
+            architecture = type(self.hf).__name__
+            if not getattr(tree.config, "architectures", None):  # GGUF files do not carry it
+                tree.config.architectures = [architecture]
+            # The bridge would load the tokenizer once more to make it add a BOS; it is told that this is done. The texts that
+            # reach the bridge are token ids already.
+            tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer.init_kwargs.update(name_or_path=self.name, add_bos_token=True)
+            try:
+                bridge = TransformerBridge.boot_transformers(self.name, hf_model=tree, tokenizer=tokenizer, device=str(self.device))
+            except Exception as error:
+                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {first_line(error)}") from error
+        bridge.original_model.requires_grad_(False)
+        self.__dict__["bridge"] = bridge  # _prove below reads it
+        try:
+            self._prove(bridge=True)
+        except ModelError:
+            del self.__dict__["bridge"]
+            raise
+        return bridge
+
+    # ---- weights by name -----------------------------------------------------------------------------------------
+
+    def w_o(self, layer: int) -> Tensor:
+        """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
+        weight: Tensor = self.layers[layer].self_attn.o_proj.weight.to(self.device)  # moves it only where a model is spread
+        return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
+
+    def w_down(self, layer: int) -> Tensor:
+        """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
+        weight: Tensor = self.layers[layer].mlp.down_proj.weight.to(self.device)
+        return weight.T
+
+    def width(self, kind: str) -> int:
+        """Size of the last dimension of a site kind."""
+        sizes = {Z: self.shape.n_heads * self.shape.d_head, MLP_POST: self.shape.d_mlp}
+        return sizes.get(kind, self.shape.d_model)
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the reply begins (`tokens.prompt_ids`)."""
+        return tokens.prompt_ids(self.tokenizer, messages)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return tokens.text_ids(self.tokenizer, text)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: the declared ones and the usual end-of-turn tokens that the vocabulary holds."""
+        return tokens.stop_ids(self.tokenizer, self.hf.generation_config.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill rows with; what it is does not matter, it is masked everywhere."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else min(self.stop_ids, default=0)
+
+    # ---- running and hooking -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hooks(self, edits: Mapping[Site, Edit], *, bridge: bool = True) -> Iterator[nn.Module]:
+        """Hooks `edits` into one of the two trees for the length of the block and yields the tree's body (no unembedding).
+
+        Whatever happens inside, no hook is left when the block ends.
+
+        Args:
+            edits: site -> function of the activation [batch, pos, width].
+            bridge: hook the TransformerBridge (analysis) or the plain model (generation).
+        """
+        if self.spread:
+            edits = {site: at_home(edit, self.device) for site, edit in edits.items()}
+        elif bridge:
+            named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
+            with self.bridge.hooks(fwd_hooks=named):
+                yield decoder_body(self.bridge.original_model)
+            return
+        with contextlib.ExitStack() as stack:
+            for site, edit in edits.items():
+                stack.enter_context(hooked(self.layers[site.layer], site.kind, edit, self.post_norms))
+            yield self.body
+
+    def run(
+        self,
+        ids: Tensor,
+        edits: Mapping[Site, Edit] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bridge: bool = True,
+    ) -> Tensor:
+        """One forward pass without unembedding.
+
+        Args:
+            ids: token ids [batch, pos].
+            attention_mask: [batch, pos] of ones and zeros, or an additive mask [batch, 1, pos, pos].
+
+        Returns:
+            The final-normed hidden states [batch, pos, d_model] (`logits` takes them). For the raw last residual, read
+            the last layer's `resid_post`.
+        """
+        with self.hooks(edits or {}, bridge=bridge) as body:
+            out = body(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        hidden: Tensor = out.last_hidden_state.to(self.device)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
+        logits: Tensor = self.hf.lm_head(hidden).to(self.device)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def read(self, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[Site, Tensor]:
+        """Activations [batch, pos, width] of the given sites in one forward pass; options as for `run`."""
+        store: dict[Site, Tensor] = {}
+        edits = dict(options.pop("edits", None) or {})
+        for site in sites:
+            edits[site] = reading(store, site, edits.get(site))
+        self.run(ids, edits, **options)
+        return store
+
+    # ---- proof ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prove(self, *, bridge: bool) -> None:
+        """Proves on a short input that every site fires and that the residual identities hold; a no-op hook is the field's
+        most common bug. The bridge must also give the plain model's output.
+
+        Raises:
+            ModelError: naming the architecture and what failed.
+        """
+        ids = torch.arange(1, 9, device=self.device).remainder(self.shape.d_vocab)[None]
+        sites = [Site(layer, kind) for layer in range(self.shape.n_layers) for kind in KINDS]
+        where = f"{type(self.hf).__name__} ({self.name}, {'TransformerBridge' if bridge else 'plain model'})"
+        try:
+            seen = self.read(ids, sites, bridge=bridge)
+        except (KeyError, AttributeError, ValueError) as error:
+            raise ModelError(f"{where}: a site cannot be hooked ({first_line(error)}); this architecture is not supported") from error
+        silent = [str(site) for site in sites if site not in seen]
+        if silent:
+            raise ModelError(f"{where}: {len(silent)} sites never fired ({', '.join(silent[:3])} ...); this architecture is not supported")
+        wrong = [(str(s), seen[s].shape[-1]) for s in sites if seen[s].shape != (1, 8, self.width(s.kind))]
+        if wrong:
+            raise ModelError(f"{where}: site {wrong[0][0]} has width {wrong[0][1]}; this architecture is not supported")
+        for layer in range(self.shape.n_layers):
+            self._prove_layer(layer, seen, where)
+        if bridge:
+            plain = self.read(ids, [Site(self.shape.n_layers - 1, RESID_POST)], bridge=False)
+            for site, value in plain.items():
+                self._close(seen[site], value, f"{where}: the bridge's {site} differs from the plain model's")
+
+    def _prove_layer(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
+        block = self.layers[layer]
+        here = {kind: seen[Site(layer, kind)] for kind in KINDS}
+        o_proj, down_proj = block.self_attn.o_proj, block.mlp.down_proj
+        self._close(o_proj(here[Z]), here[ATTN_OUT], f"{where}: attn_out of layer {layer} is not z W_O")
+        self._close(down_proj(here[MLP_POST]), here[MLP_OUT], f"{where}: mlp_out of layer {layer} is not mlp_post W_down")
+        attn, mlp = here[ATTN_OUT], here[MLP_OUT]
+        if self.post_norms:
+            attn, mlp = block.post_attention_layernorm(attn), block.post_feedforward_layernorm(mlp)
+        if layer > 0:
+            before = seen[Site(layer - 1, RESID_POST)]
+            self._close(before + attn, here[RESID_MID], f"{where}: resid_mid of layer {layer} is not resid_pre + attention output")
+        self._close(here[RESID_MID] + mlp, here[RESID_POST], f"{where}: resid_post of layer {layer} is not resid_mid + MLP output")
+
+    def _close(self, found: Tensor, expected: Tensor, message: str) -> None:
+        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
+        scale = expected.abs().max().clamp_min(1e-6)
+        error = ((found.to(expected.device) - expected).abs().max() / scale).item()
+        if not error <= tolerance:
+            raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
+
+
+def _memory_of(gpus: Sequence[int]) -> dict[str, Any]:
+    """Keeps a layout to some GPUs, and on them leaves a tenth of what is free to activations."""
+    return {"max_memory": {gpu: int(0.9 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}} if gpus else {}

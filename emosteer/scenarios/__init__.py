@@ -1,0 +1,1 @@
+"""Scenario-events, reply banks, lints, splits, emotion words, prompts, authoring."""

@@ -1,0 +1,61 @@
+"""Elicitation templates: (text, emotion) -> chat messages. No torch here."""
+
+from __future__ import annotations
+
+from emosteer.base.errors import UsageError, suggest
+
+#: Appended to every prompt, elicited or not, so that replies stay short and comparable (paper section 3.2 asks the same).
+INSTRUCTION = "Keep the reply to at most two sentences."
+
+#: reply: the assistant turn is a reply that expresses the emotion; tone: the user turn asks for it; system: a system line does;
+#: stimulus: nobody asks, but the user turn ends with a sentence that puts the writer in the emotion.
+ELICITATIONS = ("reply", "tone", "system", "stimulus")
+
+#: What `generate` can do: steer by a circuit or along the residual stream, just ask, or nothing.
+METHODS = ("circuit", "residual", "prompt", "none")
+
+#: Where steering acts: at the positions that write the reply, or at all (see `steering.SteeringPlan`).
+POSITIONS = ("reply", "all")
+
+#: Emotional stimuli in the manner of EmotionPrompt and NegativePrompt: a sentence behind the prompt that gives no instruction. Each
+#: says what the event does to the writer and why (its appraisal), in words that do not name the emotion.
+STIMULI = {
+    "anger": "This makes your blood boil: it is unfair, somebody is to blame, and you will not put up with it.",
+    "sadness": "This weighs on your heart: something you cared about is gone, and it will not come back.",
+    "happiness": "This makes your heart leap: it is just what you had hoped for, and you could hug everybody in the street.",
+    "fear": "This makes your hands shake: something bad may be about to happen, and you cannot get away from it.",
+    "surprise": "This takes your breath away: it is the last thing you expected, and you can hardly believe it.",
+    "disgust": "This turns your stomach: it is foul and rotten, and you want it far away from you.",
+}
+_NO_STIMULUS = "This leaves you as you were: it is neither good nor bad for you, and you can think about it at leisure."
+
+Messages = list[dict[str, str]]
+
+
+def plain(text: str, instruction: str = INSTRUCTION) -> Messages:
+    """The prompt without any emotion: what is steered, and the prompt of the `reply` elicitation."""
+    return [{"role": "user", "content": f"{text}\n{instruction}".strip()}]
+
+
+def elicit(elicitation: str, text: str, emotion: str | None, instruction: str = INSTRUCTION) -> Messages:
+    """The messages of an elicitation.
+
+    Args:
+        emotion: the emotion to ask for; None asks for a neutral reply in the same words, the baseline for patching.
+
+    Raises:
+        UsageError: for an unknown elicitation.
+    """
+    wanted = emotion or "neutrality"
+    if elicitation == "reply":
+        return plain(text, instruction)
+    if elicitation == "tone":
+        how = f"strong {emotion}" if emotion else "complete neutrality"
+        return plain(f"{text}\nReply to this in a tone of {how}.", instruction)
+    if elicitation == "system":
+        return [{"role": "system", "content": f"Always reply in {wanted}."}, *plain(text, instruction)]
+    if elicitation == "stimulus":
+        # an emotion of the user's own has no sentence yet: its name must do
+        stimulus = STIMULI.get(emotion, f"This fills you with {emotion}, and you cannot help it.") if emotion else _NO_STIMULUS
+        return plain(f"{text}\n{stimulus}", instruction)
+    raise UsageError(f"unknown elicitation '{elicitation}'{suggest(elicitation, ELICITATIONS)}; expected {', '.join(ELICITATIONS)}")

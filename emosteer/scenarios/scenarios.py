@@ -1,0 +1,187 @@
+"""SEV scenarios and reply banks: read, validate, lint, split. No torch here.
+
+A scenario is one neutral first-person situation; its three events (positive, neutral, negative) say what happened next
+(paper section 3.1). A group is one (scenario, valence) pair; the emotions are compared inside a group, never across.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emosteer.base.errors import DataError, UsageError, suggest
+from emosteer.base.files import read_jsonl
+
+VALENCES = ("positive", "neutral", "negative")
+#: The paper's six. The set is data, not code: every stage takes any list of names.
+EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One scenario. events: valence -> what happened next."""
+
+    id: str
+    theme: str
+    text: str
+    events: Mapping[str, str]
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object of the paper's file format."""
+        return {"skeleton_id": self.id, "theme": self.theme, "scenario": self.text, "event": dict(self.events)}
+
+
+@dataclass(frozen=True, order=True)
+class GroupKey:
+    """(scenario, valence). Keying by the scenario alone would overwrite two valences out of three."""
+
+    scenario: str
+    valence: str
+
+    def __str__(self) -> str:
+        return f"{self.scenario}/{self.valence}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One scenario-event as a prompt's text."""
+
+    key: GroupKey
+    theme: str
+    text: str
+
+
+# ---- where the shipped data is -------------------------------------------------------------------------------------
+
+
+def data_path(name: str) -> Path:
+    """Path of a file of the shipped data (``sev/train.jsonl``): inside an installed package or beside it in a checkout.
+
+    Raises:
+        DataError: if it is in neither place.
+    """
+    here = Path(__file__).parent.parent
+    for root in (here / "data", here.parent / "data"):
+        if (root / name).exists():
+            return root / name
+    raise DataError(f"the shipped data file {name} is missing; install emosteer again")
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_scenarios(path: Path | str) -> list[Scenario]:
+    """Reads a SEV file: `{"skeleton_id", "theme", "scenario", "event": {"positive", "neutral", "negative"}}` a line.
+
+    Raises:
+        DataError: naming file and line, for whatever is missing, empty, of the wrong type or there twice.
+    """
+    scenarios: list[Scenario] = []
+    seen: dict[str, int] = {}
+    for number, row in read_jsonl(Path(path), "scenario file"):
+        scenario = parse_scenario(row, f"{path}:{number}")
+        if scenario.id in seen:
+            raise DataError(f"{path}:{number}: skeleton_id '{scenario.id}' was used on line {seen[scenario.id]}; ids must be unique")
+        seen[scenario.id] = number
+        scenarios.append(scenario)
+    return scenarios
+
+
+def parse_scenario(row: Mapping[str, Any], where: str) -> Scenario:
+    """Checks one JSON object and makes it a Scenario.
+
+    Raises:
+        DataError: starting with `where`, if a field is missing or of the wrong type.
+    """
+    identity = row.get("skeleton_id")
+    if isinstance(identity, int) and not isinstance(identity, bool):
+        identity = str(identity)
+    text = text_field(identity, "skeleton_id", where), text_field(row.get("scenario"), "scenario", where)
+    theme = row.get("theme", "")
+    if not isinstance(theme, str):
+        raise DataError(f"{where}: expected 'theme' to be a text, found a {type(theme).__name__}")
+    theme = text_field(theme, "theme", where) if theme.strip() else ""
+    events = row.get("event")
+    if not isinstance(events, Mapping):
+        raise DataError(f"{where}: expected 'event' to be an object with {', '.join(VALENCES)}, found {_found(events)}")
+    for valence in VALENCES:
+        if valence not in events:
+            raise DataError(f"{where}: the event '{valence}' is missing; each scenario needs {', '.join(VALENCES)}")
+    return Scenario(text[0], theme, text[1], {v: text_field(events[v], f"event.{v}", where) for v in VALENCES})
+
+
+def text_field(value: Any, name: str, where: str) -> str:
+    """Checks that a value is a text that is not empty, and strips it; otherwise a DataError starting with `where`."""
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: expected '{name}' to be a text that is not empty, found {_found(value)}")
+    if re.search("[\ud800-\udfff]", value):  # JSON can hold one as an escape; no file can be written with it
+        raise DataError(f"{where}: '{name}' holds half of a character (a lone surrogate); write the character in full")
+    return value.strip()
+
+
+def _found(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {json.dumps(value, ensure_ascii=False)[:40]}"
+
+
+def groups_of(scenarios: Iterable[Scenario]) -> list[Group]:
+    """Every scenario-event, in file order and valence order."""
+    return [Group(GroupKey(s.id, v), s.theme, f"{s.text} {s.events[v]}") for s in scenarios for v in VALENCES]
+
+
+Bank = dict[GroupKey, dict[str, str]]
+
+
+def read_bank(path: Path | str) -> Bank:
+    """Reads a reply bank: `{"skeleton_id", "valence", "emotion", "text"}` a line (what `generate --out` writes is one).
+
+    Returns:
+        group -> emotion -> reply.
+
+    Raises:
+        DataError: naming file and line, for a missing field, an unknown valence or a reply given twice.
+    """
+    bank: Bank = {}
+    for number, row in read_jsonl(Path(path), "reply bank"):
+        where = f"{path}:{number}"
+        scenario, valence, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "valence", "emotion", "text"))
+        if valence not in VALENCES:
+            raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
+        replies = bank.setdefault(GroupKey(scenario, valence), {})
+        if emotion in replies:
+            raise DataError(f"{where}: {scenario}/{valence} already has a reply for '{emotion}'; one reply per group and emotion")
+        replies[emotion] = text
+    return bank
+
+
+def parse_emotions(text: str, known: Sequence[str] = EMOTIONS, *, closed: bool = True) -> tuple[str, ...]:
+    """Reads "all" or a comma-separated list of emotions.
+
+    Args:
+        closed: refuse names that are not in `known` (with the nearest as a hint).
+
+    Raises:
+        UsageError: for an unknown, repeated or missing name.
+    """
+    if text.strip().lower() == "all":
+        return tuple(known)
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError("expected an emotion or 'all', found nothing")
+    for name in names:
+        if closed and name not in known:
+            raise UsageError(f"unknown emotion '{name}'{suggest(name, known)}; known: {', '.join(known)}")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UsageError(f"expected an emotion's name in letters, found '{name}'")
+    if len(set(names)) != len(names):
+        raise UsageError(f"an emotion is named twice in '{text}'")
+    return names
+
+
+# ---- splitting -----------------------------------------------------------------------------------------------------
+
+
+# ---- lints ---------------------------------------------------------------------------------------------------------

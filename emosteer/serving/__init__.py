@@ -1,0 +1,1 @@
+"""Replies written by other engines."""

@@ -1,0 +1,1 @@
+"""Jobs to replies to files; the contest's writer; the model's own bank."""

@@ -1,0 +1,201 @@
+"""The contest's writers: every method answers the same prompts, at the same decoding and seeds.
+
+Each reply is kept on disk as soon as it is there, so that a run can be killed at any moment and goes on. The last bits of a float depend
+on a row's neighbours in a batch: a batch is therefore written whole or again, never in part, and what is there already is kept. That is
+why a killed run ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emosteer.base.files import read_text, sha256_text, write_text
+from emosteer.base.jsonl import KeyedLog, whole_rows
+from emosteer.base.processes import ALONE, Crew, parts
+from emosteer.base.progress import bar, note
+from emosteer.circuits.methods import NONE, PROMPTS
+from emosteer.generation.fluency import reply_nll
+from emosteer.generation.generate import Decoding, Request, batches, generate
+from emosteer.generation.steering import SteeringPlan
+from emosteer.models.memory import halve_on_oom
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+from emosteer.scenarios.prompts import elicit, plain
+from emosteer.scenarios.scenarios import Group, GroupKey
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One reply of the contest. emotion: "none" for the unsteered reply, which counts for every emotion; strength: None for prompts."""
+
+    group: Group
+    emotion: str
+    method: str
+    strength: float | None = None
+
+
+def cells_of(method: str, groups: Sequence[Group], strengths: Mapping[str, float | None]) -> list[Cell]:
+    """A method's replies: one per scenario-event and emotion, or one per scenario-event where nothing is steered.
+
+    Args:
+        strengths: emotion -> strength.
+    """
+    if method == NONE:
+        return [Cell(group, NONE, NONE) for group in groups]
+    return [Cell(group, emotion, method, strength) for group in groups for emotion, strength in strengths.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class ContestWriter:
+    """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that;
+    crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each."""
+
+    model: Model
+    emotions: tuple[str, ...]
+    vectors: Mapping[str, Mapping[Site, Tensor]]
+    added: Mapping[str, str]
+    decoding: Decoding
+    instruction: str
+    replies: KeyedLog
+    batch_size: int = 64
+    crew: Crew = ALONE
+    _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
+
+    def key(self, cell: Cell) -> str:
+        """A hash of everything that shapes the reply."""
+        parts = [
+            self.model.sha256,
+            self.model.template_sha256,
+            str(self.model.dtype),
+            self.added.get(cell.method, ""),
+            vars(self.decoding),
+            self.instruction,
+            [cell.method, cell.emotion, cell.strength, str(cell.group.key), self._request(cell).ids],
+        ]
+        return sha256_text(json.dumps(parts, sort_keys=True))
+
+    def _request(self, cell: Cell) -> Request:
+        """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
+        asked = cell.method in PROMPTS
+        place = f"{cell.method}/{cell.emotion}" if asked else "", str(cell.group.key)
+        if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
+            text, how = cell.group.text, cell.method.removeprefix("prompt-")
+            messages = elicit(how, text, cell.emotion, self.instruction) if asked else plain(text, self.instruction)
+            self._prompts[place] = Request(str(cell.group.key), tuple(self.model.prompt_ids(messages)))
+        return self._prompts[place]
+
+    def _plan(self, cells: Sequence[Cell]) -> SteeringPlan:
+        """What is added per row; the methods may differ from row to row, a site that a method does not use adds zero."""
+        vectors: dict[Site, Tensor] = {}
+        for row, cell in enumerate(cells):
+            for site, value in self.vectors.get(cell.method, {}).items():
+                added = vectors.setdefault(site, torch.zeros(len(cells), value.shape[-1]))
+                added[row] = value[self.emotions.index(cell.emotion)] * (cell.strength or 0.0)
+        return SteeringPlan(vectors, len(cells))
+
+    def write(self, cells: Sequence[Cell], what: str) -> list[Row]:
+        """The replies to all cells, in their order, with their nats per token under the unsteered model (None for an empty one).
+
+        Batches hold one method each: another method in the contest leaves the batches of the others, and what is kept of them, alone.
+
+        Args:
+            what: for the progress bar.
+        """
+        keys = [self.key(cell) for cell in cells]
+        done = sum(key in self.replies.rows for key in keys)
+        if 0 < done < len(keys):
+            note(f"{what}: going on, {done} of {len(keys)} replies are there")
+        with bar(f"{what} (replies)", len(cells)) as advance:
+            if not self.crew.alone:
+                self._share(cells, keys)
+            for batch in self._batches(cells):
+                if any(keys[i] not in self.replies.rows for i in batch):
+                    self._write_batch([cells[i] for i in batch], [keys[i] for i in batch], self.replies)
+                advance(len(batch))
+        return [self.replies.rows[key] for key in keys]
+
+    def _batches(self, cells: Sequence[Cell]) -> Iterator[list[int]]:
+        """Indices of cells, one method per batch."""
+        for method in dict.fromkeys(cell.method for cell in cells):
+            mine = [i for i, cell in enumerate(cells) if cell.method == method]
+            for index in batches([self._request(cells[i]) for i in mine], self.batch_size):
+                yield [mine[i] for i in index]
+
+    # ---- several processes -----------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Writes its share of whatever process 0 wants written, until that says that the contest is over."""
+        path = self.replies.path
+        while self.crew.hear() == "write":
+            cells, wanted = _read_work(self._work)
+            self._write_claimed(cells, wanted, KeyedLog(path))  # opened anew: process 0 has taken over what was in it
+        if path.is_file() and not path.stat().st_size:
+            path.unlink()
+
+    def adopt(self) -> None:
+        """Takes over what other processes wrote, of this run or of one that was killed."""
+        for number, path in parts(self.replies.path).items():
+            if number and self.crew.lead:
+                self.replies.add({row["key"]: row for row in whole_rows(path)})
+                path.unlink(missing_ok=True)
+
+    @property
+    def _work(self) -> Path:
+        return self.replies.path.with_name("replies-to-write.json")
+
+    def _share(self, cells: Sequence[Cell], keys: Sequence[str]) -> None:
+        """Has all processes write the batches that are missing, and takes over what they wrote."""
+        wanted = [batch for batch in self._batches(cells) if any(keys[i] not in self.replies.rows for i in batch)]
+        if not wanted:
+            return
+        self.crew.kept = lambda: (
+            f"{sum(key in self.replies.rows for key in keys)} of {len(keys)} replies and more are kept in {self.replies.path}*"
+        )
+        _write_work(self._work, cells, wanted)
+        self.crew.tell("write")
+        self._write_claimed(cells, wanted, self.replies)
+        self._work.unlink(missing_ok=True)
+        self.adopt()
+
+    def _write_claimed(self, cells: Sequence[Cell], wanted: Sequence[list[int]], kept: KeyedLog) -> None:
+        for batch in self.crew.claim(wanted):
+            self._write_batch([cells[i] for i in batch], [self.key(cells[i]) for i in batch], kept)
+        self.crew.meet()
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
+
+    def _write_batch(self, cells: Sequence[Cell], keys: Sequence[str], kept: KeyedLog) -> None:
+        def compute(index: list[int]) -> list[tuple[int, Row]]:
+            some = [cells[i] for i in index]
+            replies = generate(self.model, [self._request(cell) for cell in some], self._plan(some), self.decoding)
+            costs = reply_nll(self.model, [reply.text for reply in replies])
+            return [
+                (i, {"text": r.text, "finish_reason": r.finish_reason, "n_tokens": r.n_tokens, "nll": None if math.isnan(cost) else cost})
+                for i, r, cost in zip(index, replies, costs, strict=True)
+            ]
+
+        for done in halve_on_oom(list(range(len(cells))), compute, note, "replies"):
+            of = {i: {name: getattr(cells[i], name) for name in ("method", "emotion", "strength")} for i, _ in done}
+            kept.add({keys[i]: {**of[i], **row} for i, row in done})
+
+
+def _write_work(path: Path, cells: Sequence[Cell], wanted: Sequence[list[int]]) -> None:
+    """What is to be written, for the other processes. wanted: batches of indices of the cells."""
+    rows = [[*astuple(cell.group.key), cell.group.theme, cell.group.text, cell.emotion, cell.method, cell.strength] for cell in cells]
+    write_text(path, json.dumps({"cells": rows, "batches": wanted}))
+
+
+def _read_work(path: Path) -> tuple[list[Cell], list[list[int]]]:
+    found = json.loads(read_text(path, "list of replies to write"))
+    cells = [Cell(Group(GroupKey(s, v), theme, text), emotion, *how) for s, v, theme, text, emotion, *how in found["cells"]]
+    return cells, found["batches"]

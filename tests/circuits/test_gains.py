@@ -1,0 +1,439 @@
+"""Learned gains: the packed pass equals single ones with the edits made by hand, gradients are slopes, learning does what it is for."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from emosteer.attribution.gradients import prompt_samples
+from emosteer.base.errors import DataError, UsageError
+from emosteer.circuits import assemble as assembly
+from emosteer.circuits import gains
+from emosteer.circuits.assemble import assemble
+from emosteer.circuits.gains import Gains, GainSettings, learn_gains, strongest_mask
+from emosteer.circuits.name_sparing import spare_names, without_names
+from emosteer.circuits.settings import CircuitSettings
+from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.directions.extract import Settings, extract
+from emosteer.models.model import Model
+from emosteer.models.sites import ATTN_OUT, Head
+from emosteer.scenarios.prompts import plain
+from emosteer.scenarios.scenarios import Group
+from tests.attribution.test_unit_scores import double
+from tests.circuits.test_assemble import Case, at_t_star, direction_by_hand, final, written_by
+from tests.conftest import build, small_data
+from tests.helpers import reference
+
+EMOTIONS = ("anger", "sadness", "happiness")
+INSTRUCTION = "keep the reply"
+GROUPS, BANK = small_data(3, EMOTIONS)
+
+
+def contrast(model: Model, seed: int = 0, size: float = 0.5, emotions: int = 3) -> Tensor:
+    """Random z contrasts [emotion, layer, n_heads * d_head]."""
+    draw = torch.Generator().manual_seed(seed)
+    return size * torch.randn(emotions, model.shape.n_layers, model.width("z"), generator=draw)
+
+
+def random_gains(seed: int = 1, emotions: int = 3) -> Tensor:
+    return 2 * torch.rand(emotions, 3, 4, generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+# ---- one packed pass -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cost_by_hand(model: Model, group: Group, reply: str, z: Tensor, gain: Tensor) -> float:
+    """Mean nats per token of one reply and its end, on its own: the heads' contrast is added to `z` itself, by bare hooks, wherever a
+    token of the reply is written: from the last prompt position on.
+
+    Args:
+        z: [layer, n_heads * d_head]; gain: [layer, n_heads].
+    """
+    prompt = model.prompt_ids(plain(group.text, INSTRUCTION))
+    tokens = [*model.text_ids(reply), model.tokenizer.eos_token_id]
+    changes = {}
+    for layer in range(model.shape.n_layers):
+        added = z[layer] * gain[layer].repeat_interleave(model.shape.d_head)
+
+        def change(x: Tensor, added: Tensor = added) -> Tensor:
+            return torch.cat([x[:, : len(prompt) - 1], x[:, len(prompt) - 1 :] + added.to(x)], 1)
+
+        changes[layer, "z"] = change
+    with reference.changed(model.hf, changes):
+        logits = model.hf(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    return float(cross_entropy(logits.double(), torch.tensor(tokens)))
+
+
+def costs(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], gain: Tensor, z: Tensor) -> Tensor:
+    return gains._costs(model, group, replies, shifts, gain, gains._written(model, z), INSTRUCTION)
+
+
+def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) -> None:
+    z, gain = contrast(family), random_gains()
+    for group in GROUPS[:3]:
+        replies = [BANK[group.key][e] for e in EMOTIONS]
+        found = costs(family, group, replies, (2, 1), gain, z)
+        assert found.shape == (3, 3)
+        for row, shift in zip(found, (0, 2, 1), strict=True):
+            texts = [replies[(e + shift) % 3] for e in range(3)]
+            by_hand = [cost_by_hand(family, group, text, z[e], gain[e]) for e, text in enumerate(texts)]
+            assert row.tolist() == pytest.approx(by_hand, abs=1e-4)
+            unsteered = [cost_by_hand(family, group, text, z[e], 0 * gain[e]) for e, text in enumerate(texts)]
+            assert min(abs(a - b) for a, b in zip(by_hand, unsteered, strict=True)) > 3e-4, "the edits are felt"
+
+
+def test_a_reply_does_not_feel_the_others(tiny: Model) -> None:
+    z, gain, group = contrast(tiny), random_gains(), GROUPS[0]
+    wanted = [BANK[group.key][e] for e in EMOTIONS]
+    first = costs(tiny, group, wanted, (1, 2), gain, z)
+    changed = gain.clone()
+    changed[2] *= -3
+    second = costs(tiny, group, [*wanted[:2], "cry alone"], (1, 2), changed, z)
+    same = [(0, 0), (0, 1), (1, 0), (2, 1)]  # emotions 0 and 1 with the replies of emotions 0 and 1
+    for place in same:
+        torch.testing.assert_close(first[place], second[place], atol=1e-5, rtol=0)
+    felt = [place for place in ((0, 2), (1, 1), (1, 2), (2, 0), (2, 2))]
+    assert all((first[place] - second[place]).abs() > 1e-2 for place in felt)
+    alike = costs(tiny, group, [wanted[0]] * 3, (1, 2), gain, z)
+    torch.testing.assert_close(alike[0].expand(3, -1), alike, atol=1e-5, rtol=0)  # wanted and other replies are read alike
+
+
+def test_a_group_wider_than_the_sliding_window_is_still_exact() -> None:
+    """Positions, not places in the sequence, say how far back a reply sees; it is refused only where it would see too far."""
+    gemma, emotions = build("gemma3"), ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
+    groups, bank = small_data(3, emotions, words=9)
+    z, gain, group = contrast(gemma, emotions=6), random_gains(emotions=6), groups[0]
+    texts = [bank[group.key][e] for e in emotions]
+    prompt = len(gemma.prompt_ids(plain(group.text, INSTRUCTION)))
+    assert prompt + 2 * sum(len(gemma.text_ids(text)) + 1 for text in texts) > gemma.hf.config.sliding_window == 64
+    found = costs(gemma, group, texts, (1,), gain, z)[0].tolist()
+    assert found == pytest.approx([cost_by_hand(gemma, group, text, z[e], gain[e]) for e, text in enumerate(texts)], abs=1e-4)
+    room = 64 - prompt  # of a reply and its end, the last token of which is not read
+    fits = ["we " * room, *texts[1:]]
+    row = costs(gemma, group, fits, (1,), gain, z)[0].tolist()
+    assert row == pytest.approx([cost_by_hand(gemma, group, text, z[e], gain[e]) for e, text in enumerate(fits)], abs=1e-4)
+    with pytest.raises(DataError, match="65 tokens do not fit the sliding window of tiny-gemma3 .64.; use --gain-steps 0"):
+        costs(gemma, group, ["we " * (room + 1), *texts[1:]], (1,), gain, z)
+
+
+def loss_by_hand(costs: Sequence[float], weight: float, sharpness: float) -> float:
+    """Of one emotion. costs: of the wanted reply, then of the other emotions'."""
+    own, *others = costs
+    return own + weight * sum(math.log(1 + math.exp(sharpness * (own - other))) for other in others) / len(others)
+
+
+def test_gradients_are_the_slopes_of_the_loss() -> None:
+    model, settings = double("llama"), GainSettings(preference=2.0, sharpness=1.5)
+    z, gain, group = contrast(model), random_gains().requires_grad_(), GROUPS[1]
+    replies = [BANK[group.key][e] for e in EMOTIONS]
+    slopes = torch.autograd.grad(gains._loss(costs(model, group, replies, (1, 2), gain, z), settings), gain)[0]
+    found, by_hand, draw, dose = [], [], random.Random(0), 1e-3
+    for _ in range(12):
+        e, layer, head = draw.randrange(3), draw.randrange(3), draw.randrange(4)
+        sides = []
+        for sign in (1, -1):
+            moved = gain.detach().double()[e]
+            moved[layer, head] += sign * dose
+            some = [cost_by_hand(model, group, replies[(e + shift) % 3], z[e], moved) for shift in (0, 1, 2)]
+            sides.append(loss_by_hand(some, 2.0, 1.5))
+        found.append(slopes[e, layer, head].item())
+        by_hand.append((sides[0] - sides[1]) / (2 * dose))
+    assert found == pytest.approx(by_hand, abs=1e-4)
+    assert max(map(abs, by_hand)) > 0.05
+
+
+def test_every_other_emotion_is_compared_with(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    usual = gains._costs
+
+    def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], *rest: Any) -> Tensor:
+        seen.append(tuple(shifts))
+        assert list(replies) == [BANK[group.key][e] for e in EMOTIONS]
+        return usual(model, group, replies, shifts, *rest)
+
+    monkeypatch.setattr(gains, "_costs", watched)
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=2, others=1))
+    assert {shift for shifts in seen for shift in shifts} == {1, 2} and all(len(shifts) == 1 for shifts in seen)
+    seen.clear()
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2, others=5))
+    assert all(sorted(shifts) == [1, 2] for shifts in seen), "no more than there are"
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def mean_cost(model: Model, z: Tensor, values: Tensor) -> float:
+    """Of the wanted replies, over all groups and emotions, by hand."""
+    found = [
+        cost_by_hand(model, group, BANK[group.key][emotion], z[e], values[e]) for group in GROUPS for e, emotion in enumerate(EMOTIONS)
+    ]
+    return sum(found) / len(found)
+
+
+@pytest.fixture(scope="module")
+def learned(tiny: Model) -> tuple[Tensor, GainSettings, Gains]:
+    z, settings = contrast(tiny), GainSettings(steps=24, groups=2, keep=0.5, start=1.0)
+    return z, settings, learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, settings)
+
+
+def test_learning_makes_the_wanted_replies_likelier(tiny: Model, learned: tuple[Tensor, GainSettings, Gains]) -> None:
+    z, settings, found = learned
+    after, nothing = mean_cost(tiny, z, found.values), mean_cost(tiny, z, torch.zeros(3, 3, 4))
+    start = mean_cost(tiny, z, torch.full((3, 3, 4), settings.start))
+    assert after < nothing - 0.1 and after < start - 0.1
+    swapped = mean_cost(tiny, z, found.values.roll(1, 0))
+    assert after < swapped, "each emotion's gains are its own"
+    assert len(found.curve) == 24 and sum(found.curve[-6:]) / 6 < sum(found.curve[:6]) / 6 - 0.1
+    assert len(found.margin) == 24 and sum(found.margin[-6:]) / 6 > sum(found.margin[:6]) / 6 + 0.1
+
+
+def test_the_curve_is_the_cost_of_the_wanted_replies(tiny: Model) -> None:
+    """All groups in one step: the first point is the mean cost at the start."""
+    z = contrast(tiny)
+    exact = GainSettings(steps=1, groups=9, start=0.7, keep=1.0, dtype="float32")
+    found = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, exact)
+    assert list(found.curve) == pytest.approx([mean_cost(tiny, z, torch.full((3, 3, 4), 0.7))], abs=1e-3)
+    start, apart = torch.full((3, 4), 0.7), []
+    for group in GROUPS:
+        for e, emotion in enumerate(EMOTIONS):
+            cost = {other: cost_by_hand(tiny, group, BANK[group.key][other], z[e], start) for other in EMOTIONS}
+            apart += [cost[other] - cost[emotion] for other in EMOTIONS if other != emotion]
+    assert list(found.margin) == pytest.approx([sum(apart) / len(apart)], abs=1e-3)
+
+
+def test_a_float32_model_is_read_in_lower_precision_and_not_changed(tiny: Model) -> None:
+    z, few = contrast(tiny), GainSettings(steps=3, groups=3)
+    rough = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, few)
+    exact = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, replace(few, dtype="float32"))
+    assert few.dtype == "bfloat16" and tiny.dtype == torch.float32 and rough.values.dtype == torch.float32
+    assert not torch.equal(rough.values, exact.values) and rough.curve == pytest.approx(exact.curve, abs=0.15)
+    copied = gains._reader(tiny, "bfloat16")
+    assert copied.dtype == torch.bfloat16 and copied.hf is not tiny.hf
+    assert gains._reader(tiny, "float32") is tiny and gains._reader(copied, "bfloat16") is copied
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0.5, 6), (0.25, 3), (0.01, 1), (1.0, 12)])
+def test_heads_outside_the_kept_share_are_exactly_zero(tiny: Model, keep: float, left: int) -> None:
+    z = contrast(tiny)
+    values = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=1, keep=keep)).values
+    assert values.shape == (3, 3, 4) and values.dtype == torch.float32 and not values.requires_grad
+    assert (values != 0).flatten(1).sum(1).tolist() == [left] * 3
+
+
+def test_the_kept_heads_are_those_that_write_most(family: Model) -> None:
+    z, values = contrast(family), random_gains()
+    size = torch.zeros(3, 12)
+    for e in range(3):
+        for layer in range(3):
+            weight = family.hf.model.layers[layer].self_attn.o_proj.weight
+            for head in range(4):
+                part = slice(head * family.shape.d_head, (head + 1) * family.shape.d_head)
+                size[e, layer * 4 + head] = (values[e, layer, head] * weight[:, part] @ z[e, layer, part]).norm()
+    found = strongest_mask(values, gains._written(family, z), 0.4).flatten(1)
+    for e in range(3):
+        order = sorted(range(12), key=lambda i: -size[e, i])
+        assert set(found[e].nonzero().flatten().tolist()) == set(order[:5])
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_head_that_pushes_the_wrong_way_gets_a_negative_gain() -> None:
+    """In the last layer, behind which almost nothing follows: one head writes the word of the reply's unembedding, one its opposite, and
+    one nothing of use. The word is what is wanted."""
+    model = build("llama", seed=3)
+    weight = model.hf.lm_head.weight
+    bank = {group.key: {emotion: " ".join([emotion] * 4) for emotion in EMOTIONS} for group in GROUPS}
+    z = torch.zeros(3, 3, 4, 8)
+    for e, emotion in enumerate(EMOTIONS):
+        word = (weight[model.tokenizer.get_vocab()[emotion]] - weight.mean(0)) * model.hf.model.norm.weight
+        for head, sign in ((0, 1.0), (1, -1.0)):
+            reached = model.hf.model.layers[2].self_attn.o_proj.weight[:, head * 8 : head * 8 + 8].T @ word
+            z[e, 2, head] = sign * reached / reached.norm()
+    settings = GainSettings(steps=16, groups=2, start=0.5, keep=2 / 12)
+    values = learn_gains(model, z.flatten(-2), GROUPS, bank, EMOTIONS, INSTRUCTION, settings).values
+    assert (values[:, 2, 0] > 1).all() and (values[:, 2, 1] < -0.5).all()
+    assert (values != 0).sum() == 6, "heads that write nothing are dropped first"
+
+
+def test_learning_is_deterministic_for_a_seed_and_leaves_everything_as_it_was(tiny: Model) -> None:
+    z, few = contrast(tiny), GainSettings(steps=3, groups=2)
+    before, weights = z.clone(), {name: value.clone() for name, value in tiny.hf.state_dict().items()}
+    with torch.no_grad():
+        unsteered = tiny.hf(torch.tensor([[3, 9, 12]])).logits
+    first = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, few)
+    again = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, few)
+    other = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, replace(few, seed=1))
+    assert torch.equal(first.values, again.values) and first.curve == again.curve
+    assert not torch.equal(first.values, other.values), "another draw of scenario-events"
+    assert torch.equal(z, before) and all(torch.equal(value, weights[name]) for name, value in tiny.hf.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(tiny.hf(torch.tensor([[3, 9, 12]])).logits, unsteered), "no hook is left"
+    assert all(parameter.grad is None for parameter in tiny.hf.parameters())
+
+
+def test_only_complete_groups_are_learned_from(tiny: Model) -> None:
+    """A bank of the model's own replies has gaps."""
+    z, few = contrast(tiny), GainSettings(steps=2, groups=3)
+    gaps = {key: dict(replies) for key, replies in BANK.items()}
+    for group in GROUPS[3:]:
+        gaps[group.key].pop("sadness")
+    found = learn_gains(tiny, z, GROUPS, gaps, EMOTIONS, INSTRUCTION, few)
+    wanted = learn_gains(tiny, z, GROUPS[:3], BANK, EMOTIONS, INSTRUCTION, few)
+    assert torch.equal(found.values, wanted.values) and found.curve == wanted.curve
+
+
+def test_nothing_to_learn_from_is_refused(tiny: Model) -> None:
+    z, half = contrast(tiny), {key: {"anger": replies["anger"]} for key, replies in BANK.items()}
+    for groups, bank in (([], BANK), (GROUPS, {}), (GROUPS, half)):
+        with pytest.raises(DataError, match="no scenario-event has bank replies in every emotion .*--gain-steps 0"):
+            learn_gains(tiny, z, groups, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=1))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"keep": 0.0}, {"keep": 1.5}, {"keep": -0.1}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--gain-steps of at least 0 and --keep above 0 and up to 1"):
+        GainSettings(**wrong)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def lifts(model: Model, z: Tensor, emotion: str) -> Tensor:
+    """What every head writes along the emotion's name [layer, n_heads]."""
+    name = direction_by_hand(model, emotion)
+    found = torch.zeros(3, 4)
+    for layer in range(3):
+        for head in range(4):
+            alone = torch.zeros_like(z[layer])
+            part = slice(head * model.shape.d_head, (head + 1) * model.shape.d_head)
+            alone[part] = z[layer, part]
+            found[layer, head] = written_by(model, layer, alone, "z") @ name / name.norm()
+    return found
+
+
+def test_no_head_lifts_the_name_and_no_gain_brings_it_back(family: Model) -> None:
+    z = contrast(family, size=1.0)
+    before = z.clone()
+    clean = without_names(family, EMOTIONS, z)
+    assert torch.equal(z, before) and clean.shape == z.shape
+    scaled = clean * random_gains(5).repeat_interleave(family.shape.d_head, -1) * 4
+    for e, emotion in enumerate(EMOTIONS):
+        assert lifts(family, clean[e], emotion).abs().max() < 1e-5 and lifts(family, z[e], emotion).abs().max() > 0.3
+        assert lifts(family, scaled[e], emotion).abs().max() < 1e-4
+
+
+def test_names_are_taken_out_of_each_head_by_the_smallest_change(family: Model) -> None:
+    """The change is along the one direction of the head's input that reaches the name."""
+    z = contrast(family, size=1.0)
+    change = (z - without_names(family, EMOTIONS, z)).unflatten(-1, (4, family.shape.d_head))
+    for e, emotion in enumerate(EMOTIONS):
+        wanted = torch.zeros_like(change[e])
+        for layer in range(3):
+            for head in range(4):
+                units = torch.eye(family.width("z"))[head * family.shape.d_head : (head + 1) * family.shape.d_head]
+                row = torch.stack([written_by(family, layer, unit, "z") @ direction_by_hand(family, emotion) for unit in units])
+                old = z[e, layer].view(4, -1)[head]
+                wanted[layer, head] = row * (row @ old) / (row @ row)
+        torch.testing.assert_close(change[e], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_an_emotion_without_a_name_in_the_vocabulary_keeps_its_contrast(tiny: Model) -> None:
+    z = contrast(tiny)
+    clean = without_names(tiny, ("anger", "serenity", "happiness"), z)
+    assert torch.equal(clean[1], z[1]) and not torch.equal(clean[0], z[0])
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+FEW = CircuitSettings(n_prompts=2, n_random=0)
+
+
+@pytest.fixture(scope="module")
+def directions(tiny: Model) -> Directions:
+    return extract(tiny, GROUPS, Settings(EMOTIONS, holdout=0, instruction=INSTRUCTION), bank=BANK)
+
+
+def same(first: Any, second: Any) -> bool:
+    pairs = [(value, getattr(second, name)) for name, value in vars(first).items()]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+def test_without_steps_or_without_a_bank_nothing_is_learned(tiny: Model, directions: Directions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "learn_gains", lambda *_: pytest.fail("gains were learned"))
+    usual = assemble(tiny, directions, GROUPS, FEW)
+    options: list[Mapping[str, Any]] = [
+        {"bank": BANK, "gain_settings": GainSettings(steps=0)},
+        {"bank": None, "gain_settings": GainSettings()},
+        {"bank": BANK, "gain_settings": None},
+    ]
+    for some in options:
+        assert same(usual, assemble(tiny, directions, GROUPS, FEW, **some))
+    assert "gains" not in usual.metrics
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_the_circuit_adds_its_gains_times_the_contrast(tiny: Model, directions: Directions, spare: bool) -> None:
+    settings, gain_settings = replace(FEW, spare_names=spare), GainSettings(steps=4, groups=1, keep=0.3)
+    before = directions.z.mean.clone()
+    circuit = assemble(tiny, directions, GROUPS, settings, bank=BANK, gain_settings=gain_settings)
+    added = without_names(tiny, EMOTIONS, directions.z.mean) if spare else directions.z.mean
+    values = learn_gains(tiny, added, GROUPS, BANK, EMOTIONS, INSTRUCTION, gain_settings).values
+    assert (values != 0).flatten(1).sum(1).tolist() == [4, 4, 4]
+    torch.testing.assert_close(circuit.z_delta, added * values.repeat_interleave(8, -1))
+    for e, emotion in enumerate(EMOTIONS):
+        kept = {Head(layer, head) for layer, head in values[e].nonzero().tolist()}
+        assert set(circuit.units(emotion)) == kept and circuit.metrics["emotions"][emotion]["heads"] == 4
+        outside = circuit.z_delta[e].view(3, 4, 8)[values[e] == 0]
+        assert not outside.any() and outside.shape == (8, 8)
+        lift = lifts(tiny, circuit.z_delta[e], emotion).abs().max()
+        assert lift < 1e-5 if spare else lift > 0.02
+    assert len(circuit.neuron_index) == 0 and torch.equal(directions.z.mean, before)
+    assert circuit.strength.tolist() == [1.0, 1.0, 1.0], "what was learned"
+    assert circuit.metrics["gains"]["steps"] == 4 and len(circuit.metrics["gains"]["curve"]) == 4
+
+
+def test_steering_with_the_circuit_costs_what_was_learned(tiny: Model, directions: Directions) -> None:
+    """Strength 1 of the finished circuit, as generation adds it, is what the gains were fitted with."""
+    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings(steps=4, groups=1))
+    added = without_names(tiny, EMOTIONS, directions.z.mean)
+    values = learn_gains(tiny, added, GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=1)).values
+    wanted = torch.einsum("elh,elhm->elm", values, gains._written(tiny, added))
+    vectors = {site: vector for site, vector in circuit.steering(tiny).items() if vector.any()}
+    assert {(site.layer, site.kind) for site in vectors} == {(layer, ATTN_OUT) for layer in range(3) if wanted[:, layer].any()}
+    for site, vector in vectors.items():
+        torch.testing.assert_close(vector.float(), wanted[:, site.layer], atol=1e-5, rtol=1e-4)
+
+
+def test_measures_are_of_what_the_circuit_really_adds(tiny: Model, directions: Directions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known gains instead of learned ones, injected by bare hooks; against the plain contrast of all heads at the same length."""
+    values = torch.zeros(3, 3, 4)
+    values[:, 1, 2], values[:, 2, 0], values[:, 0, 3] = 1.5, -2.0, 0.5
+    monkeypatch.setattr(assembly, "learn_gains", lambda *_: Gains(values, (1.0,), (0.0,)))
+    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings())
+    v_ref = reference_directions(directions, stable_band(directions))
+    case = Case(tiny, directions, GROUPS, prompt_samples(tiny, GROUPS, 2, 3, INSTRUCTION), v_ref)
+
+    def effect(e: int, z: Tensor) -> float:
+        return final(case, v_ref[e], {(layer, "z"): at_t_star(z[layer]) for layer in range(3)}) - final(case, v_ref[e])
+
+    def length(z: Tensor) -> Tensor:
+        return torch.stack([written_by(tiny, layer, z[layer], "z") for layer in range(3)]).norm()
+
+    shares = []
+    for e, emotion in enumerate(EMOTIONS):
+        assert set(circuit.units(emotion)) == {Head(1, 2), Head(2, 0), Head(0, 3)}
+        found = circuit.metrics["emotions"][emotion]
+        whole = spare_names(tiny, [emotion], directions.z.mean[e : e + 1], torch.zeros(1, 3, 48), assembly.NAME_PUSH)[0][0]
+        whole = whole * length(circuit.z_delta[e]) / length(whole)
+        assert found["whole_effect"] == pytest.approx(effect(e, whole), abs=2e-3, rel=1e-3)
+        assert found["faithfulness"] * found["whole_effect"] == pytest.approx(effect(e, circuit.z_delta[e]), abs=2e-3, rel=1e-3)
+        shares.append(found["faithfulness"])
+    assert max(abs(share - 1) for share in shares) > 0.1, "what was learned differs from the plain contrast"

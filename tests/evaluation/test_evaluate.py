@@ -1,0 +1,589 @@
+"""The contest's figures: what is measured of a reply, how settings are chosen, intervals, and the whole way with planted emotions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emosteer import api as pipeline
+from emosteer.base.errors import UsageError
+from emosteer.circuits.methods import CONTROL_OF, METHODS, NONE, PROMPTS, STEERED
+from emosteer.cli import main as cli
+from emosteer.cli.print_contest import print_evaluation
+from emosteer.evaluation.bootstrap import Draws
+from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
+from emosteer.evaluation.evaluate import (
+    COMPARED,
+    METRICS,
+    EvaluationSettings,
+    compare,
+    equal_ratio,
+    evaluate,
+    frontier,
+    result_of,
+    rivals_of,
+)
+from emosteer.evaluation.metrics import EMPTY, confusion, content_tables, measure, repetition, table_of
+from emosteer.judges import embedded as embedded_judge
+from emosteer.judges import registry as judges
+from emosteer.judges import soundness
+from emosteer.judges.huggingface import HfJudge
+from emosteer.models import model as model_module
+from emosteer.scenarios.scenarios import EMOTIONS as SIX
+from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.splits import stable_share
+from emosteer.writing.contest_writer import Row
+from tests.helpers.contest_setup import EMOTIONS, BagEncoder, WordCheck, WordJudge, contest, defaults, groups, jury, kill_after, parts
+
+# ---- one reply ---------------------------------------------------------------------------------------------------------
+
+
+def reply(text: str = "fine", shares: dict[str, float] | None = None, **other: Any) -> Row:
+    """A judged reply."""
+    row = {"text": text, "probabilities": shares, "nll": 2.0, "sound": True, "finish_reason": "stop", "n_tokens": 5, "judged": None}
+    if shares:
+        row["judged"] = max(shares, key=lambda label: shares[label])
+    return {**row, **other}
+
+
+def test_accuracy_leaves_neutral_out_and_match_does_not() -> None:
+    shares = {"anger": 0.3, "sadness": 0.1, "happiness": 0.1, "fear": 0.0, "surprise": 0.0, "disgust": 0.0, "neutral": 0.5}
+    right, wrong = measure(reply(shares=shares), "anger", SIX), measure(reply(shares=shares), "sadness", SIX)
+    assert (right["accuracy"], right["match"], right["probability"]) == (1.0, 0.0, 0.3)
+    assert (wrong["accuracy"], wrong["match"], wrong["probability"]) == (0.0, 0.0, 0.1)
+    sure = {**shares, "anger": 0.5, "neutral": 0.3}
+    assert measure(reply(shares=sure), "anger", SIX)["match"] == 1.0
+
+
+def test_a_missing_opinion_is_no_number_and_an_empty_reply_no_match() -> None:
+    found = measure(reply(shares=None), "anger", SIX)
+    assert all(math.isnan(found[name]) for name in ("accuracy", "match", "probability")) and found["nll"] == 2.0
+    empty = measure(reply(text="", shares={"neutral": 1.0}, nll=None), SIX[0], SIX)
+    assert (empty["accuracy"], empty["match"], empty["probability"], empty["nll"]) == (0.0, 0.0, 0.0, EMPTY)
+
+
+def test_naming_is_the_emotions_own_name_and_synonyms_are_wider() -> None:
+    assert [measure(reply(t), "anger", SIX)["names"] for t in ("So angry!", "I am livid.", "I fear it.")] == [1.0, 0.0, 0.0]
+    assert [measure(reply(t), "anger", SIX)["synonyms"] for t in ("So angry!", "I am livid.", "I fear it.")] == [1.0, 1.0, 0.0]
+    cut = measure(reply(finish_reason="length", sound=False), "anger", SIX)
+    assert (cut["unfinished"], cut["sound"], cut["n_tokens"]) == (1.0, 0.0, 5.0) and measure(reply(), "anger", SIX)["unfinished"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("", 0), ("a b", 0), ("a b c d", 0), ("no no no no no", 2 / 3), ("One two three. One, two THREE!", 1 / 4)]
+)
+def test_repetition_counts_three_word_runs_that_were_there_before(text: str, share: float) -> None:
+    assert repetition(text) == pytest.approx(share)
+
+
+def rows_of(some: Sequence[Group], method: str, make: Callable[[Group, str], Row]) -> list[Row]:
+    """Judged replies of one method: one per group and emotion, or one per group."""
+    targets = (NONE,) if method == NONE else EMOTIONS
+    place = [(group, emotion) for group in some for emotion in targets]
+    names = [{"skeleton_id": g.key.scenario, "valence": g.key.valence, "emotion": e, "method": method} for g, e in place]
+    return [{**make(g, e), **name} for (g, e), name in zip(place, names, strict=True)]
+
+
+def test_the_unsteered_reply_counts_for_every_emotion() -> None:
+    some = groups(4)
+    table = table_of(rows_of(some, NONE, lambda g, e: reply(shares={"anger": 0.6, "sadness": 0.2, "happiness": 0.2})), some, EMOTIONS)
+    assert table["accuracy"].tolist() == [[1.0, 0.0, 0.0]] * 4 and table["probability"].tolist() == [[0.6, 0.2, 0.2]] * 4
+    shuffled = rows_of(some, "circuit", lambda g, e: reply(nll=float(some.index(g) + 10 * EMOTIONS.index(e))))[::-1]
+    assert table_of(shuffled, some, EMOTIONS)["nll"].tolist() == [[g, g + 10, g + 20] for g in range(4)]
+
+
+def test_confusion_is_of_judged_replies_and_its_rows_sum_to_one() -> None:
+    judged = {"anger": ["anger", "anger", "neutral"], "sadness": ["fear", None, "sadness"], "happiness": [None] * 3}
+    rows = [{"emotion": e, "judged": label} for e, labels in judged.items() for label in labels]
+    found = confusion(rows, EMOTIONS)
+    assert list(found["anger"]) == ["anger", "sadness", "happiness", "fear", "surprise", "disgust", "neutral"]
+    assert found["anger"]["anger"] == pytest.approx(2 / 3, abs=1e-6) and found["sadness"]["fear"] == 0.5
+    assert [round(sum(row.values()), 5) for row in found.values()] == [1.0, 1.0, 0.0]
+    plain = confusion([{"emotion": NONE, "judged": "neutral"}, {"emotion": NONE, "judged": "fear"}], EMOTIONS)
+    assert all(row["neutral"] == row["fear"] == 0.5 for row in plain.values())
+
+
+# ---- content -----------------------------------------------------------------------------------------------------------
+
+
+class Compass:
+    """Texts are angles in degrees; vectors in the plane. "prompt 3" points to 3 x 10 degrees."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        degrees = [10.0 * int(t.split()[1]) if t.startswith("prompt") else float(t) for t in texts]
+        angles = torch.tensor(degrees) * math.pi / 180
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_on_topic_and_kept_by_hand() -> None:
+    some = [replace(group, text=f"prompt {3 * index}") for index, group in enumerate(groups(36))]  # 0, 30, 60, ... degrees: all differ
+    some = [replace(group, text=f"prompt {index}") for index, group in enumerate(some)]
+    plain = rows_of(some, NONE, lambda g, e: reply(str(10 * some.index(g) + 20)))
+    near = rows_of(some, "circuit", lambda g, e: reply(str(10 * some.index(g) + {"anger": 2, "sadness": 180, "happiness": 50}[e])))
+    found = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 0)
+    kept = found["circuit"]["kept"]
+    for e, off in enumerate((18, 200, 30)):
+        assert kept[:, e].tolist() == pytest.approx([math.cos(off * math.pi / 180)] * 36, abs=1e-5)
+    assert found[NONE]["kept"].min() == pytest.approx(1.0, abs=1e-6)
+    assert found["circuit"]["on_topic"][:, 0].tolist() == [1.0] * 36, "2 degrees from its own prompt, 10 and more from any other"
+    assert found["circuit"]["on_topic"][:, 1].tolist() == [0.0] * 36
+    third = found["circuit"]["on_topic"][:, 2].mean().item()  # up to 9 of the 33 are nearer: ten drawn ones rarely hold fewer than two
+    assert 0.0 < third < 0.5
+    assert found[NONE].keys() == {"on_topic", "kept"} and found[NONE]["on_topic"].unique().numel() == 2
+    again = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 0)
+    other = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 1)
+    assert torch.equal(again["circuit"]["on_topic"], found["circuit"]["on_topic"])
+    assert not torch.equal(other["circuit"]["on_topic"], found["circuit"]["on_topic"])
+
+
+def test_a_single_scenario_has_no_other_prompts() -> None:
+    some = groups(3)
+    rows = rows_of(some, NONE, lambda g, e: reply("home"))
+    found = content_tables({NONE: rows}, some, EMOTIONS, BagEncoder(), 0)
+    assert found[NONE]["on_topic"].isnan().all() and not found[NONE]["kept"].isnan().any()
+
+
+# ---- choosing ------------------------------------------------------------------------------------------------------------
+
+
+def point(probability: float | None, ratio: float = 1.0, names: float = 0.0, sound: float = 1.0, n: int = 40) -> DosePoint:
+    return DosePoint(probability, probability, ratio, names, sound, n)
+
+
+PLAIN = point(0.1)
+
+
+def one(points: dict[float, DosePoint], unsteered: DosePoint = PLAIN, budget: Budget | None = None) -> tuple[float, bool]:
+    """The choice for a single emotion, whose own share of sound replies is the pooled one."""
+    choice = choose({"fear": points}, {"fear": unsteered}, budget or Budget())
+    return choice.doses["fear"], choice.fits
+
+
+@pytest.mark.parametrize(
+    ("points", "dose", "fits"),
+    [
+        ({0.5: point(0.3), 1.0: point(0.6), 1.5: point(0.5)}, 1.0, True),  # the highest
+        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.11), 1.5: point(0.5)}, 1.5, True),  # over budget
+        ({0.5: point(0.3), 1.0: point(0.6, ratio=1.1)}, 1.0, True),  # the budget itself is within
+        ({0.5: point(0.3), 1.0: point(0.6, names=0.025)}, 0.5, True),  # names too often
+        ({0.5: point(0.3, names=0.1), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5, True),  # all do: the fewest
+        ({0.5: point(0.3, ratio=2.0), 1.0: point(0.6, names=0.2), 1.5: point(0.5, names=0.1)}, 1.5, True),  # of those within
+        ({0.5: point(0.3), 1.0: point(0.6, sound=0.875)}, 0.5, True),
+        ({0.5: point(0.3), 1.0: point(0.6, sound=0.9)}, 1.0, True),
+        ({1.5: point(0.9, ratio=1.3), 0.5: point(0.3, ratio=1.2)}, 0.5, False),  # nothing fits: the nearest to the budget
+        ({1.5: point(0.9, sound=0.7), 0.5: point(0.3, sound=0.75), 1.0: point(0.6, sound=0.5)}, 0.5, False),  # or the weakest, unsound
+        ({0.5: point(0.6), 1.0: point(0.6)}, 0.5, True),  # equals: the weaker
+        ({0.5: point(0.3), 1.0: point(None)}, 0.5, True),  # no opinion is no evidence
+        ({0.5: point(None), 1.0: point(None)}, 0.5, False),
+    ],
+)
+def test_the_rule(points: dict[float, DosePoint], dose: float, fits: bool) -> None:
+    assert one(points) == (dose, fits)
+
+
+def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
+    points = {0.5: point(0.3), 1.0: point(0.6, sound=0.75)}
+    assert one(points) == (0.5, True)
+    assert one(points, point(0.1, sound=0.75)) == (1.0, True)
+    assert one(points, budget=Budget(sound=0.7, each_sound=0.7)) == (1.0, True)
+    assert one(points, budget=Budget(sound=0.7)) == (0.5, True), "one emotion alone falls below its own share"
+
+
+def test_the_budget_is_that_of_all_replies_together() -> None:
+    mild, wild = {1.0: point(0.3, ratio=0.8), 2.0: point(0.5, ratio=0.9)}, {1.0: point(0.2, ratio=1.0), 2.0: point(0.8, ratio=1.3)}
+    choice = choose({"fear": mild, "anger": wild}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    assert choice.doses == {"fear": 2.0, "anger": 2.0} and choice.fits, "sqrt(0.9 * 1.3) = 1.08"
+    named = {1.0: point(0.2), 2.0: point(0.8, names=0.05)}
+    assert choose({"fear": named, "anger": named}, {"fear": PLAIN, "anger": PLAIN}, Budget()).doses in ({"fear": 1.0, "anger": 1.0},), (
+        "2.5 % of all replies"
+    )
+    more = choose({"fear": named, "anger": {1.0: point(0.2, n=80)}}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    assert more.doses["fear"] == 2.0, "2 of 120 replies: an emotion counts by its replies"
+
+
+def test_the_choice_is_the_best_of_all_allocations() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        points = {
+            e: {d: point(draw.random(), draw.uniform(0.7, 1.6), draw.choice([0, 0, 0.05]), draw.uniform(0.82, 1)) for d in (1.0, 2.0, 3.0)}
+            for e in ("fear", "anger", "disgust")
+        }
+        choice = choose(points, dict.fromkeys(points, PLAIN), Budget())
+        fitting = {}
+        for doses in itertools.product((1.0, 2.0, 3.0), repeat=3):
+            some = [points[e][d] for e, d in zip(points, doses, strict=True)]
+            ratio = math.exp(sum(math.log(p.ratio) for p in some) / 3)
+            if ratio <= 1.1 and sum(p.sound for p in some) / 3 >= 0.9 and sum(p.names for p in some) / 3 <= 0.02:
+                fitting[doses] = sum(p.probability or 0 for p in some)
+        if fitting:
+            assert tuple(choice.doses.values()) == max(fitting, key=lambda doses: fitting[doses]) and choice.fits
+
+
+def test_too_many_doses_are_refused_at_once() -> None:
+    points = {float(dose): point(0.5) for dose in range(1, 31)}
+    with pytest.raises(UsageError, match="fewer --doses"):
+        choose(dict.fromkeys(SIX, points), dict.fromkeys(SIX, PLAIN), Budget())
+
+
+def test_the_best_prompt_is_the_most_accurate_within_the_ratio() -> None:
+    points = {"prompt-system": point(0.3), "prompt-tone": point(0.6, ratio=1.2), "prompt-stimulus": point(0.4, names=0.5)}
+    assert best_prompt(points, Budget()) == "prompt-stimulus", "a prompt has no dose that would name less"
+    assert best_prompt(points, Budget(ratio=1.3)) == "prompt-tone"
+    assert best_prompt(points, Budget(ratio=0.9)) in ("prompt-system", "prompt-stimulus")
+
+
+def tables(n: int = 6, seed: int = 0, shift: float = 0.0) -> dict[str, Tensor]:
+    """Random figures of a method [group, emotion]."""
+    noise = torch.Generator().manual_seed(seed)
+    found = {name: torch.rand(n, 3, generator=noise, dtype=torch.float64) for name in (*METRICS, "nll", "n_tokens")}
+    for name in ("accuracy", "match", "names", "sound"):
+        found[name] = found[name].round()
+    found["nll"] = 2 + 0.3 * found["nll"] + shift
+    return found
+
+
+def test_a_point_compares_the_same_groups_and_leaves_missing_opinions_out() -> None:
+    table, base = tables(4, 1), tables(6, 2)
+    table["probability"][0, 1] = table["accuracy"][0, 1] = float("nan")
+    found = DosePoint.of(table, base, 1)
+    assert found.n == 4 and found.probability == pytest.approx(table["probability"][1:, 1].mean().item(), abs=1e-6)
+    wanted = math.exp(sum(table["nll"][g, 1].item() - base["nll"][g, 1].item() for g in range(4)) / 4)
+    assert found.ratio == pytest.approx(wanted, abs=1e-6)
+    table["probability"][:] = table["accuracy"][:] = float("nan")
+    assert DosePoint.of(table, base).probability is None and DosePoint.of(table, base).n == 12
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------------
+
+
+def test_results_by_hand() -> None:
+    some, table, base = groups(6), tables(6, 3), tables(6, 4)
+    table["accuracy"][2] = table["match"][2] = table["probability"][2] = float("nan")
+    draws = Draws.make(6, 400)
+    rows = [{"emotion": e, "judged": "anger"} for e in EMOTIONS]
+    found = result_of("circuit", table, base, rows, some, draws, EMOTIONS)
+    there = [g for g in range(6) if g != 2]
+    assert (found["n"], found["missing"]) == (18, 3)
+    assert found["accuracy"]["value"] == pytest.approx(table["accuracy"][there].mean().item(), abs=1e-6)
+    assert found["ratio"]["value"] == pytest.approx(math.exp(table["nll"].mean() - base["nll"].mean()), abs=1e-6)
+    assert found["median_ratio"]["value"] == pytest.approx(math.exp(table["nll"].quantile(0.5) - base["nll"].quantile(0.5)), abs=1e-6)
+    for name in METRICS:
+        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+    fear = found["by_emotion"]["sadness"]
+    assert fear["n"] == 6 and fear["names"]["value"] == pytest.approx(table["names"][:, 1].mean().item(), abs=1e-6)
+    lines = [g for g, group in enumerate(some) if group.key.valence == "neutral"]
+    valence = found["by_valence"]["neutral"]
+    assert len(lines) == 2 and valence["n"] == 6
+    assert valence["ratio"]["value"] == pytest.approx(math.exp(table["nll"][lines].mean() - base["nll"][lines].mean()), abs=1e-6)
+    assert found["confusion"]["sadness"]["anger"] == 1.0
+
+
+def test_the_interval_of_a_ratio_is_paired_with_the_unsteered_replies() -> None:
+    """Prompts differ far more than methods do: a method 0.1 nats above on every reply has a ratio without spread."""
+    base = tables(6, 5)
+    base["nll"] = torch.linspace(1, 6, 6, dtype=torch.float64)[:, None].expand(6, 3)
+    table = {**base, "nll": base["nll"] + 0.1}
+    found = result_of("circuit", table, base, [], groups(6), Draws.make(6, 400), EMOTIONS)["ratio"]
+    assert found == {"value": pytest.approx(math.exp(0.1), abs=1e-6)} | {k: pytest.approx(math.exp(0.1), abs=1e-6) for k in ("low", "high")}
+
+
+def test_differences_are_over_replies_that_both_have() -> None:
+    a, b, base = tables(6, 6), tables(6, 7), tables(6, 8)
+    a["accuracy"][0, 0] = b["accuracy"][3, 1] = float("nan")
+    draws = Draws.make(6, 400)
+    found = compare(a, b, base, "accuracy", draws, 0)
+    both = ~(a["accuracy"].isnan() | b["accuracy"].isnan())
+    assert found["n"] == 16
+    assert found["difference"]["value"] == pytest.approx((a["accuracy"][both] - b["accuracy"][both]).mean().item(), abs=1e-6)
+    ratio = compare(a, b, base, "ratio", draws, 0)
+    one, two = (math.exp(t["nll"].mean() - base["nll"].mean()) for t in (a, b))
+    assert ratio["difference"]["value"] == pytest.approx(one - two, abs=1e-6) and 0 < ratio["p"] <= 1
+    same = compare(a, a, base, "accuracy", draws, 0)
+    assert same["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0} and same["p"] == 1.0
+
+
+def test_equal_ratio_takes_the_nearest_dose_and_says_how_near() -> None:
+    base = tables(6, 0)
+    trials = {(NONE, None): base, ("prompt-tone", None): tables(6, 1, shift=0.05)}
+    trials |= {("circuit", dose): tables(6, 1, shift=shift) for dose, shift in ((0.5, -0.1), (1.0, 0.06), (1.5, 0.4))}
+    settings = EvaluationSettings(methods=(NONE, "prompt-tone", "circuit"), doses=(0.5, 1.0, 1.5))
+    doses = {"prompt-tone": dict.fromkeys(EMOTIONS), "circuit": dict.fromkeys(EMOTIONS, 1.5)}
+    (found,) = equal_ratio(trials, doses, [("circuit", "prompt-tone")], settings)
+    assert found["setting"] == 1.0 and found["ratio_a"] / found["ratio_b"] == pytest.approx(math.exp(0.01), abs=1e-5)
+    assert found["difference"]["value"] == 0.0 and found["n"] == 18
+
+
+def test_the_frontier_has_every_method_dose_and_emotion() -> None:
+    trials = {(NONE, None): tables(6, 0), ("circuit", 0.5): tables(6, 1), ("random-heads", 0.5): tables(3, 2)}
+    found = frontier(trials, EMOTIONS)
+    assert [(row["method"], row["setting"], row["emotion"]) for row in found[:4]] == [(NONE, None, e) for e in ("all", *EMOTIONS)]
+    assert len(found) == 12 and found[0]["ratio"] == 1.0 and found[0]["n"] == 18
+    assert next(row for row in found if row["method"] == "random-heads" and row["emotion"] == "all")["n"] == 9
+    whole = next(row for row in found if row["method"] == "circuit" and row["emotion"] == "all")
+    assert whole["accuracy"] == pytest.approx(trials["circuit", 0.5]["accuracy"].mean().item(), abs=1e-6)
+    assert set(whole) == {"method", "setting", "emotion", "accuracy", "probability", "ratio", "names", "sound", "n"}
+
+
+def test_settings_refuse_nonsense() -> None:
+    for methods, message in (
+        (("none", "circut"), "did you mean 'circuit'"),
+        (("none", "random-circuit"), "add circuit to --methods"),
+        (("circuit",), "add none"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            EvaluationSettings(methods=methods)
+    for doses in ((), (0.0, 1.0), (-1.0,), (math.nan,), (math.inf,)):
+        with pytest.raises(UsageError, match="--doses"):
+            EvaluationSettings(doses=doses)
+    with pytest.raises(UsageError, match="--budget"):
+        EvaluationSettings(budget=Budget(ratio=0.0))
+    assert rivals_of((NONE, "circuit", "residual"), None) == [("circuit", "residual"), ("circuit", NONE), ("residual", NONE)]
+
+
+# ---- the whole way ---------------------------------------------------------------------------------------------------------------
+
+SETTINGS = EvaluationSettings(doses=(0.25, 1.0, 2.0), control_groups=2, budget=Budget(ratio=3.0, names=0.02, sound=0.5, each_sound=0.5))
+
+
+def hold(
+    folder: Path, judge: WordJudge | None = None, paid: bool = False, settings: EvaluationSettings = SETTINGS
+) -> tuple[Row, list[Row]]:
+    """The contest on disjoint scenario-events."""
+    return evaluate(contest(folder, batch_size=16), jury(folder, judge, paid=paid), groups(3, 30), groups(6), defaults(), settings)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, list[Row]]:
+    return hold(tmp_path_factory.mktemp("contest"))
+
+
+def test_the_planted_circuit_wins_and_random_ones_do_not(held: tuple[Row, list[Row]]) -> None:
+    body, rows = held
+    results = {row["method"]: row for row in body["results"]}
+    assert list(results) == list(METHODS)
+    assert results[NONE]["accuracy"]["value"] == pytest.approx(1 / 3) and results[NONE]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert results["circuit"]["accuracy"]["value"] > 0.8 < results["residual"]["accuracy"]["value"]
+    for control in CONTROL_OF:
+        assert results[control]["accuracy"]["value"] < 0.6
+    (found,) = [r for r in body["comparisons"] if (r["a"], r["b"], r["metric"]) == ("circuit", "random-circuit", "accuracy")]
+    assert found["difference"]["low"] > 0.2 and found["p"] == round(2 * 2**-6, 4) and found["n"] == 18
+    assert {(r["a"], r["b"]) for r in body["comparisons"]} == set(rivals_of(METHODS, body["best_prompt"]))
+    assert {r["metric"] for r in body["comparisons"]} == set(COMPARED)
+    assert [(line["a"], line["b"]) for line in body["equal_ratio"]] == [
+        (a, b) for a, b in rivals_of(METHODS, body["best_prompt"]) if b in ("residual", body["best_prompt"])
+    ]
+
+
+def test_results_agree_with_the_replies_on_disk(held: tuple[Row, list[Row]]) -> None:
+    """Every figure can be had again from test-replies.jsonl, by plain loops."""
+    body, rows = held
+    some = {str(group.key): group for group in groups(6)}
+    assert len(rows) == 6 + 8 * 18 and {f"{row['skeleton_id']}/{row['valence']}" for row in rows} == set(some)
+    base = sum(row["nll"] for row in rows if row["method"] == NONE) / 6
+    for result in body["results"]:
+        mine = [row for row in rows if row["method"] == result["method"]]
+        pairs = [(row, row["emotion"]) for row in mine] if result["method"] != NONE else [(row, e) for row in mine for e in EMOTIONS]
+        right = [bool(row["text"]) and max(EMOTIONS, key=lambda e: row["probabilities"][e]) == target for row, target in pairs]
+        assert result["accuracy"]["value"] == pytest.approx(sum(right) / len(pairs), abs=1e-6)
+        assert result["ratio"]["value"] == pytest.approx(math.exp(sum(row["nll"] for row, _ in pairs) / len(pairs) - base), abs=1e-5)
+        assert result["unfinished"]["value"] == pytest.approx(sum(r["finish_reason"] == "length" for r, _ in pairs) / len(pairs), abs=1e-6)
+        assert result["n"] == len(pairs) and result["missing"] == 0
+        strengths = {(row["emotion"], row["strength"]) for row in mine}
+        wanted = {(NONE, None)} if result["method"] == NONE else set(body["chosen"][result["method"]].items())
+        assert strengths == wanted
+
+
+def test_settings_are_chosen_by_the_rule_from_the_frontier(held: tuple[Row, list[Row]]) -> None:
+    body, _ = held
+    points = {(r["method"], r["setting"], r["emotion"]): r for r in body["frontier"]}
+
+    def make(row: Row) -> DosePoint:
+        return DosePoint(*(row[name] for name in ("probability", "accuracy", "ratio", "names", "sound", "n")))
+
+    for method in STEERED:
+        tried = {emotion: {dose: make(points[method, dose, emotion]) for dose in SETTINGS.doses} for emotion in EMOTIONS}
+        choice = choose(tried, {emotion: make(points[NONE, None, emotion]) for emotion in EMOTIONS}, SETTINGS.budget)
+        assert body["chosen"][method] == {e: dose * defaults()[method][e] for e, dose in choice.doses.items()}
+        assert (method in body["unfit"]) == (not choice.fits)
+    for control, source in CONTROL_OF.items():
+        assert body["chosen"][control] == body["chosen"][source]
+        assert points[control, 1.0, "all"]["n"] == 6 and points[source, 1.0, "all"]["n"] == 9
+    prompts = {name: make(points[name, None, "all"]) for name in PROMPTS}
+    assert body["best_prompt"] == best_prompt(prompts, SETTINGS.budget)
+    assert all(value is None for name in (NONE, *PROMPTS) for value in body["chosen"][name].values())
+
+
+@pytest.mark.parametrize("killed_after", [3, 140, 300, 499])
+def test_killed_at_any_moment_the_rerun_ends_in_the_same_bytes(
+    held: tuple[Row, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    with monkeypatch.context() as patched:
+        kill_after(patched, killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            hold(tmp_path)
+    assert json.dumps(hold(tmp_path)) == json.dumps(held)
+
+
+def test_missing_opinions_are_counted_and_leave_the_denominators(held: tuple[Row, list[Row]], tmp_path: Path) -> None:
+    def failing(text: str) -> bool:
+        return len(text) % 3 == 1
+
+    body, rows = hold(tmp_path, WordJudge(failing), paid=True)
+    whole = {(row["method"], row["id"]): row for row in held[1]}
+    lost = 0
+    for result in body["results"]:
+        mine = [row for row in rows if row["method"] == result["method"]]
+        known = [row for row in mine if not failing(row["text"])]
+        lost += len(mine) - len(known)
+        factor = 3 if result["method"] == NONE else 1
+        assert result["missing"] == factor * (len(mine) - len(known)) and result["n"] == factor * len(mine)
+        assert all((row["probabilities"] is None) == failing(row["text"]) for row in mine)
+        if result["method"] != NONE:
+            right = [bool(row["text"]) and max(EMOTIONS, key=lambda e: row["probabilities"][e]) == row["emotion"] for row in known]
+            assert result["accuracy"]["value"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+        assert result["ratio"]["value"] is not None and result["sound"]["value"] is not None
+    assert lost > 20
+    if body["chosen"] == held[0]["chosen"]:
+        assert all(row["text"] == whole[row["method"], row["id"]]["text"] for row in rows)
+    assert json.dumps(hold(tmp_path, WordJudge(), paid=True)) == json.dumps(held), "asked again, the missing ones are there"
+
+
+def test_a_judge_that_says_nothing_ends_in_a_complete_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body, rows = hold(tmp_path, WordJudge(lambda text: True), paid=True)
+    for result in body["results"]:
+        empty = sum(row["text"] == "" for row in rows if row["method"] == result["method"]) * (3 if result["method"] == NONE else 1)
+        assert result["n"] == 18 and result["missing"] == 18 - empty, "an empty reply needs no judge"
+        assert result["accuracy"]["value"] == (0.0 if empty else None)
+        assert result["ratio"]["value"] > 0
+    assert body["chosen"]["circuit"] == dict.fromkeys(EMOTIONS, 0.5), "the weakest"
+    assert body["unfit"] == dict.fromkeys(STEERED, list(EMOTIONS))
+    assert "NaN" not in json.dumps(body)
+    show(body, capsys)
+
+
+def show(body: Row, capsys: pytest.CaptureFixture[str]) -> str:
+    """The printed tables of an evaluation."""
+    split = {"n_groups": 9, "file": "test.jsonl"}
+    print_evaluation(
+        {"model": "tiny", "judge": {"name": "words"}, "emotions": list(EMOTIONS), "test": split, "dev": split, **body}, "x.json"
+    )
+    return capsys.readouterr().out
+
+
+def test_the_tables_hold_the_figures(held: tuple[Row, list[Row]], capsys: pytest.CaptureFixture[str]) -> None:
+    out = show(held[0], capsys)
+    for result in held[0]["results"]:
+        line = next(line for line in out.splitlines() if line.startswith(f"{result['method']} "))
+        accuracy = result["accuracy"]
+        assert f"{100 * accuracy['value']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]" in line
+    assert "circuit - residual" in out and f"circuit - {held[0]['best_prompt']}" in out and "at the ratio of" in out
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in a folder with the tiny model, its planted circuit, and judges who know the planted words."""
+    model, circuit, directions = parts()
+    circuit.save(tmp_path / "circuit.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_module.Model, "load", classmethod(lambda cls, *a, **b: model))
+    monkeypatch.setattr(judges, "make_judge", lambda spec, **options: WordJudge())
+    monkeypatch.setattr(embedded_judge, "Encoder", BagEncoder)
+    monkeypatch.setattr(soundness.SoundnessCheck, "load", classmethod(lambda cls, **options: WordCheck()))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", "--circuit", "circuit.safetensors", *arguments])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+SMALL = ("--groups", "3", "--dev-groups", "2", "--doses", "1,2", "--max-new-tokens", "4", "--budget", "3")
+
+
+def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    _, _, directions = parts()
+    directions.save(pipeline.Places.of(parts()[0].name).directions)
+    code, out, err = run(*SMALL, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    folder = pipeline.Places.of(parts()[0].name).folder / "evaluation"
+    first = (folder / "evaluation.json").read_bytes()
+    assert json.loads(first) == found
+    assert (found["schema"], found["kind"], found["model"], found["emotions"]) == (1, "evaluation", parts()[0].name, list(EMOTIONS))
+    assert found["command"].startswith("emosteer evaluate --circuit circuit.safetensors --groups 3") and "created" not in found
+    assert found["dtype"] == "float32" and found["judge"]["key"] == "words-1" and found["decoding"]["max_new_tokens"] == 4
+    assert found["test"]["n_groups"] == 3 and found["test"]["file"] == "test.jsonl" and len(found["test"]["sha256"]) == 64
+    assert {row["method"] for row in found["results"]} == set(METHODS)
+    rows = [json.loads(line) for line in (folder / "test-replies.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 + 8 * 9
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert run(*SMALL, "--json")[:2] == (0, out) and (folder / "evaluation.json").read_bytes() == first
+    assert {file.name: file.stat().st_size for file in folder.iterdir()} == sizes, "nothing was written or asked again"
+    code, table, _ = run(*SMALL)
+    assert code == 0 and "random-direction" in table and str(folder / "evaluation.json") in table
+
+
+def test_test_prompts_come_from_the_end_of_the_order(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    names = [f"s{i}" for i in range(20)]
+    event = {"positive": "it came back", "neutral": "it was late", "negative": "it went home"}
+    lines = [json.dumps({"skeleton_id": n, "theme": "t", "scenario": f"i waited at the {n}", "event": event}) for n in names]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    code, out, err = run(*SMALL, "--json", "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "here")
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "here" / "test-replies.jsonl").read_text().splitlines()]
+    keys = [f"{n}/{v}" for n in names for v in event]
+    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-3:])
+    assert json.loads(out)["test"]["file"] == "mine.jsonl"
+    assert [row["method"] for row in json.loads(out)["results"]] == [NONE, "residual", "circuit"]
+    assert {row["prompt"].split()[4] for row in rows} <= set(names)
+    code, out, err = run(*SMALL, "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "there", "--skip", "3")
+    rows = [json.loads(line) for line in (tmp_path / "there" / "test-replies.jsonl").read_text().splitlines()]
+    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-6:-3])
+
+
+def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, out, err = run(*SMALL, "--json")
+    assert code == 0 and "left out: random-heads needs the directions" in err
+    assert {row["method"] for row in json.loads(out)["results"]} == set(METHODS) - {"random-heads"}
+    code, out, err = run(*SMALL, "--methods", "circuit,random-heads")
+    assert code == 1 and out == "" and "emosteer extract" in err and err.count("\n") == 1
+
+
+def test_a_judge_that_is_the_steered_model_is_refused(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = object.__new__(HfJudge)  # nothing but what names it and its weights is looked at
+    for name, value in {"name": "hf:tiny", "key": "x", "weights": (parts()[0].sha256,)}.items():
+        object.__setattr__(judge, name, value)
+    monkeypatch.setattr(judges, "make_judge", lambda spec, **options: judge)
+    code, out, err = run(*SMALL)
+    assert code == 2 and out == "" and "independent" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "circuit,prompt"), "unknown method 'prompt'"),
+        (("--doses", "1,x"), "expected --doses"),
+        (("--doses", "0"), "expected --doses"),
+        (("--budget", "nan"), "--budget"),
+        (("--scenarios", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--skip", "100000"), "leaves nothing"),
+    ],
+)
+def test_bad_options_are_one_line(run: Callable[..., tuple[int, str, str]], options: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*SMALL[:2], *options)
+    assert code in (1, 2) and out == "" and message in err and err.count("\n") == 1 and "Traceback" not in err

@@ -1,0 +1,330 @@
+"""Soundness: the rules, the verdict of rules and head together, the broken texts that the head is fitted on, and the shipped check."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import ArtifactError
+from emosteer.judges.embedded import ENCODER, LinearHead, save_heads
+from emosteer.judges.protocol import Soundness
+from emosteer.judges.soundness import (
+    FAULTS,
+    SOUND,
+    THRESHOLD,
+    SoundnessCheck,
+    plain_faults,
+    repeated_share,
+    repeats,
+    unfinished,
+    verdicts_of,
+)
+from emosteer.judges.training import BREAKERS, SHARE_BROKEN, broken, soundness_examples, still_sound
+from emosteer.scenarios.scenarios import data_path, read_bank
+from tests.helpers.judge_setup import real_encoder, tiny_encoder
+
+PLAIN = "I waited nine weeks for that permit, and the office never told me why. What should I do now?"
+
+
+@pytest.fixture(scope="module")
+def bank() -> list[str]:
+    """Every shipped reply."""
+    return [text for replies in read_bank(data_path("replies/train.jsonl")).values() for text in replies.values()]
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (PLAIN, []),
+        ("Ugh!!!", []),
+        ("No.", []),
+        ("", ["empty"]),
+        ("  \n", ["empty"]),
+        ("?! ...", ["empty"]),
+        ("\U0001f600\U0001f600", ["empty"]),
+        ("No, no, no, no! I will not sit on that train again.", []),  # four in a row are speech
+        ("No, no, no, no, no! I will not sit on that train again.", ["repetition"]),
+        ("No NO no No nO, I will not sit on that train again.", ["repetition"]),
+        ("I went home and I went home and I went home and", ["repetition"]),
+        ("We sat down. The door was open. The door was open! The door was open?", ["repetition"]),
+        ("the cat the dog the fish the hat the pen the cup the", ["repetition"]),  # one word makes more than half
+        ("I can't stop, I can't stop laughing at all of this today.", []),
+        (" ".join(f"word{i}" for i in range(80)), []),
+        ("|| ## ~~ a == && b !! @@ ??", ["symbols"]),
+        ("!!! ok ???", []),  # too short to tell
+        ("... !!! ### no no no no no ### !!! ... *** ~~~ ===", ["repetition", "symbols"]),
+        ("Je ne peux pas attendre, c'est très loin d'ici.", []),  # other languages are for the head
+    ],
+)
+def test_rules(text: str, faults: list[str]) -> None:
+    assert plain_faults(text) == faults
+
+
+def test_every_loop_of_up_to_six_words_is_found_wherever_it_stands() -> None:
+    words = re.findall(r"\w+", PLAIN)
+    for size in range(1, 7):
+        for start in (0, 5, len(words) - size):
+            loop = " ".join([*words[:start], *words[start : start + size] * max(3, 6 // size), "and", "then"])
+            assert plain_faults(loop) == ["repetition"], loop
+        once = " ".join([*words[:start], *words[start : start + size] * (2 if size > 1 else 1), "and", "then"])
+        assert plain_faults(once) == [], "twice is not a loop"
+
+
+def repeated_by_hand(text: str, n: int) -> float:
+    words = [word.strip(".,!?").lower() for word in text.split()]
+    grams, seen, again = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)], set[tuple[str, ...]](), 0
+    for gram in grams:
+        again += gram in seen
+        seen.add(gram)
+    return again / len(grams) if grams else 0.0
+
+
+def test_the_repeated_share_counts_what_occurred_before() -> None:
+    texts = [PLAIN, "a b c a b c a b c", "A b, a B! a b", "one two", "", "again and again and again and again we go"]
+    for text in texts:
+        for n in (2, 3):
+            assert repeated_share(text, n) == pytest.approx(repeated_by_hand(text, n))
+    assert repeated_share("a b c a b c") == 0.25 and repeated_share("") == 0.0
+
+
+def test_anything_said_twice_repeats() -> None:
+    assert repeats("that that is it") and repeats("we went home and we went home") and not repeats(PLAIN) and not repeats("")
+
+
+@pytest.mark.parametrize(
+    "text", ["I went to the", "I went to the -", "First, then;", 'She said "no', "and so, ", "it ended (", "**we went**"]
+)
+def test_unfinished(text: str) -> None:
+    assert unfinished(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["It ended.", 'She said "no."', "Really?!  ", "So be it…", "Well done \U0001f389", "(all of it.)", "**Stop!**", ""]
+)
+def test_finished(text: str) -> None:
+    assert not unfinished(text)
+
+
+# ---- rules and head together -----------------------------------------------------------------------------------------
+
+
+def through() -> LinearHead:
+    """A head that hands probabilities through: features are their logarithms."""
+    n = 1 + len(FAULTS)
+    return LinearHead((SOUND, *FAULTS), torch.zeros(n), torch.ones(n), torch.eye(n), torch.zeros(n))
+
+
+def verdict(text: str, **shares: float) -> Soundness:
+    """What is said of a text to which the head gives these shares; what they leave goes to the first label."""
+    rest = 1 - sum(shares.values())
+    row = torch.tensor([shares.get(label, 0.0) + (rest if i == 0 else 0) for i, label in enumerate((SOUND, *FAULTS))])
+    return verdicts_of(through(), row.clamp_min(1e-9).log()[None], [text])[0]
+
+
+def test_the_head_decides_where_no_rule_does() -> None:
+    assert verdict(PLAIN) == Soundness(True, (), 0.0)
+    assert verdict(PLAIN, order=0.9) == Soundness(False, ("order",), 0.9)
+    assert verdict(PLAIN, order=0.1, language=0.5, symbols=0.3) == Soundness(False, ("language",), 0.9), "the likeliest fault"
+    assert verdict(PLAIN, order=0.2, language=0.2).reasons == ("order",), "0.6 sound is too little, though it is the likeliest label"
+    assert verdict(PLAIN, order=THRESHOLD - 0.01).sound and not verdict(PLAIN, order=THRESHOLD + 0.01).sound
+
+
+def test_a_rule_outvotes_a_head_that_is_content() -> None:
+    found = verdict("no " * 20)
+    assert not found.sound and found.reasons == ("repetition", "unfinished") and found.score == 0.0
+    assert verdict("") == Soundness(False, ("empty",), 0.0)
+
+
+def test_a_repetition_must_be_there_to_be_counted() -> None:
+    assert verdict(PLAIN, repetition=0.9) == Soundness(True, (), 0.9)
+    assert verdict("That that is the permit. That is the way, and that is the way.", repetition=0.9).reasons == ("repetition",)
+
+
+def test_being_unfinished_alone_leaves_a_text_sound() -> None:
+    cut = PLAIN.rsplit(" ", 2)[0]
+    assert verdict(cut) == Soundness(True, ("unfinished",), 0.0)
+    assert verdict(cut, order=0.9) == Soundness(False, ("order", "unfinished"), 0.9)
+
+
+def saved(path: Path, seed: int = 0) -> Path:
+    draw = torch.Generator().manual_seed(seed)
+    heads = {
+        name: LinearHead(
+            labels, torch.zeros(96), torch.ones(96), torch.randn(len(labels), 96, generator=draw).half().float(), torch.zeros(len(labels))
+        )
+        for name, labels in (("emotion", ("a", "b")), ("soundness", (SOUND, *FAULTS)))
+    }
+    save_heads(path, heads, {}, Provenance(ENCODER, "", "", "by a test"))
+    return path
+
+
+def test_the_check_reads_the_soundness_head_of_the_judges_file(tmp_path: Path) -> None:
+    encoder = tiny_encoder()
+    check = SoundnessCheck.load(saved(tmp_path / "a.safetensors"), encoder)
+    texts = ["we was in the desk .", "cry", PLAIN, "", "it was not at the desk but on it and why ."]
+    found = check.check(texts)
+    assert found == verdicts_of(check.head, encoder.features(texts), texts) and len({row.score for row in found}) > 3
+    assert found[::-1] == check.check(texts[::-1]) and check.check([]) == []
+    assert SoundnessCheck.load(saved(tmp_path / "b.safetensors"), encoder).key == check.key
+    assert SoundnessCheck.load(saved(tmp_path / "b.safetensors", seed=1), encoder).key != check.key
+    with pytest.raises(ArtifactError, match="does not exist"):
+        SoundnessCheck.load(tmp_path / "c.safetensors", encoder)
+
+
+# ---- broken texts ----------------------------------------------------------------------------------------------------
+
+WAYS = {way.__name__: (fault, way) for fault, ways in BREAKERS.items() for way in ways}
+
+
+def pairs_left(text: str, made: str) -> float:
+    """The share of a text's neighbouring words that are still neighbours."""
+    before, after = (list(zip(t.split(), t.split()[1:], strict=False)) for t in (text, made))
+    return sum((Counter(before) & Counter(after)).values()) / len(before)
+
+
+def words_kept(text: str, made: str) -> bool:
+    return sorted(text.split()) == sorted(made.split())
+
+
+#: way of breaking -> what must be so of nearly every text broken that way.
+DAMAGE: dict[str, Callable[[str, str], bool]] = {
+    "_shuffled": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.3,
+    "_shuffled_nearby": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.6,
+    "_half_shuffled": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.6 and made[:5] == text[:5],
+    "_content_only": lambda text, made: min(map(len, made.split())) > 2 and pairs_left(text, made) < 0.3,
+    "_one_word_again": lambda text, made: re.search(r"(\S+)( \1){4}", made) is not None,
+    "_loop": lambda text, made: re.search(r"(\S+(?: \S+){1,5})( \1){2}", made) is not None,
+    "_doubled": lambda text, made: repeats(made) and len(made.split()) > 1.2 * len(text.split()),
+    "_hyphens": lambda text, made: made.endswith("-") and made.count("-") >= 5 and not made.startswith("-"),
+    "_noise": lambda text, made: sum(c in "!?*#/.@|<>&~=" for c in made) > 10 + sum(c in "!?*#/.@|<>&~=" for c in text),
+    "_letters": lambda text, made: sum(a != b for a, b in zip(text.split(), made.split(), strict=True)) > 0.25 * len(text.split()),
+    "_glued": lambda text, made: len(made.split()) < 0.5 * len(text.split()),
+}
+
+
+def test_every_way_of_breaking_is_looked_at() -> None:
+    assert WAYS.keys() == DAMAGE.keys()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_broken_is_really_broken(name: str, bank: list[str]) -> None:
+    rng = random.Random(1)
+    texts = rng.sample(bank, 150)
+    fault, way = WAYS[name]
+    made = [way(text.split(), rng) for text in texts]
+    damaged = [DAMAGE[name](text, new) for text, new in zip(texts, made, strict=True)]
+    assert sum(damaged) >= 0.95 * len(texts), [pair for pair, good in zip(zip(texts, made, strict=True), damaged, strict=True) if not good][
+        :3
+    ]
+    if name in ("_one_word_again", "_loop"):
+        # six words with an apostrophe among them count as seven in the rule for loops; those are left to the head
+        assert sum("repetition" in plain_faults(new) for new in made) >= 0.97 * len(made)
+    assert not any(plain_faults(text) for text in texts), "the same measures find nothing in the texts themselves"
+
+
+def test_broken_never_hands_back_a_whole_text(bank: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    for fault in BREAKERS:
+        made = [broken(text, fault, rng) for text in bank[:200]]
+        assert sum(new is None for new in made) < 10
+        assert all(new is None or new.split() != text.split() for text, new in zip(bank, made, strict=False))
+        assert broken("too short to break", fault, rng) is None
+    assert [broken(bank[0], "order", random.Random(3)) for _ in range(2)].count(broken(bank[0], "order", random.Random(3))) == 2
+    monkeypatch.setitem(BREAKERS, "order", (WAYS["_shuffled"][1],))
+    assert broken("no no no no no no no", "order", rng) is None, "a shuffle that changes nothing breaks nothing"
+
+
+def test_examples_hold_every_class_and_only_texts_they_were_given(bank: list[str]) -> None:
+    texts, foreign = bank[:300], ["no puedo creer", "das ist ja"]
+    found = soundness_examples(texts, foreign, seed=0)
+    assert found == soundness_examples(texts, foreign, seed=0) != soundness_examples(texts, foreign, seed=1)
+    by = {label: [text for which, text in found if which == label] for label in (SOUND, *FAULTS)}
+    assert by["language"] == foreign and by[SOUND][:300] == texts and len(found) == sum(map(len, by.values()))
+    for fault in BREAKERS:
+        assert len(by[fault]) == pytest.approx(SHARE_BROKEN * 300, rel=0.2) and not set(by[fault]) & set(texts)
+    # what is held out must not come back as a part of what is fitted on: sound shapes are made of the given texts alone
+    starts = {text[:20] for text in texts}
+    assert all(text[:20] in starts for text in by[SOUND])
+
+
+def test_other_sound_shapes_are_two_replies_and_replies_cut_off(bank: list[str]) -> None:
+    texts = bank[:100]
+    found = still_sound(texts, random.Random(0))
+    cut = [text for text in found if any(t.startswith(text) for t in texts)]
+    for text in found:
+        if text in cut:
+            assert all(len(t.split()) > len(text.split()) >= 4 for t in texts if t.startswith(text))
+        else:
+            first = next(t for t in texts if text.startswith(t + " "))
+            assert text[len(first) + 1 :] in texts
+    assert len(cut) == pytest.approx(50, abs=2) and len(found) - len(cut) > 30
+
+
+# ---- the shipped check -----------------------------------------------------------------------------------------------
+
+
+def shuffle(words: list[str], draw: random.Random) -> str:
+    return " ".join(draw.sample(words, len(words)))
+
+
+def repeat(words: list[str], draw: random.Random) -> str:
+    start = draw.randrange(len(words) - 4)
+    size, times = draw.choice([(1, 10), (2, 6), (4, 5)])
+    return " ".join([*words[:start], *words[start : start + size] * times])
+
+
+def chain(words: list[str], draw: random.Random) -> str:
+    start = draw.randrange(len(words) // 2)
+    return " ".join([*words[:start], "-".join(word.strip(".,!?;:").lower() for word in words[start : start + 10]) + "-"])
+
+
+def test_the_shipped_check_tells_replies_from_garbled_ones(bank: list[str]) -> None:
+    """The bank's replies are none of its texts. At most 2 % of what is garbled passes, at most 3 % of what is whole does not."""
+    check, draw = SoundnessCheck.load(encoder=real_encoder()), random.Random(11)
+    whole = draw.sample(bank, 240)
+    garbled = [way(text.split(), draw) for way in (shuffle, repeat, chain) for text in draw.sample(bank, 80)]
+    refused = [text for text, found in zip(whole, check.check(whole), strict=True) if not found.sound]
+    passed = [text for text, found in zip(garbled, check.check(garbled), strict=True) if found.sound]
+    assert len(refused) <= 0.03 * len(whole), refused
+    assert len(passed) <= 0.02 * len(garbled), passed
+
+
+def test_the_shipped_check_needs_the_head_for_word_order(bank: list[str]) -> None:
+    """The rules alone let shuffled words pass, and a reply that is cut off is sound to both."""
+    check, draw = SoundnessCheck.load(encoder=real_encoder()), random.Random(12)
+    texts = draw.sample(bank, 30)
+    shuffled = [shuffle(text.split(), draw) for text in texts]
+    assert not any(plain_faults(text) for text in shuffled)
+    assert [found.reasons[0] for found in check.check(shuffled) if not found.sound].count("order") >= 28
+    cut = [" ".join(text.split()[:-4]).rstrip(".,!?;:") for text in texts]
+    found = check.check(cut)
+    assert all("unfinished" in row.reasons for row in found) and sum(row.sound for row in found) >= 28
+
+
+def test_the_shipped_check_refuses_other_languages() -> None:
+    check = SoundnessCheck.load(encoder=real_encoder())
+    texts = [
+        "Das ist wirklich schade, ich hätte mir so sehr gewünscht, dass es diesmal besser läuft.",
+        "Je suis tellement content pour toi, tu as vraiment travaillé dur pour y arriver.",
+        "我真的很难过,我们等了这么久。",
+    ]
+    assert [found.reasons[0] for found in check.check(texts)] == ["language"] * 3
+
+
+def test_scores_are_probabilities_of_being_broken(bank: list[str]) -> None:
+    check, draw = SoundnessCheck.load(encoder=real_encoder()), random.Random(13)
+    texts = draw.sample(bank, 20)
+    whole = Tensor([found.score for found in check.check(texts)])
+    garbled = Tensor([found.score for found in check.check([shuffle(text.split(), draw) for text in texts])])
+    assert whole.median() < 0.1 and garbled.median() > 0.9 and whole.min() >= 0 and garbled.max() <= 1
