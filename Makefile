@@ -8,14 +8,15 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test check format clean circuits judge evaluate report reproduce bench
+.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
 	@echo "make test         the tests (no network beyond installing)"
+	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
-	@echo "make judge        fit the embedded judge again from data/judge/, bit for bit, and print its card"
+	@echo "make judge        fit the embedded judge again from data/judge/ (bit for bit on one machine) and print its card"
 	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
@@ -34,6 +35,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Three levels of instructions x one and two threads; three random orders. Stops at the first that fails, whose settings it has printed.
+test-everywhere: setup
+	$(BIN)/python tests/everywhere.py
 
 check: setup
 	$(BIN)/ruff format --check emosteer tests bench

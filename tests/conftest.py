@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -20,7 +21,8 @@ from transformers import (
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, Group, GroupKey
 
-torch.set_num_threads(1)  # tensors this small are slowed down by threads, eightfold on a busy machine
+# tensors this small are slowed down by threads, eightfold on a busy machine; but nothing may depend on there being one
+torch.set_num_threads(int(os.environ.get("EMOSTEER_TEST_THREADS", "1")))
 
 _TEXT = (
     "i you we it the a my our is was in on at of to and but not what why how this that they waited nine weeks permit office desk came "

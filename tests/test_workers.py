@@ -401,7 +401,7 @@ import torch
 from emosteer.cli import main as cli
 from emosteer.directions import extract
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 extract.CHECKPOINT_SECONDS = 0.0
 real, count = extract.read_states, [0]
 
@@ -453,7 +453,7 @@ def test_torchrun_two_processes_one_killed_then_the_same_command_again(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]))
     monkeypatch.setenv("EMOSTEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the same bytes are promised for the same number
     options = "-m ./tiny --scenarios sev.jsonl --replies bank.jsonl --holdout 0.25 --batch-tokens 60"
     write = "generate -m ./tiny -e all --method prompt --input sev.jsonl --batch-size 5 --max-new-tokens 5"
     for command in (f"extract {options} --artifacts one", f"{write} --out one.jsonl"):

@@ -2,7 +2,8 @@
 
 Offline once the encoder is there, blind, and independent: it shares no weights with a steered model and no text with the reply bank.
 The heads read every layer of the encoder (mean and standard deviation over tokens), not only the last: what sentence embeddings are
-trained for is the topic, while tone and word order live in the layers below. `make judge` fits the heads again, bit for bit.
+trained for is the topic, while tone and word order live in the layers below. `make judge` fits the heads again, bit for bit on one
+machine and with one build of torch; elsewhere the last bits differ.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSET)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(2)  # sums in a fixed order: the same bits every time
+    torch.set_num_threads(2)  # sums in a fixed order: the same bits every time on one machine
     card = train([data_path(name) for name in FILES], data_path(FOREIGN), options.out)
     if options.json:
         print(json.dumps(card, indent=2))

@@ -2,7 +2,7 @@
 
 Each reply is kept on disk as soon as it is there, so that a run can be killed at any moment and goes on. The last bits of a float depend
 on a row's neighbours in a batch: a batch is therefore written whole or again, never in part, and what is there already is kept. That is
-why a killed run ends in the same bytes as one that was not.
+why a killed run ends in the same bytes as one that was not, on the same machine, torch and number of threads.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Bank, Group
 from tests.conftest import build, small_data
 from tests.helpers import reference
+from tests.helpers.precision import contribution_bounds, forward_bound
 
 EMOTIONS = ("anger", "sadness", "happiness")
 INSTRUCTION = "keep the reply"
@@ -287,23 +288,31 @@ def prompts_of(case: Case, count: int = 3) -> list[list[int]]:
     return [case.model.prompt_ids(plain(group.text, INSTRUCTION)) for group in case.groups[:count]]
 
 
+def errors_and_bounds(case: Case, prompts: list[list[int]], units: list[Unit]) -> tuple[Tensor, Tensor]:
+    """Relative errors of one-pass contributions, and what float32 may do to them, both [prompt, unit]."""
+    errors, allowed = [], []
+    for e, prompt in enumerate(prompts):
+        ids, v = torch.tensor([prompt]), [case.directions.at(kind)[e] for kind in (RESID_MID, RESID_POST)]
+        drops = verification.real_drops(case.model, verification.layer_inputs(case.model, ids), units, *v)
+        errors.append((one_pass(case.model, ids, units, *v) - drops).abs() / drops.abs())
+        allowed.append(contribution_bounds(case.model, ids, units, *v) / drops.abs())
+    return torch.stack(errors), torch.stack(allowed)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_one_pass_contributions_pass_the_check(name: str) -> None:
-    """Errors are below 1e-4 where a contribution is not itself a few roundings large; nearly cancelled ones lose some digits more."""
+    """Every unit's error is what float32 may do to its sums, and that is little for nearly all of them."""
     case = case_of(build(name))
     prompts = prompts_of(case)
     found = verify(case.model, case.directions, prompts, 60)
     assert found["prompts"] == 3 and found["dtype"] == "float32"
     assert (found["heads"]["units"], found["neurons"]["units"]) == (12, 60)
-    for kind in ("heads", "neurons"):
-        assert 0 < found[kind]["median_relative_error"] < 1e-5
-        assert found[kind]["median_relative_error"] < found[kind]["max_relative_error"] < 1e-3
     units = sampled_units(case.model, 60, 0)
-    for e, prompt in enumerate(prompts):
-        ids, v = torch.tensor([prompt]), [case.directions.at(kind)[e] for kind in (RESID_MID, RESID_POST)]
-        drops = verification.real_drops(case.model, verification.layer_inputs(case.model, ids), units, *v)
-        error = (one_pass(case.model, ids, units, *v) - drops).abs() / drops.abs()
-        assert (error < 1e-4)[drops.abs() > 3e-3].all() and (drops.abs() > 3e-3).float().mean() > 0.8
+    relative, bound = errors_and_bounds(case, prompts, units)
+    assert (relative <= bound).all()
+    for kind, mine in (("heads", slice(None, 12)), ("neurons", slice(12, None))):
+        assert found[kind]["median_relative_error"] <= bound[:, mine].median() < 1e-4, "which is little"
+        assert found[kind]["median_relative_error"] <= found[kind]["max_relative_error"] <= bound[:, mine].max()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +331,9 @@ def test_a_wrong_formula_is_found(
     monkeypatch.setattr(verification, function, lambda model, value, v: wrong(right(model, value, v)))
     found = verify(case.model, case.directions, prompts_of(case, 2), 40)
     other = "neurons" if kind == "heads" else "heads"
-    assert found[other]["max_relative_error"] < 1e-3, "and the other formula is still right"
+    units = [unit for unit in sampled_units(case.model, 40, 0) if isinstance(unit, Head) is (other == "heads")]
+    bound = errors_and_bounds(case, prompts_of(case, 2), units)[1].max()
+    assert found[other]["max_relative_error"] <= bound, "and the other formula is still right"
     assert found[kind]["median_relative_error"] > 5e-3
     if error is not None:
         assert found[kind]["median_relative_error"] == pytest.approx(error, rel=1e-2)
@@ -379,7 +390,9 @@ def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
     for form in made.forms.values():
         assert form.heads.shape == (3, 3, 4) and form.neurons.shape == (3, 3, 48)
     assert made.band == case.band and made.importance.shape == (3, 3, 2)
-    assert made.verification["heads"]["max_relative_error"] < 1e-4 and made.verification["neurons"]["units"] == 10
+    # as a share of the largest drop: a contribution that nearly cancels out may be off by more of itself
+    assert made.verification["heads"]["max_error_to_largest"] <= forward_bound(torch.ones(1))
+    assert made.verification["neurons"]["units"] == 10
     assert len(made.curves) == 3 * 6
     assert made.provenance.parents == {"directions": "abc"} and made.provenance.params["curves"]["n_random"] == 1
 

@@ -19,6 +19,7 @@ from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, MLP_POST, RESID_MID, RESID_POST, Site, Z
 from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey
 from tests.conftest import WORDS, build, small_data
+from tests.helpers.precision import assert_forward
 
 READ_KINDS = (RESID_MID, RESID_POST, Z, MLP_POST)
 
@@ -91,7 +92,7 @@ def truth(model: Model, samples: Sequence[Sample]) -> dict[Site, Tensor]:
 def assert_states(found: dict[Site, Tensor], expected: dict[Site, Tensor]) -> None:
     assert set(found) == set(expected)
     for site, value in found.items():
-        torch.testing.assert_close(value.double(), expected[site], rtol=1e-4, atol=2e-5, msg=lambda m, s=site: f"{s}: {m}")
+        assert_forward(value, expected[site], str(site))
 
 
 def widths(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
@@ -244,7 +245,7 @@ def test_padding_and_neighbours_in_the_batch_do_not_show(family: Model) -> None:
     for index, sample in enumerate(samples):
         own = read_states(family, [sample], sites_of(family))
         for site in own:
-            torch.testing.assert_close(both[site][index], own[site][0], rtol=1e-4, atol=2e-5, msg=str(site))
+            assert_forward(both[site][index], own[site][0], str(site))
 
 
 def test_states_are_read_behind_the_edit_of_their_site(tiny: Model) -> None:
@@ -350,7 +351,7 @@ def test_a_batch_that_does_not_fit_is_halved_to_the_same_states_and_says_so(tiny
     parts = list(halve_on_oom(samples, limited(tiny, site, 2, error), said.append))
     assert [len(some) for some, _ in parts] == [2, 1, 2] and [s for some, _ in parts for s in some] == samples
     expected = read_states(tiny, samples, [site])[site]
-    torch.testing.assert_close(torch.cat([states[site] for _, states in parts]), expected, rtol=1e-4, atol=2e-5)
+    assert_forward(torch.cat([states[site] for _, states in parts]), expected)
     assert said == ["out of memory: the batch of 5 groups is halved", "out of memory: the batch of 3 groups is halved"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.hf.modules())
 

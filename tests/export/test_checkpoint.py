@@ -26,6 +26,7 @@ from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
 from tests.conftest import SIZES, build, tiny_tokenizer
+from tests.helpers.precision import forward_bound
 
 EMOTIONS = ("anger", "sadness")
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41, 22, 5], [1, 8, 20, 15, 33, 5, 60, 2]])
@@ -113,6 +114,11 @@ def steering(folder: Path, strength: float = 0.7, emotion: str = "sadness") -> E
     return ExportRequest(weights.resolve(str(folder)), Circuit.load(path), path, emotion, strength)
 
 
+def stored(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder, from however many files."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
 @torch.no_grad()
 def logits(folder: Path, dtype: Any = torch.float32) -> Tensor:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)(IDS).logits
@@ -139,17 +145,22 @@ def test_plain_transformers_computes_what_the_steered_model_computes(folders: An
     expected, plain = steered_logits(folder, "sadness", 0.7), logits(folder)
     found = logits(tmp_path / "out")
     print(f"{name}: largest difference {(found - expected).abs().max():.1e} of logits up to {expected.abs().max():.1f}")
-    assert (found - expected).abs().max() < 1e-4
+    assert (found - expected).abs().max() <= forward_bound(expected)
     assert (plain - expected).abs().max() > 0.5  # and steering does something
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "biased"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_strength_zero_is_the_original_bit_for_bit(folders: Any, tmp_path: Path, name: str, dtype: str) -> None:
+def test_strength_zero_is_the_original(folders: Any, tmp_path: Path, name: str, dtype: str) -> None:
+    """Its weights bit for bit; its logits up to the order of sums, which is another with a bias and at another place in memory."""
     folder = folders(name)
     export_checkpoint(steering(folder, strength=0.0), tmp_path / "out", precision=dtype)
     kind = getattr(torch, dtype)
-    assert torch.equal(logits(tmp_path / "out", kind), logits(folder, kind))
+    before, after = stored(folder), stored(tmp_path / "out")
+    assert all(torch.equal(after.pop(part), value.to(kind)) for part, value in before.items())
+    assert not any(value.any() for value in after.values()), "what is new adds nothing"
+    expected = logits(folder, kind)
+    assert (logits(tmp_path / "out", kind) - expected).abs().max() <= forward_bound(expected)
 
 
 def test_no_weight_is_changed_and_the_biases_are_the_compiled_vectors(folders: Any, tmp_path: Path) -> None:
@@ -199,7 +210,8 @@ def test_tokenizer_template_and_settings_come_along(folders: Any, tmp_path: Path
 def test_emosteer_itself_takes_the_folder_as_a_model(folders: Any, tmp_path: Path) -> None:
     export_checkpoint(steering(folders("qwen2")), tmp_path / "out", shard_size=20_000)
     model = Model.load(str(tmp_path / "out"), device="cpu", dtype="float32")
-    torch.testing.assert_close(model.logits(model.run(IDS)), logits(tmp_path / "out"))
+    expected = logits(tmp_path / "out")
+    assert (model.logits(model.run(IDS)) - expected).abs().max() <= forward_bound(expected)
 
 
 # ---- sharding and memory ---------------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def test_small_shards_hold_the_same(folders: Any, tmp_path: Path, monkeypatch: p
     expected = load_file(whole / "model.safetensors")
     assert together.keys() == expected.keys() and all(torch.equal(together[name], expected[name]) for name in expected)
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values()) == facts["bytes"]
-    assert torch.equal(logits(split), logits(whole))
+    assert (logits(split) - logits(whole)).abs().max() <= forward_bound(logits(whole)), "and is read as the same"
 
 
 def test_a_sharded_source_is_read(folders: Any, tmp_path: Path) -> None:
@@ -235,7 +247,8 @@ def test_a_sharded_source_is_read(folders: Any, tmp_path: Path) -> None:
     path = folder.parent / "qwen2.circuit"
     export_checkpoint(ExportRequest(found, Circuit.load(path), path, "sadness", 0.7), tmp_path / "out")
     export_checkpoint(steering(folder), tmp_path / "expected")
-    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "expected"))
+    found, expected = stored(tmp_path / "out"), stored(tmp_path / "expected")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_no_more_than_a_piece_of_the_model_is_in_memory(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +286,7 @@ def test_no_more_than_a_piece_of_the_model_is_in_memory(folders: Any, tmp_path: 
 def test_an_interrupted_export_leaves_nothing(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = folders("llama"), tmp_path / "out"
     export_checkpoint(steering(folder, emotion="anger"), out)
-    first = logits(out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
     real, calls = tensors.read_bytes, 0
 
     def stops(opened: Any, size: int) -> bytearray:
@@ -290,7 +303,7 @@ def test_an_interrupted_export_leaves_nothing(folders: Any, tmp_path: Path, monk
             with pytest.raises(KeyboardInterrupt):
                 export_checkpoint(steering(folder), where, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the earlier export is whole, the new one nowhere
-    assert torch.equal(logits(out), first)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 
 def test_a_full_disk_is_one_line(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +417,8 @@ def test_the_command_resolves_strength_as_generate_does(folders: Any, tmp_path: 
         assert code == 0, err
         facts = json.loads(out)
         assert facts["strength"] == pytest.approx(strength) and facts["emotion"] == "anger" and facts["dtype"] == "float32"
-        assert (logits(tmp_path / f"o{index}") - steered_logits(folder, "anger", facts["strength"])).abs().max() < 1e-4
+        expected = steered_logits(folder, "anger", facts["strength"])
+        assert (logits(tmp_path / f"o{index}") - expected).abs().max() <= forward_bound(expected)
     code, out, err = run("--emotion", "anger", "--out", str(tmp_path / "o3"), *common[:-1])
     assert code == 0 and "vllm serve" in out and str(tmp_path / "o3") in out
 

@@ -16,6 +16,7 @@ from emosteer.generation.steering import Injector, SteeringPlan, compile_units, 
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from tests.helpers import reference
+from tests.helpers.precision import forward_bound
 
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41], [1, 8, 20, 15, 33, 5], [1, 60, 22, 17, 9, 14]])
 PROMPTS = ((1, 7, 9, 12, 30, 41, 4), (1, 8, 20, 4), (1, 50, 33, 21, 17, 60, 44, 13, 3, 4), (1, 70, 4), (1, 30, 31, 32, 4))
@@ -148,8 +149,8 @@ def test_strength_zero_changes_no_bit(family: Model, monkeypatch: pytest.MonkeyP
     for other in traces[1:3]:
         assert all(torch.equal(a, b) for a, b in zip(traces[0], other, strict=True))
     for a, b in zip(traces[0], traces[3], strict=True):
-        assert torch.equal(a[[0, 2]], b[[0, 2]])
-    assert not torch.equal(traces[0][0][1], traces[3][0][1])
+        assert (a - b)[[0, 2]].abs().max() <= forward_bound(a)
+    assert (traces[0][0] - traces[3][0])[1].abs().max() > 100 * forward_bound(traces[0][0])
 
 
 def test_a_plan_without_effect_hooks_nothing(tiny: Model) -> None:

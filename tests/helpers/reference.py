@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emosteer.models.model import Model
+from tests.helpers.precision import forward_bound
 
 #: (layer, kind) -> function of the activation [batch, pos, width]; kinds as in emosteer.models.sites.
 Changes = Mapping[tuple[int, str], Callable[[Tensor], Tensor]]
@@ -82,6 +83,8 @@ def greedy(
             scores = logits.clone()
             for token in set(ids):
                 scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+            first, second = scores.topk(2).values
+            assert first - second > 2 * forward_bound(logits), "these two tokens are too close for a text that no rounding changes"
             token = int(scores.argmax())
             if token in stops:
                 break

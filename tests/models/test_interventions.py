@@ -12,6 +12,7 @@ from emosteer.models.interventions import RowEdits, replace_units, unit_masks, u
 from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, Head, Neuron, Site, Unit
 from tests.helpers import reference
+from tests.helpers.precision import forward_bound
 
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41], [1, 8, 20, 15, 33, 5], [1, 60, 22, 17, 9, 14]])
 ROWS: list[list[Unit]] = [[Head(0, 1), Neuron(1, 5), Head(2, 3)], [], [Neuron(1, 5), Neuron(1, 47), Head(0, 0), Head(0, 3)]]
@@ -61,9 +62,10 @@ def test_replaced_units_have_the_new_value_and_nothing_else_is_touched(tiny: Mod
                         expected[row, position, entry] = new
         assert torch.equal(after[site], expected), str(site)
         last = Site(2, "resid_post")
-        assert torch.equal(after[last][1], before[last][1]), "a row without units changed"
+        bound = forward_bound(before[last])  # what is behind an edit may lie elsewhere in memory and be summed in another order
+        assert (after[last][1] - before[last][1]).abs().max() <= bound, "a row without units changed"
         first = 0 if positions is None else int(positions[2].argmax())
-        assert torch.equal(after[last][2, :first], before[last][2, :first]), "a position before the first one changed"
+        assert first == 0 or (after[last] - before[last])[2, :first].abs().max() <= bound, "a position before the first one changed"
         if site.layer < 2:
             assert not torch.allclose(after[last][2, first:], before[last][2, first:], atol=1e-4)
         for other in everywhere(tiny):
@@ -171,7 +173,7 @@ def test_row_edits_leave_the_prompt_as_it_was(tiny: Model) -> None:
     before = tiny.read(IDS, everywhere(tiny), bridge=False)
     after = tiny.read(IDS, everywhere(tiny), edits=RowEdits(masks, None).edits(), bridge=False)
     for site in everywhere(tiny):
-        assert torch.equal(after[site][:, :-1], before[site][:, :-1]), str(site)
+        assert (after[site] - before[site])[:, :-1].abs().max() <= forward_bound(before[site]), str(site)
     assert not torch.allclose(after[Site(2, "resid_post")][0, -1], before[Site(2, "resid_post")][0, -1], atol=1e-3)
 
 

@@ -9,6 +9,7 @@ from emosteer.base.errors import ModelError, UsageError
 from emosteer.models.devices import resolve_device
 from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, Site
+from tests.helpers.precision import assert_forward
 
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41], [1, 8, 20, 15, 33, 5]])
 
@@ -22,14 +23,14 @@ def test_both_trees_read_the_same_activations(family: Model) -> None:
     plain = family.read(IDS, all_sites(family), bridge=False)
     bridge = family.read(IDS, all_sites(family), bridge=True)
     for site in all_sites(family):
-        torch.testing.assert_close(bridge[site], plain[site], rtol=1e-4, atol=1e-5, msg=str(site))
+        assert_forward(bridge[site], plain[site], str(site))
 
 
 @torch.no_grad()
 def test_reading_by_either_tree_equals_the_untouched_model(family: Model) -> None:
     expected = family.hf(input_ids=IDS).logits
     for bridge in (False, True):
-        torch.testing.assert_close(family.logits(family.run(IDS, bridge=bridge)), expected, rtol=1e-4, atol=1e-4)
+        assert_forward(family.logits(family.run(IDS, bridge=bridge)), expected)
 
 
 @torch.no_grad()
@@ -47,8 +48,8 @@ def test_w_o_and_w_down_are_what_the_model_multiplies_by(family: Model) -> None:
     site = {kind: Site(1, kind) for kind in KINDS}
     seen = family.read(IDS, list(site.values()))
     heads = seen[site["z"]].unflatten(-1, (family.shape.n_heads, family.shape.d_head))
-    torch.testing.assert_close(torch.einsum("bphd,hdm->bpm", heads, family.w_o(1)), seen[site["attn_out"]], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen[site["mlp_post"]] @ family.w_down(1), seen[site["mlp_out"]], rtol=1e-4, atol=1e-5)
+    assert_forward(torch.einsum("bphd,hdm->bpm", heads, family.w_o(1)), seen[site["attn_out"]])
+    assert_forward(seen[site["mlp_post"]] @ family.w_down(1), seen[site["mlp_out"]])
 
 
 @pytest.mark.parametrize("bridge", [False, True])
