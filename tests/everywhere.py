@@ -24,7 +24,8 @@ SEEDS = (1, 2, 3)
 def main(options: list[str]) -> int:
     """Runs pytest for every combination."""
     for seed, (threads, level) in zip(itertools.cycle(SEEDS), itertools.product(THREADS, LEVELS), strict=False):
-        settings = LEVELS[level] | {"EMOSTEER_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        count = {"EMOSTEER_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        settings = LEVELS[level] | count | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait for work leave the processor to others
         # pyproject.toml turns the plugin off, so that `make test` is the same every time: its options are left out here
         command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", f"--randomly-seed={seed}", *options]
         print(f"---- {level}, threads: {threads}, order: {seed}", *(f"{name}={value}" for name, value in settings.items()), flush=True)

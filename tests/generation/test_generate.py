@@ -25,6 +25,7 @@ from emosteer.models.model import Model
 from emosteer.models.sites import Head, Site
 from tests.conftest import SIZES, build, tiny_tokenizer
 from tests.helpers import reference
+from tests.helpers.precision import assert_forward
 
 PROMPTS = ((1, 7, 9, 12, 30, 41, 4), (1, 8, 20, 4), (1, 50, 33, 21, 17, 60, 44, 13, 3, 4), (1, 70, 4), (1, 30, 31, 32, 4))
 REQUESTS = [Request(f"row{index}", prompt) for index, prompt in enumerate(PROMPTS)]
@@ -324,9 +325,8 @@ def compare_caches(model: Model, prompt: int, steps: int, leave: dict[int, list[
     alive, start = torch.arange(4), 0
     for end in range(prompt, prompt + steps):
         grown, usual = (model.hf(input_ids=ids[alive, start:end], past_key_values=c, use_cache=True).logits[:, -1] for c in caches)
-        scale = usual.abs().max()
-        assert (grown - usual).abs().max() <= 1e-5 * scale, end
-        assert (grown - full[alive, end - 1]).abs().max() <= 1e-4 * scale, end
+        assert_forward(grown, usual, f"position {end}")
+        assert_forward(grown, full[alive, end - 1], f"position {end}")
         assert caches[0].get_seq_length() == caches[1].get_seq_length() == end
         start = end
         if end - prompt in leave:

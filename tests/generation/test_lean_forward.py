@@ -26,6 +26,7 @@ from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from tests.conftest import SIZES, build, tiny_tokenizer
 from tests.helpers import reference
+from tests.helpers.precision import assert_forward
 
 #: Unequal lengths, shared beginnings, one prompt that begins another, two that are the same, one token alone.
 PROMPTS = (
@@ -102,12 +103,12 @@ def both_ways(
     return found
 
 
-def assert_same(found: list[tuple[list[Reply], list[Tensor]]], tolerance: float = 1e-4) -> None:
+def assert_same(found: list[tuple[list[Reply], list[Tensor]]]) -> None:
     (replies, trace), (expected, slow) = found
     assert replies == expected
     assert len(trace) == len(slow)
     for a, b in zip(trace, slow, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
+        assert_forward(a, b)
 
 
 # ---- the same text -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from emosteer.generation.steering import Injector, SteeringPlan, compile_units, 
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from tests.helpers import reference
-from tests.helpers.precision import forward_bound
+from tests.helpers.precision import assert_forward, forward_bound
 
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41], [1, 8, 20, 15, 33, 5], [1, 60, 22, 17, 9, 14]])
 PROMPTS = ((1, 7, 9, 12, 30, 41, 4), (1, 8, 20, 4), (1, 50, 33, 21, 17, 60, 44, 13, 3, 4), (1, 70, 4), (1, 30, 31, 32, 4))
@@ -82,7 +82,7 @@ def test_compiled_logits_equal_those_of_unit_edits(family: Model, bridge: bool) 
         shifts = {site: (lambda x, v=strength * v[:, None]: x + v) for site, v in vectors.items()}
         compiled = family.logits(family.run(IDS, shifts, bridge=bridge))
         scale = by_unit.abs().max()
-        assert (compiled - by_unit).abs().max() <= 1e-4 * scale
+        assert_forward(compiled, by_unit)
         assert (by_unit - base).abs().max() > 1e-2 * scale
     shared = family.run(IDS, unit_edits(z[1], mlp[1]), bridge=bridge)  # [layer, ...]: the same for every row
     torch.testing.assert_close(shared, family.run(IDS, unit_edits(z[[1] * 3], mlp[[1] * 3]), bridge=bridge))
@@ -90,7 +90,7 @@ def test_compiled_logits_equal_those_of_unit_edits(family: Model, bridge: bool) 
         with reference.changed(family.hf, unit_changes(z, mlp, row, -1.0)):
             expected = family.hf(input_ids=IDS[[row]], use_cache=False).logits[0]
         found = family.logits(family.run(IDS, unit_edits(-z, -mlp), bridge=bridge))[row]
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert_forward(found, expected)
 
 
 @pytest.mark.parametrize("stopping", [False, True])
@@ -124,7 +124,7 @@ def test_steered_generation_in_a_mixed_batch_equals_unit_edits_without_a_cache(
         assert len(logits) == len(alive), "rows that ended are not computed"
         for found, row in zip(logits, alive, strict=True):
             own = expected[row][1][step]
-            assert (found - own).abs().max() <= 1e-4 * own.abs().max(), (step, row)
+            assert_forward(found, own, f"step {step}, row {row}")
     assert len(trace) == max(lengths)
 
 
