@@ -212,7 +212,7 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
         return {}
     if model.spread:
         return {"skipped": "the model lies on several devices, and the check runs single layers on the CPU"}
-    if model.post_norms:
+    if model.family.post_norms:
         return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
     prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in spread(groups, settings.verify_prompts)]
     try:

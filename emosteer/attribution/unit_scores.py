@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.directions.directions import Directions
+from emosteer.models.architecture import norm_gain, part
 from emosteer.models.interventions import replace_units, unit_slice
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
@@ -21,14 +22,13 @@ from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron,
 def written_direction(model: Model, layer: int, kind: str, vectors: Tensor) -> Tensor:
     """Residual directions as seen from where `W_O` (kind resid_mid) or `W_down` (resid_post) writes.
 
-    The same vectors for Llama and Qwen. Gemma norms a sublayer's output before adding it: there the norm's gain is folded in
+    The same vectors for Llama and Qwen. Gemma and OLMo 2 norm a sublayer's output before adding it: there the norm's gain is folded in
     and its scale left out, so scores are exact up to one positive factor per layer and position.
     """
-    if not model.post_norms:
+    path = model.family.attn_post_norm if kind == RESID_MID else model.family.mlp_post_norm
+    if path is None:
         return vectors
-    block = model.layers[layer]
-    norm = block.post_attention_layernorm if kind == RESID_MID else block.post_feedforward_layernorm
-    return vectors * (1 + norm.weight.float()).to(vectors)
+    return vectors * norm_gain(model.family, part(model.layers[layer], path)).to(vectors)
 
 
 def head_contributions(model: Model, z: Tensor, v_mid: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ def _run_layer(model: Model, site: Site, inputs: LayerInputs, rows: Sequence[Seq
     store: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         for where, edit in edits.items():
-            stack.enter_context(hooked(layer, where.kind, edit, model.post_norms))
-        stack.enter_context(hooked(layer, site.kind, lambda activation: store.append(activation[:, -1]), model.post_norms))
+            stack.enter_context(hooked(layer, where.kind, edit, model.family))
+        stack.enter_context(hooked(layer, site.kind, lambda activation: store.append(activation[:, -1]), model.family))
         layer(hidden.expand(len(rows), -1, -1), *args[1:], **kwargs)
     return store[0]
 

@@ -157,7 +157,7 @@ def _costs(
         owner += [number] * len(reply)
         vector += [emotion] * len(reply)
         target += reply
-    window, longest = getattr(model.hf.config, "sliding_window", None), 1 + max(positions)
+    window, longest = model.window, 1 + max(positions)
     if window is not None and longest > window:  # the mask is taken as it is, so that a reply would see further back than it does alone
         raise DataError(f"{group.key}: {longest} tokens do not fit the sliding window of {model.name} ({window}); use --gain-steps 0")
     row = Row(tuple(ids), tuple(positions), tuple(owner), ((len(prompt) - 1,),))

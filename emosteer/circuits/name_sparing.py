@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.attribution.unit_scores import written_direction
+from emosteer.models.architecture import norm_gain
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_MID, RESID_POST
 from emosteer.scenarios.words import stem_pattern
@@ -34,10 +35,8 @@ def name_direction(model: Model, emotion: str) -> Tensor | None:
     tokens = name_tokens(model, emotion)
     if not tokens:
         return None
-    unembedding = model.hf.lm_head.weight.float()
-    gain = model.body.norm.weight.float()
-    gain = 1 + gain if model.post_norms else gain  # Gemma stores the gain less one
-    direction = (unembedding[tokens].mean(0) - unembedding.mean(0)) * gain
+    unembedding = model.unembedding.weight.float()
+    direction = (unembedding[tokens].mean(0) - unembedding.mean(0)) * norm_gain(model.family, model.final_norm)
     return direction / direction.norm()
 
 

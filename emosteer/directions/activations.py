@@ -211,7 +211,7 @@ def _averaging(states: dict[Site, Tensor], site: Site, room: Tensor, batch: Batc
 
 def _slides(model: Model, samples: Sequence[Sample]) -> bool:
     """Sliding-window layers count distance in the sequence, not in positions: long packed groups would be cut differently."""
-    window: int | None = getattr(model.hf.config, "sliding_window", None)
+    window = model.window
     return window is not None and any(sample.cost >= window for sample in samples)
 
 

@@ -26,7 +26,8 @@ from emosteer.base.progress import bar, note
 from emosteer.export.card import card
 from emosteer.export.forms import FORMS, llama_form, read_config
 from emosteer.export.tensors import CODES, PRECISIONS, Planned, Stored, pieces, shards, stored_tensors, write_shard
-from emosteer.export.vectors import WRITERS, ExportRequest, compiled
+from emosteer.export.vectors import LAYERS, WRITERS, ExportRequest, compiled
+from emosteer.models.architecture import LLAMA
 from emosteer.models.sites import Site
 
 #: Names what a folder is, for people and for `--force`, which replaces nothing else.
@@ -36,16 +37,11 @@ _COPIED = (
     *("tokenizer*", "*.jinja", "chat_template.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
-_PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_PROJECTIONS = (*LLAMA.qkv, LLAMA.w_o, *LLAMA.gate_up, LLAMA.w_down)
+_NORMS = (LLAMA.attn_norm, LLAMA.mlp_norm)
+_EMBEDDING = f"{LLAMA.body}.{LLAMA.embedding}.weight"
+_FINAL_NORM = f"{LLAMA.body}.{LLAMA.final_norm}.weight"
+_UNEMBEDDING = f"{LLAMA.unembedding}.weight"
 #: Buffers that old checkpoints carry and every engine computes anew.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|self_attn\.(masked_)?bias$")
 
@@ -152,9 +148,9 @@ def check_names(stored: Mapping[str, Stored], form: Mapping[str, Any]) -> None:
         ModelError: naming the first that is missing or has no place.
     """
     layers = range(form["num_hidden_layers"])
-    needed = {f"model.layers.{n}.{part}.weight" for n in layers for part in (*_PROJECTIONS, *_NORMS)}
-    needed |= {"model.embed_tokens.weight", "model.norm.weight"} | (set() if form["tie_word_embeddings"] else {"lm_head.weight"})
-    allowed = needed | {"lm_head.weight"} | {f"model.layers.{n}.{part}.bias" for n in layers for part in _PROJECTIONS}
+    needed = {f"{LAYERS}.{n}.{part}.weight" for n in layers for part in (*_PROJECTIONS, *_NORMS)}
+    needed |= {_EMBEDDING, _FINAL_NORM} | (set() if form["tie_word_embeddings"] else {_UNEMBEDDING})
+    allowed = needed | {_UNEMBEDDING} | {f"{LAYERS}.{n}.{part}.bias" for n in layers for part in _PROJECTIONS}
     if missing := sorted(needed - stored.keys()):
         raise ModelError(f"the model folder lacks {len(missing)} weights of a Llama ({missing[0]}); fetch the model again")
     if strange := sorted(name for name in stored.keys() - allowed if not _BUFFERS.search(name)):
@@ -166,7 +162,7 @@ def bias_values(stored: Mapping[str, Stored], vectors: Mapping[Site, Tensor], pr
     values: dict[str, Tensor] = {}
     error = largest = 0.0
     for site, vector in vectors.items():
-        stem = f"model.layers.{site.layer}.{WRITERS[site.kind]}"
+        stem = f"{LAYERS}.{site.layer}.{WRITERS[site.kind]}"
         own = stored.get(f"{stem}.bias")
         value = vector if own is None else vector + torch.cat([piece.float() for piece in pieces(own)])
         dtype = getattr(torch, _dtype(stored[f"{stem}.weight"], precision))
@@ -183,7 +179,7 @@ def _dtype(tensor: Stored, precision: str) -> str:
 def planned(stored: Mapping[str, Stored], biases: Biases, form: Mapping[str, Any], precision: str) -> list[Planned]:
     """All tensors of the folder in the order of the model: the model's own, and a bias for every linear map."""
     plan: list[Planned] = []
-    for name in ("model.embed_tokens.weight", *_layer_names(form["num_hidden_layers"]), "model.norm.weight", "lm_head.weight"):
+    for name in (_EMBEDDING, *_layer_names(form["num_hidden_layers"]), _FINAL_NORM, _UNEMBEDDING):
         stem, end = name.rsplit(".", 1)
         tensor, weight = stored.get(name), stored.get(f"{stem}.weight")
         if weight is None:  # a tied lm_head
@@ -200,9 +196,9 @@ def planned(stored: Mapping[str, Stored], biases: Biases, form: Mapping[str, Any
 def _layer_names(n_layers: int) -> Iterator[str]:
     for layer in range(n_layers):
         for part in (*_PROJECTIONS, *_NORMS):
-            yield f"model.layers.{layer}.{part}.weight"
+            yield f"{LAYERS}.{layer}.{part}.weight"
             if part in _PROJECTIONS:
-                yield f"model.layers.{layer}.{part}.bias"
+                yield f"{LAYERS}.{layer}.{part}.bias"
 
 
 def _constant(value: Tensor | None, shape: tuple[int, ...]) -> Any:

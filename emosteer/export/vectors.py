@@ -14,11 +14,14 @@ from emosteer.base.errors import ArtifactError, ModelError
 from emosteer.base.files import sha256_file
 from emosteer.circuits.circuit import Circuit
 from emosteer.export.tensors import Stored, pieces
+from emosteer.models.architecture import LLAMA
 from emosteer.models.sites import ATTN_OUT, MLP_OUT, Site
 from emosteer.models.weights.resolve import Weights
 
 #: Where the two sublayers of a layer write into the residual stream.
-WRITERS = {ATTN_OUT: "self_attn.o_proj", MLP_OUT: "mlp.down_proj"}
+WRITERS = {ATTN_OUT: LLAMA.w_o, MLP_OUT: LLAMA.w_down}
+#: What the names of the layers' weights begin with in the files of a model folder.
+LAYERS = f"{LLAMA.body}.{LLAMA.layers}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ class ExportRequest:
 
 def layer_weight(layer: int, kind: str) -> str:
     """Name of the weight by which a sublayer writes."""
-    return f"model.layers.{layer}.{WRITERS[kind]}.weight"
+    return f"{LAYERS}.{layer}.{WRITERS[kind]}.weight"
 
 
 def compiled(stored: Mapping[str, Stored], steering: ExportRequest) -> dict[Site, Tensor]:

@@ -1,4 +1,4 @@
-"""The forward pass of Llama and Qwen2 models without the generality that costs time, for generation only.
+"""The forward pass of models of Llama's arithmetic without the generality that costs time, for generation only.
 
 It differs from the Hugging Face model in what is done per token, not in what is computed: every distinct prompt prefix once, all
 linear layers on packed tokens, keys and values in one growing block, no masks rebuilt, steering vectors added in place; on a CPU weights
@@ -24,14 +24,10 @@ from emosteer.generation.native import step as native
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import MOST_BYTES, PackedLinear, pack_all
 from emosteer.generation.prefix_tree import PrefixTree, pack
+from emosteer.models.architecture import Family, part, parts
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, MLP_OUT, RESID_POST, Site
 
-#: Model class -> classes of its attention, MLP and norm. Anything else keeps the Hugging Face forward pass.
-_KNOWN = {
-    "LlamaForCausalLM": ("LlamaAttention", "LlamaMLP", "LlamaRMSNorm"),
-    "Qwen2ForCausalLM": ("Qwen2Attention", "Qwen2MLP", "Qwen2RMSNorm"),
-}
 #: Rotary variants whose angles do not depend on the length of the sequence.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 #: layer -> vectors [row, d_model] added after attention and after the MLP; None adds nothing.
@@ -50,31 +46,24 @@ class _Layer:
     down: PackedLinear
 
 
+def _layer(layer: Any, family: Family) -> _Layer:
+    linears = (PackedLinear(parts(layer, paths)) for paths in (family.qkv, (family.w_o,), family.gate_up, (family.w_down,)))
+    return _Layer(*parts(layer, family.pre_norms), *linears)
+
+
 class Lean:
     """A lean forward pass over the weights of a model; the weights are the model's own."""
 
     def __init__(self, model: Model) -> None:
         """Takes the model apart; `lean_of` says whether that is allowed."""
         self.model, self.shape = model, model.shape
-        self.embed: Tensor = model.body.embed_tokens.weight
-        self.norm = model.body.norm
-        self.layers = [self._layer(layer) for layer in model.layers]
-        self.head = PackedLinear([model.hf.lm_head])
+        self.embed: Tensor = model.embedding.weight
+        self.norm, self.epsilon = model.final_norm, model.family.norm_epsilon
+        self.layers = [_layer(layer, model.family) for layer in model.layers]
+        self.head = PackedLinear([model.unembedding])
         self.scale = self.shape.d_head**-0.5
         self.native: native.NativeStep | None = None
         self._prepared, self._lock = False, Lock()
-
-    @staticmethod
-    def _layer(layer: Any) -> _Layer:
-        attn, mlp = layer.self_attn, layer.mlp
-        return _Layer(
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            PackedLinear([attn.q_proj, attn.k_proj, attn.v_proj]),
-            PackedLinear([attn.o_proj]),
-            PackedLinear([mlp.gate_proj, mlp.up_proj]),
-            PackedLinear([mlp.down_proj]),
-        )
 
     def linears(self) -> list[PackedLinear]:
         """All linear maps."""
@@ -89,7 +78,7 @@ class Lean:
             if not self._prepared:
                 self._prepared = True
                 if self.model.device.type == "cpu" and self.model.dtype == torch.float32 and library() is not None:
-                    self.native = self._if_equal(native.NativeStep(self.shape, self.model.layers, self.norm, self.model.hf.lm_head), 1)
+                    self.native = self._if_equal(native.NativeStep(self.model), 1)
             if self.native is None:
                 pack_all(self.linears(), rows)
             elif rows > 1 and not self.native.is_packed and self.native.n_bytes <= MOST_BYTES:
@@ -117,18 +106,19 @@ class Lean:
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [token, 1, d_head] by the model's own rotary module."""
-        cos, sin = self.model.body.rotary_emb(self.embed[:1], positions[None])
+        cos, sin = part(self.model.body, self.model.family.rotary)(self.embed[:1], positions[None])
         half = self.shape.d_head // 2
         return cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
 
     def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
         """Root-mean-square norm, statistics in float32 as Hugging Face takes them."""
+        epsilon = getattr(norm, self.epsilon)
         if self.native is not None:
-            return native.norm(hidden, norm.weight, norm.variance_epsilon)
+            return native.norm(hidden, norm.weight, epsilon)
         if hidden.dtype == torch.float32:
-            return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+            return functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, epsilon)
         wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         return norm.weight * wide.to(hidden.dtype)
 
     def _queries(self, layer: _Layer, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,27 +240,41 @@ def _state(model: Model) -> list[tuple[int, int]]:
 
 def _recognised(model: Model) -> bool:
     """Whether the modules are exactly those whose arithmetic `Lean` repeats, with nothing hooked into them."""
-    hf, config = model.hf, model.hf.config
-    known = _KNOWN.get(type(hf).__name__)
+    hf, config, family = model.hf, model.hf.config, model.family
+    if not _repeats(family) or any(getattr(config, name, None) for name in (family.logit_softcap, family.attn_softcap)):
+        return False
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    rotary = getattr(model.body, "rotary_emb", None)
-    if known is None or kinds != {"full_attention"} or config.hidden_act != "silu" or getattr(rotary, "rope_type", "") not in _ROTARY:
+    rotary = getattr(model.body, family.rotary, None)
+    if kinds != {"full_attention"} or config.hidden_act != "silu" or getattr(rotary, "rope_type", "") not in _ROTARY:
         return False
-    if not type(hf).__module__.startswith("transformers.models.") or getattr(hf, "hf_device_map", None):
+    if getattr(hf, "hf_device_map", None) or not all(_is_plain(layer, model) for layer in model.layers):
         return False
-    attention, mlp, norm = known
-    for layer in model.layers:
-        parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-        if tuple(type(part).__name__ for part in parts) != (attention, mlp, norm, norm):
-            return False
-        attn = layer.self_attn
-        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if any(type(linear) is not nn.Linear for linear in linears) or getattr(attn, "sliding_window", None):
-            return False
-        if any(hasattr(attn, name) for name in ("q_norm", "k_norm")) or attn.scaling != model.shape.d_head**-0.5:
-            return False
-    plain_ends = type(hf.lm_head) is nn.Linear and type(model.body.embed_tokens) is nn.Embedding and type(model.body.norm).__name__ == norm
+    plain_ends = type(model.unembedding) is nn.Linear and type(model.embedding) is nn.Embedding and _is_of(hf, model.final_norm)
     return plain_ends and not any(module._forward_hooks or module._forward_pre_hooks for module in hf.modules())
+
+
+def _repeats(family: Family) -> bool:
+    """Whether `Lean` has the arithmetic of a family: norms before both sublayers and nowhere else, separate matrices, nothing scaled."""
+    norms = len(family.pre_norms) == 2 and not family.post_norms and not family.qk_norms
+    matrices = len(family.qkv) == 3 and len(family.gate_up) == 2
+    return family.is_complete and norms and matrices and not family.norm_offset and not family.embedding_is_scaled
+
+
+def _is_plain(layer: Any, model: Model) -> bool:
+    """Whether a layer has the parts that its description speaks of, none of them exchanged, and attends without a window."""
+    family, attention = model.family, part(layer, model.family.attention)
+    if not all(_is_of(model.hf, held) for held in (attention, *parts(layer, (family.mlp, *family.pre_norms)))):
+        return False
+    linears = parts(layer, (*family.qkv, family.w_o, *family.gate_up, family.w_down))
+    if any(type(linear) is not nn.Linear for linear in linears) or getattr(attention, family.attn_window, None):
+        return False
+    scale: float = getattr(attention, family.attn_scale)
+    return scale == model.shape.d_head**-0.5
+
+
+def _is_of(hf: Any, held: Any) -> bool:
+    """Whether a part's class comes from the file that defines the model's class: the code that was read for the description."""
+    return type(held).__module__ == type(hf).__module__
 
 
 @torch.no_grad()

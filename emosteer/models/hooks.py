@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emosteer.models.architecture import tap
+from emosteer.models.architecture import Family, tap
 from emosteer.models.sites import Site
 
 #: An edit receives the activation [batch, pos, width] (heads of `z` side by side) and returns its replacement, or None
@@ -71,9 +71,9 @@ def reading(store: dict[Site, Tensor], site: Site, edit: Edit | None) -> Edit:
 
 
 @contextlib.contextmanager
-def hooked(layer: nn.Module, kind: str, edit: Edit, post_norms: bool) -> Iterator[None]:
+def hooked(layer: nn.Module, kind: str, edit: Edit, family: Family) -> Iterator[None]:
     """Hooks one edit into one plain decoder layer for the length of the block."""
-    module, is_input = tap(layer, kind, post_norms)
+    module, is_input = tap(layer, kind, family)
     handle = module.register_forward_pre_hook(before(edit), with_kwargs=True) if is_input else module.register_forward_hook(after(edit))
     try:
         yield

@@ -25,7 +25,7 @@ from emosteer.base.errors import ModelError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.models import tokens
-from emosteer.models.architecture import decoder_body, shape_of
+from emosteer.models.architecture import Family, family_of, part, shape_of
 from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
 from emosteer.models.memory import is_out_of_memory
@@ -54,10 +54,10 @@ class Model:
         self.name = name
         self.reference = name  # what the user called it; commands in messages use it
         self.sha256 = weights_sha256
-        self.body: Any = decoder_body(hf)
-        self.layers: Any = self.body.layers
-        self.shape = shape_of(hf)
-        self.post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
+        self.family: Family = family_of(hf)
+        self.body: Any = part(hf, self.family.body)
+        self.layers: Any = part(self.body, self.family.layers)
+        self.shape = shape_of(hf.config, self.layers, self.family)
         #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
         self.spread = bool(getattr(hf, "hf_device_map", None))
         self._prove(bridge=False)
@@ -165,16 +165,36 @@ class Model:
             raise
         return bridge
 
-    # ---- weights by name -----------------------------------------------------------------------------------------
+    # ---- parts and weights by name -------------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> Any:
+        """The module that turns token ids into vectors."""
+        return part(self.body, self.family.embedding)
+
+    @property
+    def final_norm(self) -> Any:
+        """The norm between the last layer and the unembedding."""
+        return part(self.body, self.family.final_norm)
+
+    @property
+    def unembedding(self) -> Any:
+        """The linear map from final-normed hidden states to logits."""
+        return part(self.hf, self.family.unembedding)
+
+    @property
+    def window(self) -> int | None:
+        """Positions that layers with sliding-window attention see; None where no window is set."""
+        return getattr(self.hf.config, self.family.sliding_window, None)
 
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
-        weight: Tensor = self.layers[layer].self_attn.o_proj.weight.to(self.device)  # moves it only where a model is spread
+        weight: Tensor = part(self.layers[layer], self.family.w_o).weight.to(self.device)  # moves it only where a model is spread
         return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
-        weight: Tensor = self.layers[layer].mlp.down_proj.weight.to(self.device)
+        weight: Tensor = part(self.layers[layer], self.family.w_down).weight.to(self.device)
         return weight.T
 
     def width(self, kind: str) -> int:
@@ -220,11 +240,11 @@ class Model:
         elif bridge:
             named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
             with self.bridge.hooks(fwd_hooks=named):
-                yield decoder_body(self.bridge.original_model)
+                yield part(self.bridge.original_model, self.family.body)
             return
         with contextlib.ExitStack() as stack:
             for site, edit in edits.items():
-                stack.enter_context(hooked(self.layers[site.layer], site.kind, edit, self.post_norms))
+                stack.enter_context(hooked(self.layers[site.layer], site.kind, edit, self.family))
             yield self.body
 
     def run(
@@ -253,8 +273,8 @@ class Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
-        logits: Tensor = self.hf.lm_head(hidden).to(self.device)
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        logits: Tensor = self.unembedding(hidden).to(self.device)
+        cap = getattr(self.hf.config, self.family.logit_softcap, None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def read(self, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[Site, Tensor]:
@@ -297,14 +317,16 @@ class Model:
                 self._close(seen[site], value, f"{where}: the bridge's {site} differs from the plain model's")
 
     def _prove_layer(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
-        block = self.layers[layer]
+        block, family = self.layers[layer], self.family
         here = {kind: seen[Site(layer, kind)] for kind in KINDS}
-        o_proj, down_proj = block.self_attn.o_proj, block.mlp.down_proj
-        self._close(o_proj(here[Z]), here[ATTN_OUT], f"{where}: attn_out of layer {layer} is not z W_O")
-        self._close(down_proj(here[MLP_POST]), here[MLP_OUT], f"{where}: mlp_out of layer {layer} is not mlp_post W_down")
+        w_o, w_down = part(block, family.w_o), part(block, family.w_down)
+        self._close(w_o(here[Z]), here[ATTN_OUT], f"{where}: attn_out of layer {layer} is not z W_O")
+        self._close(w_down(here[MLP_POST]), here[MLP_OUT], f"{where}: mlp_out of layer {layer} is not mlp_post W_down")
         attn, mlp = here[ATTN_OUT], here[MLP_OUT]
-        if self.post_norms:
-            attn, mlp = block.post_attention_layernorm(attn), block.post_feedforward_layernorm(mlp)
+        if family.attn_post_norm is not None:
+            attn = part(block, family.attn_post_norm)(attn)
+        if family.mlp_post_norm is not None:
+            mlp = part(block, family.mlp_post_norm)(mlp)
         if layer > 0:
             before = seen[Site(layer - 1, RESID_POST)]
             self._close(before + attn, here[RESID_MID], f"{where}: resid_mid of layer {layer} is not resid_pre + attention output")

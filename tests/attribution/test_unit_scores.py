@@ -180,7 +180,7 @@ def test_contributions_add_up_to_the_projection_of_what_the_sublayer_writes(fami
             for layer in range(1, n_layers):
                 added = base[layer, after] - (base[layer, "resid_mid"] if after == "resid_post" else base[layer - 1, "resid_post"])
                 scale = 1.0
-                if family.post_norms:
+                if family.family.post_norms:
                     scale = (base[layer, out].square().mean(-1) + family.hf.config.rms_norm_eps).sqrt()
                 torch.testing.assert_close(total[:, layer], (added @ v[layer]) * scale, rtol=1e-4, atol=1e-4)
 
@@ -248,7 +248,7 @@ def test_scores_equal_the_mean_over_groups_computed_one_unit_at_a_time(name: str
     for layer in range(n_layers):
         block = model.hf.model.layers[layer]
         gains = (1.0, 1.0)
-        if model.post_norms:
+        if model.family.post_norms:
             gains = (1 + block.post_attention_layernorm.weight, 1 + block.post_feedforward_layernorm.weight)
         w_o, w_down = block.self_attn.o_proj.weight, block.mlp.down_proj.weight  # [d_model, in]
         for e in range(3):

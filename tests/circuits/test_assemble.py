@@ -398,14 +398,14 @@ def written_by(model: Model, layer: int, delta: Tensor, kind: str) -> Tensor:
     """What a layer's heads or neurons add to the residual stream, up to a positive factor where a norm follows."""
     block = model.hf.model.layers[layer]
     out = delta @ (block.self_attn.o_proj if kind == "z" else block.mlp.down_proj).weight.T
-    if not model.post_norms:
+    if not model.family.post_norms:
         return out
     return out * (1 + (block.post_attention_layernorm if kind == "z" else block.post_feedforward_layernorm).weight)
 
 
 def direction_by_hand(model: Model, emotion: str) -> Tensor:
     weight = model.hf.lm_head.weight
-    gain = model.hf.model.norm.weight + float(model.post_norms)
+    gain = model.hf.model.norm.weight + float(model.family.post_norms)
     return (weight[model.tokenizer.get_vocab()[emotion]] - weight.mean(0)) * gain
 
 

@@ -136,7 +136,7 @@ def test_a_step_is_torchs_step(form: None, rows: int) -> None:
     """Rows of different lengths, one layer steered after attention, one after the MLP, the rest not at all."""
     model = odd_model()
     made = Lean(model)
-    compiled = native.NativeStep(model.shape, model.layers, made.norm, model.hf.lm_head)
+    compiled = native.NativeStep(model)
     assert compiled.takes(1) and not compiled.takes(2)
     lengths = [1 + row % 5 for row in range(rows)]
     tokens, positions = torch.arange(rows) % 50, torch.tensor(lengths)

@@ -15,8 +15,9 @@ from emosteer.generation.kv_cache import RowCache
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import joined_bias
 from emosteer.generation.prefix_tree import PrefixTree
-from emosteer.models.architecture import Shape
+from emosteer.models.architecture import parts
 from emosteer.models.memory import large_pages
+from emosteer.models.model import Model
 
 #: Numbers to a line of the processor's cache, at which every matrix begins.
 _LINE = 16
@@ -99,31 +100,30 @@ class Linears:
 class NativeStep:
     """One more token for every row of a batch, over the weights of a model."""
 
-    def __init__(self, shape: Shape, layers: Sequence[Any], last: Any, head: nn.Linear) -> None:
-        """layers: the decoder layers of a Llama or Qwen2 model; last: its final norm; head: its unembedding."""
+    def __init__(self, model: Model) -> None:
+        """Takes a model of Llama's arithmetic; `lean_forward.lean_of` says which those are."""
+        shape, family = model.shape, model.family
         self.is_packed = False
-        self.head = Linears([head])
+        self.head = Linears([model.unembedding])
         self.linears: list[Linears] = [self.head]
         self.norms: list[Tensor] = []
-        self.table = (_Layer * len(layers))()
-        for entry, layer in zip(self.table, layers, strict=True):
-            attn, mlp = layer.self_attn, layer.mlp
-            entry.norm1, entry.norm2 = self._norm(layer.input_layernorm), self._norm(layer.post_attention_layernorm)
-            parts = {"qkv": [attn.q_proj, attn.k_proj, attn.v_proj], "o": [attn.o_proj]}
-            parts |= {"gate": [mlp.gate_proj], "up": [mlp.up_proj], "down": [mlp.down_proj]}
-            self.linears += [Linears(linears, getattr(entry, name)) for name, linears in parts.items()]
+        self.table = (_Layer * shape.n_layers)()
+        paths = {"qkv": family.qkv, "o": (family.w_o,), "gate": family.gate_up[:1], "up": family.gate_up[1:], "down": (family.w_down,)}
+        for entry, layer in zip(self.table, model.layers, strict=True):
+            entry.norm1, entry.norm2 = (self._norm(module) for module in parts(layer, family.pre_norms))
+            self.linears += [Linears(parts(layer, held), getattr(entry, name)) for name, held in paths.items()]
         self.model = _Model(
-            layers=len(layers),
+            layers=shape.n_layers,
             d_model=shape.d_model,
             heads=shape.n_heads,
             kv_heads=shape.n_kv_heads,
             d_head=shape.d_head,
             d_mlp=shape.d_mlp,
-            epsilon=layers[0].input_layernorm.variance_epsilon,
-            epsilon_last=last.variance_epsilon,
+            epsilon=getattr(parts(model.layers[0], family.pre_norms)[0], family.norm_epsilon),
+            epsilon_last=getattr(model.final_norm, family.norm_epsilon),
             scale=shape.d_head**-0.5,
             layer=ctypes.cast(self.table, POINTER(_Layer)),
-            norm=self._norm(last),
+            norm=self._norm(model.final_norm),
         )
 
     def _norm(self, norm: Any) -> int:
