@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,6 +82,15 @@ class Asked(Protocol):
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """How jobs are written. order: their batches (indices of jobs), in the order of a single process; write: writes one, and yields its
+    replies with their indices as soon as they are there."""
+
+    order: Sequence[list[int]]
+    write: Callable[[list[int]], Iterator[list[tuple[int, Reply]]]]
+
+
 class ReplyWriter(Protocol):
     """Who writes jobs, whatever the engine. circuit: None where nothing is steered; marks: what stands in each of its rows as well."""
 
@@ -95,6 +104,8 @@ class ReplyWriter(Protocol):
     def marks(self) -> Mapping[str, Any]: ...
 
     def run_key(self, circuit_sha256: str = "") -> str: ...
+
+    def work(self, jobs: Sequence[Job]) -> Work: ...
 
     def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]: ...
 

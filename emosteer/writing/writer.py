@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from emosteer.base.files import sha256_text
-from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
 from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
 from emosteer.generation.streaming import stream
-from emosteer.models.memory import halve_on_oom, is_out_of_memory, single_item_too_large
+from emosteer.models.memory import is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.writing.jobs import Job, plan_of, request_of
+from emosteer.writing.jobs import Job, Work, plan_of, request_of
+from emosteer.writing.resumable import halving
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class Writer:
 
     def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
         """Writes all jobs, in batches of similar length; yields each as its batch ends."""
-        requests = self.requests(jobs)
-        for done in self.write_batches(jobs, requests, batches(requests, self.batch_size)):
-            yield from ((jobs[i], reply) for i, reply in done)
+        work = self.work(jobs)
+        for batch in work.order:
+            for done in work.write(batch):
+                yield from ((jobs[i], reply) for i, reply in done)
 
     def requests(self, jobs: Sequence[Job]) -> list[Request]:
         """The jobs' prompts."""
@@ -83,15 +84,12 @@ class Writer:
             return {}
         return self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
 
-    def write_batches(
-        self, jobs: Sequence[Job], requests: Sequence[Request], wanted: Iterable[list[int]]
-    ) -> Iterator[list[tuple[int, Reply]]]:
-        """Writes some batches (indices of jobs); yields each with its replies (its halves, where it does not fit in memory)."""
-        vectors = self._vectors()
+    def work(self, jobs: Sequence[Job]) -> Work:
+        """The jobs in batches of similar length."""
+        requests, vectors = self.requests(jobs), self._vectors()
 
-        def compute(index: list[int]) -> list[tuple[int, Reply]]:
-            plan = plan_of([jobs[i] for i in index], self.circuit, vectors, self.positions)
-            return list(zip(index, generate(self.model, [requests[i] for i in index], plan, self.decoding), strict=True))
+        def compute(batch: list[int]) -> list[tuple[int, Reply]]:
+            plan = plan_of([jobs[i] for i in batch], self.circuit, vectors, self.positions)
+            return list(zip(batch, generate(self.model, [requests[i] for i in batch], plan, self.decoding), strict=True))
 
-        for index in wanted:
-            yield from halve_on_oom(index, compute, note, "replies")
+        return Work(list(batches(requests, self.batch_size)), halving(compute))
