@@ -38,6 +38,8 @@ from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.writing import writer as writing
 from emosteer.writing.contest_writer import ContestWriter, cells_of
+from emosteer.writing.jobs import Job
+from emosteer.writing.reply_files import shares_of, write_file
 from tests.conftest import build, small_data
 from tests.helpers import contest_setup
 
@@ -322,8 +324,8 @@ def test_scores_and_curves_by_several_processes_are_the_same_bytes(models: list[
 def written(model: Model, out: Path, crew: Crew = ALONE, fresh: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     decoding = Decoding(max_new_tokens=6, temperature=0.8, seed=seed)
     writer = writing.Writer(model, None, decoding, "", "prompt", batch_size=5)
-    jobs = [writing.Job.of(group, emotion, "prompt", None) for group in DATA[0] for emotion in EMOTIONS[:2]]
-    return writing.write_file(writer, jobs, out, fresh=fresh, crew=crew)
+    jobs = [Job.of(group, emotion, "prompt", None) for group in DATA[0] for emotion in EMOTIONS[:2]]
+    return write_file(writer, jobs, out, fresh=fresh, crew=crew)
 
 
 def test_replies_by_several_processes_are_the_same_bytes_also_after_a_death(models: list[Model], tiny: Model, tmp_path: Path) -> None:
@@ -336,7 +338,7 @@ def test_replies_by_several_processes_are_the_same_bytes_also_after_a_death(mode
     lines = one.read_bytes().splitlines(keepends=True)
     for count in (1, 2, 3):
         out.write_bytes(b"".join(lines[:5]))
-        share = writing.shares_of(out)
+        share = shares_of(out)
         part(share, 2).write_bytes(b"".join(lines[10:17]) + lines[17][:30])
         part(share, 1).write_bytes(b"".join(lines[20:]))
         asked: list[int] = []
@@ -368,14 +370,17 @@ def test_a_contest_by_several_processes_has_the_same_replies(models: list[Model]
     def work(crew: Crew) -> Any:
         log = KeyedLog(part(tmp_path / "two" / "replies.jsonl", crew.rank))
         mine: ContestWriter = replace(base, model=models[crew.rank], replies=log, crew=crew, _prompts={})
-        real = ContestWriter._write_batch
+        real = ContestWriter._writing
 
-        def counting(self: ContestWriter, cells: Any, keys: Any, kept: Any) -> None:
-            sizes[crew.rank].append(len(cells))
-            threading.Event().wait(0.01)
-            real(self, cells, keys, kept)
+        def counting(self: ContestWriter, cells: Any) -> Any:
+            def write(batch: list[int]) -> Any:
+                sizes[crew.rank].append(len(batch))
+                threading.Event().wait(0.01)
+                return real(self, cells)(batch)
 
-        object.__setattr__(mine, "_write_batch", counting.__get__(mine))
+            return write
+
+        object.__setattr__(mine, "_writing", counting.__get__(mine))
         if crew.rank:
             return mine.serve()
         mine.adopt()

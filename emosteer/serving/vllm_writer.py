@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from emosteer.models import tokens
 from emosteer.models.architecture import context_of
 from emosteer.models.weights.resolve import Weights
 from emosteer.serving.vllm_process import Task, find_python, run
-from emosteer.writing.jobs import Job, request_of
+from emosteer.writing.jobs import Job, Work, request_of
 
 METHODS = ("circuit", "prompt", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -151,12 +151,27 @@ class VllmWriter:
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
-    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]:
-        """Writes all jobs, one checkpoint after the other; yields each reply as it ends. `on_token` gets a reply whole.
+    def stream(self, job: Job) -> Iterator[str]:
+        """The text of one job's reply, in one piece. Errors as for `write`."""
+        yield from (reply.text for _, reply in self.write([job]))
+
+    def work(self, jobs: Sequence[Job]) -> Work:
+        """All jobs at once: vLLM makes its own batches, and each reply is there when it ends."""
+
+        def write(batch: list[int]) -> Iterator[list[tuple[int, Reply]]]:
+            return ([found] for found in self._written([jobs[i] for i in batch]))
+
+        return Work([list(range(len(jobs)))], write)
+
+    def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Writes all jobs, one checkpoint after the other; yields each reply as it ends.
 
         Raises:
             DataError: if a prompt does not fit the model's context. EmosteerError: if vLLM is not there or fails.
         """
+        return ((jobs[place], reply) for place, reply in self._written(jobs))
+
+    def _written(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Reply]]:
         python = self.python or find_python()
         requests = [request_of(self.served, job, self.instruction, self.elicitation) for job in jobs]
         check_lengths(requests, self.decoding, self.served.context, self.served.name)
@@ -167,10 +182,7 @@ class VllmWriter:
         for kind, members in groups.items():
             folder, what = (self.served.weights.path, "no steering") if kind is None else (self.checkpoint(*kind), kind[0])
             for place, reply in run(python, self.task(folder, [requests[i] for i in members], longest), what):
-                found = self._reply(requests[members[place]], reply)
-                if on_token:
-                    on_token(found.text)
-                yield jobs[members[place]], found
+                yield members[place], self._reply(requests[members[place]], reply)
 
     def _steered(self, job: Job) -> bool:
         return self.circuit is not None and job.method == "circuit"

@@ -1,8 +1,6 @@
 """The contest's writers: every method answers the same prompts, at the same decoding and seeds.
 
-Each reply is kept on disk as soon as it is there, so that a run can be killed at any moment and goes on. The last bits of a float depend
-on a row's neighbours in a batch: a batch is therefore written whole or again, never in part, and what is there already is kept. That is
-why a killed run ends in the same bytes as one that was not, on the same machine, torch and number of threads.
+Each reply is kept on disk as soon as it is there; a killed run goes on and ends in the same bytes (`resumable`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +20,13 @@ from emosteer.base.processes import ALONE, Crew, parts
 from emosteer.base.progress import bar, note
 from emosteer.circuits.methods import NONE, PROMPTS
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request, batches, generate
+from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
-from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group, GroupKey
-
-Row = dict[str, Any]
+from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
 
 
 @dataclass(frozen=True)
@@ -115,13 +110,13 @@ class ContestWriter:
         done = sum(key in self.replies.rows for key in keys)
         if 0 < done < len(keys):
             note(f"{what}: going on, {done} of {len(keys)} replies are there")
+        order = list(self._batches(cells))
         with bar(f"{what} (replies)", len(cells)) as advance:
             if not self.crew.alone:
-                self._share(cells, keys)
-            for batch in self._batches(cells):
-                if any(keys[i] not in self.replies.rows for i in batch):
-                    self._write_batch([cells[i] for i in batch], [keys[i] for i in batch], self.replies)
-                advance(len(batch))
+                self._share(cells, keys, missing(order, keys, self.replies.rows))
+            wanted = missing(order, keys, self.replies.rows)
+            advance(len(cells) - sum(map(len, wanted)))
+            write_batches(wanted, keys, self._writing(cells), self.replies, ALONE, advance)
         return [self.replies.rows[key] for key in keys]
 
     def _batches(self, cells: Sequence[Cell]) -> Iterator[list[int]]:
@@ -138,7 +133,8 @@ class ContestWriter:
         path = self.replies.path
         while self.crew.hear() == "write":
             cells, wanted = _read_work(self._work)
-            self._write_claimed(cells, wanted, KeyedLog(path))  # opened anew: process 0 has taken over what was in it
+            kept = KeyedLog(path)  # opened anew: process 0 has taken over what was in it
+            write_batches(wanted, [self.key(cell) for cell in cells], self._writing(cells), kept, self.crew)
         if path.is_file() and not path.stat().st_size:
             path.unlink()
 
@@ -153,9 +149,8 @@ class ContestWriter:
     def _work(self) -> Path:
         return self.replies.path.with_name("replies-to-write.json")
 
-    def _share(self, cells: Sequence[Cell], keys: Sequence[str]) -> None:
+    def _share(self, cells: Sequence[Cell], keys: Sequence[str], wanted: Sequence[list[int]]) -> None:
         """Has all processes write the batches that are missing, and takes over what they wrote."""
-        wanted = [batch for batch in self._batches(cells) if any(keys[i] not in self.replies.rows for i in batch)]
         if not wanted:
             return
         self.crew.kept = lambda: (
@@ -163,30 +158,35 @@ class ContestWriter:
         )
         _write_work(self._work, cells, wanted)
         self.crew.tell("write")
-        self._write_claimed(cells, wanted, self.replies)
+        write_batches(wanted, keys, self._writing(cells), self.replies, self.crew)
         self._work.unlink(missing_ok=True)
         self.adopt()
 
-    def _write_claimed(self, cells: Sequence[Cell], wanted: Sequence[list[int]], kept: KeyedLog) -> None:
-        for batch in self.crew.claim(wanted):
-            self._write_batch([cells[i] for i in batch], [self.key(cells[i]) for i in batch], kept)
-        self.crew.meet()
-
     # ---- one batch -------------------------------------------------------------------------------------------------
 
-    def _write_batch(self, cells: Sequence[Cell], keys: Sequence[str], kept: KeyedLog) -> None:
-        def compute(index: list[int]) -> list[tuple[int, Row]]:
-            some = [cells[i] for i in index]
-            replies = generate(self.model, [self._request(cell) for cell in some], self._plan(some), self.decoding)
-            costs = reply_nll(self.model, [reply.text for reply in replies])
-            return [
-                (i, {"text": r.text, "finish_reason": r.finish_reason, "n_tokens": r.n_tokens, "nll": None if math.isnan(cost) else cost})
-                for i, r, cost in zip(index, replies, costs, strict=True)
-            ]
+    def _writing(self, cells: Sequence[Cell]) -> WriteBatch:
+        """How batches of cells are written."""
 
-        for done in halve_on_oom(list(range(len(cells))), compute, note, "replies"):
-            of = {i: {name: getattr(cells[i], name) for name in ("method", "emotion", "strength")} for i, _ in done}
-            kept.add({keys[i]: {**of[i], **row} for i, row in done})
+        def compute(batch: list[int]) -> list[tuple[int, Row]]:
+            members = [cells[i] for i in batch]
+            replies = generate(self.model, [self._request(cell) for cell in members], self._plan(members), self.decoding)
+            costs = reply_nll(self.model, [reply.text for reply in replies])
+            return [(i, _row(cells[i], reply, cost)) for i, reply, cost in zip(batch, replies, costs, strict=True)]
+
+        return halving(compute)
+
+
+def _row(cell: Cell, reply: Reply, nll: float) -> Row:
+    """What is kept of a reply. nll: nats per token under the unsteered model, NaN for an empty one."""
+    return {
+        "method": cell.method,
+        "emotion": cell.emotion,
+        "strength": cell.strength,
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "n_tokens": reply.n_tokens,
+        "nll": None if math.isnan(nll) else nll,
+    }
 
 
 def _write_work(path: Path, cells: Sequence[Cell], wanted: Sequence[list[int]]) -> None:
