@@ -18,7 +18,8 @@ from emosteer.judges.protocol import LABELS
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import stem_pattern
-from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
+from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
+from emosteer.writing.resumable import Row
 
 #: Nats per token that an empty reply counts for: it is a broken one.
 EMPTY = 10.0

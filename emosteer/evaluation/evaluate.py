@@ -17,7 +17,8 @@ from emosteer.evaluation.metrics import Table, confusion, content_tables, judged
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL
 from emosteer.scenarios.scenarios import VALENCES, Group
-from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
+from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
+from emosteer.writing.resumable import Row
 
 #: Shares and means that are reported with an interval, beside the perplexity ratio and its median form.
 METRICS = ("accuracy", "match", "probability", "names", "synonyms", "sound", "repetition", "unfinished", "on_topic", "kept")

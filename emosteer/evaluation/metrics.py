@@ -15,7 +15,8 @@ from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Encoder
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import name_pattern, stem_pattern
-from emosteer.writing.contest_writer import Cell, Row
+from emosteer.writing.contest_writer import Cell
+from emosteer.writing.resumable import Row
 
 #: Nats per token that an empty reply counts for: it is a broken one.
 EMPTY = 10.0
