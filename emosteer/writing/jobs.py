@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import METHODS
 from emosteer.generation.generate import Decoding, Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
@@ -50,13 +51,11 @@ def jobs_for(
         name: of the scenario-event or text, the first part of each job's id; strength: None takes the circuit's default of the method;
             dialled: emotion -> strength, where an intensity was asked for.
     """
-    jobs = []
+    jobs, part = [], METHODS[method].strength
     for emotion in emotions:
         how = dialled.get(emotion, strength)
-        if how is None and circuit is not None and method == "circuit":
-            how = circuit.default_strength(emotion)
-        elif how is None and circuit is not None and method == "residual":
-            how = circuit.residual_strength
+        if how is None and circuit is not None and part is not None:
+            how = circuit.default_strength_of(part, emotion)
         key = group.key
         jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, group.text, emotion, method, how))
     return jobs
@@ -86,9 +85,9 @@ class ReplyWriter(Protocol):
 
 
 def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
-    """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike."""
-    asked = job.method == "prompt"
-    messages = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
+    """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike."""
+    asks = METHODS[job.method].asks
+    messages = elicit(elicitation, job.text, job.emotion, instruction) if asks else plain(job.text, instruction)
     return Request(job.id, tuple(model.prompt_ids(messages)))
 
 
@@ -96,7 +95,7 @@ def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site,
     """The steering of a batch, one emotion and strength per row."""
     if not vectors or circuit is None:
         return SteeringPlan.none(len(jobs))
-    steered = [job.method in ("circuit", "residual") for job in jobs]
+    steered = [METHODS[job.method].steers for job in jobs]
     index = [circuit.index(job.emotion) if on else -1 for job, on in zip(jobs, steered, strict=True)]
     return replace(plan_for(vectors, index, [job.strength or 0.0 for job in jobs]), positions=positions)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import METHODS
 from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
 from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
@@ -70,9 +71,9 @@ class Writer:
         on_token: Callable[[str], None] | None = None,
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Writes some batches (indices of jobs); yields each with its replies (its halves, where it does not fit in memory)."""
-        vectors: dict[Site, Tensor] = {}
-        if self.circuit is not None and self.method in ("circuit", "residual"):
-            vectors = self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
+        part, vectors = METHODS[self.method].vectors, dict[Site, Tensor]()
+        if self.circuit is not None and part is not None:
+            vectors = self.circuit.added(part, self.model)
 
         def compute(index: list[int]) -> list[tuple[int, Reply]]:
             plan = plan_of([jobs[i] for i in index], self.circuit, vectors, self.positions)
