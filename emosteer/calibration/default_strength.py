@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import CIRCUIT, METHODS, NONE, RESIDUAL
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Decoding
 from emosteer.models.model import Model
@@ -64,11 +65,13 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
     if not groups:
         raise DataError("no scenario-event to tune the strength on; check the scenario file")
     chosen = sorted(groups, key=lambda group: stable_share(f"tune/{group.key}", settings.seed))[: settings.n_prompts]
-    own = settings.learned_strengths if "gains" in circuit.metrics else settings.strengths
-    grids = {"circuit": own, "residual": settings.residual_strengths}
+    grids = {
+        CIRCUIT: settings.learned_strengths if circuit.learned_gains else settings.strengths,
+        RESIDUAL: settings.residual_strengths,
+    }
     curves: dict[str, dict[float, float]] = {}
     with bar("tuning strength (points)", 1 + sum(map(len, grids.values()))) as advance:
-        unsteered = _cost(model, circuit, chosen, "none", 0.0, settings)
+        unsteered = _cost(model, circuit, chosen, NONE, 0.0, settings)
         advance(1)
         for method, strengths in grids.items():
             curves[method] = {0.0: unsteered}
@@ -77,20 +80,17 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
                 advance(1)
     best = {method: strongest(curve, settings.tolerance) or grids[method][0] for method, curve in curves.items()}
     rule = f"largest before nats per token rise by more than {settings.tolerance} ({len(chosen)} prompts)"
-    tuning = {
-        "rule": rule,
-        "circuit": {str(s): c for s, c in curves["circuit"].items()},
-        "residual": {str(s): c for s, c in curves["residual"].items()},
-    }
-    tuned = circuit.with_strength([best["circuit"]] * len(circuit.emotions), best["residual"])
+    tuning = {"rule": rule, **{method: {str(strength): cost for strength, cost in curve.items()} for method, curve in curves.items()}}
+    tuned = circuit.with_strength([best[CIRCUIT]] * len(circuit.emotions), best[RESIDUAL])
     return replace(tuned, metrics={**circuit.metrics, "tuning": tuning})
 
 
 def _cost(model: Model, circuit: Circuit, groups: Sequence[Group], method: str, strength: float, settings: TuneSettings) -> float:
     """Mean nats per token of the replies at a strength; an empty reply counts as broken (10 nats)."""
-    emotions = ("none",) if method == "none" else circuit.emotions
+    steers = METHODS[method].steers
+    emotions = circuit.emotions if steers else (NONE,)
     jobs = [Job.of(group, emotion, method, strength) for group in groups for emotion in emotions]
     decoding = Decoding(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
-    writer = Writer(model, circuit if method != "none" else None, decoding, circuit.instruction, method, settings.batch_size)
+    writer = Writer(model, circuit if steers else None, decoding, circuit.instruction, method, settings.batch_size)
     costs = [cost if cost == cost else 10.0 for cost in reply_nll(model, [reply.text for _, reply in writer.write(jobs)])]
     return sum(costs) / len(costs)

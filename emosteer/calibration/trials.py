@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import CIRCUIT, NONE
 from emosteer.generation.generate import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS
@@ -92,9 +93,9 @@ class Trials:
         if unknown:
             raise UsageError(f"no judge knows the emotion '{unknown[0]}'; judges tell {', '.join(LABELS)} apart")
         self.model, self.circuit, self.jury, self.groups, self.decoding = model, circuit, jury, list(groups), decoding
-        vectors, added = {"circuit": circuit.steering(model)}, {"circuit": circuit_key(circuit)}
+        vectors, added = {CIRCUIT: circuit.steering(model)}, {CIRCUIT: circuit_key(circuit)}
         self._contest = ContestWriter(model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size)
-        self._plain = self._contest.write(cells_of("none", self.groups, {}), "unsteered")
+        self._plain = self._contest.write(cells_of(NONE, self.groups, {}), "unsteered")
 
     def at(self, wanted: Sequence[tuple[str, float]], what: str = "trials") -> list[StrengthPoint]:
         """One point per (emotion, strength), all in the same batches. Strength 0 is the unsteered replies.
@@ -105,7 +106,7 @@ class Trials:
         Raises:
             DataError: if the judge failed on every reply of a point.
         """
-        cells = [Cell(group, emotion, "circuit", strength) for emotion, strength in wanted if strength for group in self.groups]
+        cells = [Cell(group, emotion, CIRCUIT, strength) for emotion, strength in wanted if strength for group in self.groups]
         written = iter(self._contest.write(cells, what) if cells else [])
         rows = [[next(written) for _ in self.groups] if strength else self._plain for _, strength in wanted]
         texts = [row["text"] for some in rows for row in some]

@@ -17,7 +17,7 @@ from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_sc
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import UsageError
-from emosteer.circuits.circuit import Circuit, overlap
+from emosteer.circuits.circuit import Circuit, has_learned_gains, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import GainSettings, learn_gains
 from emosteer.circuits.name_sparing import without_names
@@ -212,7 +212,7 @@ def _circuit(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{'learned head gains' if 'gains' in metrics else f'{settings.preset} circuit by {settings.ranking} rank'}, "
+        method=f"{'learned head gains' if has_learned_gains(metrics) else f'{settings.preset} circuit by {settings.ranking} rank'}, "
         f"{directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
@@ -226,7 +226,7 @@ def _circuit(
         z_delta=z_delta,
         neuron_index=index,
         neuron_delta=mlp_delta[tuple(index.T)],
-        strength=torch.full((len(sets),), 1.0 if "gains" in metrics else DEFAULT_STRENGTH),
+        strength=torch.full((len(sets),), 1.0 if has_learned_gains(metrics) else DEFAULT_STRENGTH),
         importance=importance,
         vectors=directions.at(RESID_POST),
         rms=directions.rms[post],

@@ -14,6 +14,7 @@ from emosteer.base import artifacts
 from emosteer.base.artifacts import Identified, Provenance
 from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity, strength_for
+from emosteer.circuits.methods import METHODS, Part, source_of
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
 from emosteer.models.sites import Head, Neuron, Site, Unit
@@ -81,6 +82,10 @@ class Circuit:
         """Residual steering with the same directions: site -> [emotion, d_model], at strength 1 (one rms per layer)."""
         return residual_vectors(self.vectors, self.rms, self.residual_layers)
 
+    def added(self, part: Part, model: Model) -> dict[Site, Tensor]:
+        """What a method adds that takes a part of the circuit as it is: site -> [emotion, d_model], at strength 1."""
+        return self.steering(model) if part is Part.UNITS else self.residual()
+
     def with_strength(self, strength: Sequence[float], residual_strength: float | None = None) -> Circuit:
         """The same circuit with other default strengths."""
         kept = self.residual_strength if residual_strength is None else residual_strength
@@ -89,6 +94,15 @@ class Circuit:
     def default_strength(self, emotion: str) -> float:
         """The strength of an emotion when none is asked for."""
         return round(self.strength[self.index(emotion)].item(), 6)
+
+    def default_strength_of(self, part: Part, emotion: str) -> float:
+        """The same for steering by any part of the circuit; residual steering has one strength for all emotions."""
+        return self.default_strength(emotion) if part is Part.UNITS else self.residual_strength
+
+    @property
+    def learned_gains(self) -> bool:
+        """Whether its heads were weighted by learned gains, which were learned at strength 1."""
+        return has_learned_gains(self.metrics)
 
     @property
     def calibrated(self) -> bool:
@@ -156,6 +170,21 @@ class Circuit:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error
+
+
+def has_learned_gains(metrics: Mapping[str, Any]) -> bool:
+    """Whether a circuit's metrics tell of learned gains."""
+    return "gains" in metrics
+
+
+def default_strengths(circuit: Circuit, methods: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Method -> emotion -> default strength; controls have those of what they control, methods that steer nothing are left out."""
+    parts = {method: METHODS[source_of(method)].strength for method in methods}
+    return {
+        method: {emotion: round(circuit.default_strength_of(part, emotion), 6) for emotion in circuit.emotions}
+        for method, part in parts.items()
+        if part is not None
+    }
 
 
 def str_order(unit: Unit) -> tuple[int, int]:

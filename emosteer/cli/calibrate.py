@@ -11,6 +11,7 @@ import typer
 from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
+from emosteer.judges.registry import FORMS
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
@@ -34,7 +35,7 @@ def calibrate(
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
     skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
-    judge: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    judge: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = "embedded",
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,

@@ -76,6 +76,7 @@ def _circuit(model: Model, step: Callable[[str], None]) -> Circuit:
 
 
 def _replies(model: Model, circuit: Circuit, decoding: Decoding) -> None:
+    from emosteer.circuits.methods import CIRCUIT, NONE
     from emosteer.scenarios.scenarios import Group, GroupKey
     from emosteer.writing.jobs import Job
     from emosteer.writing.writer import Writer
@@ -83,11 +84,11 @@ def _replies(model: Model, circuit: Circuit, decoding: Decoding) -> None:
     for index, text in enumerate(TEXTS):
         group = Group(GroupKey(f"demo-{index}", "neutral"), "", text)
         print(f"\n> {text}")
-        plain = Writer(model, None, decoding, circuit.instruction, "none")
-        for _, reply in plain.write([Job.of(group, "none", "none", None)]):
+        plain = Writer(model, None, decoding, circuit.instruction, NONE)
+        for _, reply in plain.write([Job.of(group, NONE, NONE, None)]):
             print(f"  {'unsteered':<10} {reply.text}")
-        jobs = [Job.of(group, e, "circuit", circuit.strength[i].item()) for i, e in enumerate(circuit.emotions)]
-        steered = dict(Writer(model, circuit, decoding, circuit.instruction, "circuit").write(jobs))
+        jobs = [Job.of(group, e, CIRCUIT, circuit.strength[i].item()) for i, e in enumerate(circuit.emotions)]
+        steered = dict(Writer(model, circuit, decoding, circuit.instruction, CIRCUIT).write(jobs))
         for job in jobs:
             print(f"  {job.emotion:<10} {steered[job].text}")
 

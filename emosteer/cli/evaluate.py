@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
+from emosteer.circuits.methods import CONTEST, METHODS, NONE
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -22,6 +23,7 @@ from emosteer.cli.options import (
     SeedOption,
     finite,
 )
+from emosteer.judges.registry import FORMS
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from emosteer.models.model import Model
     from emosteer.writing.contest_writer import ContestWriter
 
+#: Methods that take the directions.
+NEEDING = tuple(method for method in CONTEST if METHODS[method].needs_directions)
 DOSES = "0.5,0.75,1,1.25,1.5,1.75,2"
 #: A look, not a result: minutes on the default model.
 FAST = {"groups": 12, "dev_groups": 6, "doses": "0.5,1,1.5"}
@@ -65,7 +69,7 @@ def evaluate(
     model: ModelOption = DEFAULT_MODEL,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     directions: Annotated[
-        Path | None, typer.Option(help="What the circuit was made from, for random-heads; else artifacts/.", metavar="FILE")
+        Path | None, typer.Option(help=f"What the circuit was made from, for {', '.join(NEEDING)}; else artifacts/.", metavar="FILE")
     ] = None,
     scenarios: Annotated[
         Path | None, typer.Option(help="SEV file to test on; the shipped test set if not given.", metavar="FILE", show_default=False)
@@ -83,7 +87,7 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
     ] = None,
-    judge: Annotated[str, typer.Option(help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    judge: Annotated[str, typer.Option(help=f"{FORMS}.", metavar="SPEC")] = "embedded",
     base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
@@ -113,7 +117,7 @@ def evaluate(
     from emosteer.base.files import sha256_file, write_jsonl, write_text
     from emosteer.base.jsonl import KeyedLog
     from emosteer.base.processes import join
-    from emosteer.circuits.methods import default_strengths
+    from emosteer.circuits.circuit import default_strengths
     from emosteer.circuits.places import Places, require_circuit
     from emosteer.cli.print_contest import print_evaluation
     from emosteer.evaluation.evaluate import evaluate as hold
@@ -161,7 +165,6 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, seed: int) -> EvaluationSettings:
-    from emosteer.circuits.methods import METHODS
     from emosteer.evaluation.doses import Budget
     from emosteer.evaluation.evaluate import EvaluationSettings
 
@@ -169,9 +172,9 @@ def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, s
         grid = tuple(sorted({float(part) for part in doses.split(",") if part.strip()}))
     except ValueError as error:
         raise UsageError(f"expected --doses to be numbers with commas, found '{doses}'") from error
-    named = [part.strip() for part in methods.split(",") if part.strip()] if methods is not None else list(METHODS)
-    unknown = [name for name in named if name not in METHODS]
-    order = tuple(name for name in METHODS if name in {*named, "none"})  # every ratio refers to the unsteered replies
+    named = [part.strip() for part in methods.split(",") if part.strip()] if methods is not None else list(CONTEST)
+    unknown = [name for name in named if name not in CONTEST]
+    order = tuple(name for name in CONTEST if name in {*named, NONE})  # every ratio refers to the unsteered replies
     return EvaluationSettings(tuple(unknown) or order, grid, control_groups=max(2, dev_groups // 2), budget=Budget(ratio=budget), seed=seed)
 
 
@@ -184,7 +187,7 @@ def _splits(scenarios: Path | None, groups: int, skip: int, dev_groups: int) -> 
 def _with_directions(
     settings: EvaluationSettings, model: Model, circuit: Circuit, given: Path | None, places: Places, insisted: bool
 ) -> tuple[EvaluationSettings, Directions | None]:
-    """The directions for random-heads. Where there are none, random-heads is left out, unless it was asked for.
+    """The directions, for the methods that need them. Where there are none, these are left out, unless methods were asked for.
 
     Raises:
         ArtifactError: if they are needed and missing, or another model's.
@@ -195,20 +198,21 @@ def _with_directions(
     from emosteer.base.progress import note
     from emosteer.circuits.places import require_directions
 
-    if "random-heads" not in settings.methods:
+    needing = [method for method in settings.methods if method in NEEDING]
+    if not needing:
         return settings, None
+    who = " and ".join(needing)
     if given is None and not places.directions.exists():
         message = (
-            f"random-heads needs the directions of {model.name} ({places.directions}); make them with `emosteer extract`, "
-            "or name --directions"
+            f"{who} needs the directions of {model.name} ({places.directions}); make them with `emosteer extract`, or name --directions"
         )
         if insisted:
             raise ArtifactError(message)
         note(f"left out: {message}")
-        return replace(settings, methods=tuple(m for m in settings.methods if m != "random-heads")), None
+        return replace(settings, methods=tuple(method for method in settings.methods if method not in needing)), None
     found, path = require_directions(model, given, places)
     if circuit.provenance.parents.get("directions") not in (None, sha256_file(path)):
-        note(f"the circuit was made from other directions than {path}; random-heads takes its contrasts from these")
+        note(f"the circuit was made from other directions than {path}; {who} takes its contrasts from these")
     return settings, found
 
 

@@ -13,6 +13,7 @@ import typer
 
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.processes import world
+from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -25,7 +26,7 @@ from emosteer.cli.options import (
     one_of,
 )
 from emosteer.scenarios.conversations import Message, parse_messages
-from emosteer.scenarios.prompts import INSTRUCTION, METHODS, POSITIONS
+from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, parse_emotions, parse_scenario, text_field
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def generate(
         str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
-    method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = "circuit",
+    method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = CIRCUIT,
     strength: Annotated[
         float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
     ] = None,
@@ -86,12 +87,13 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
-    if method not in METHODS:
-        raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
-    if method != "none" and emotion is None:
+    if method not in GENERATE:
+        raise UsageError(f"unknown method '{method}'{suggest(method, GENERATE)}; expected {', '.join(GENERATE)}")
+    chosen = METHODS[method]
+    if chosen.kind is not Kind.UNSTEERED and emotion is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     strength = finite(strength, "--strength")
-    if method in ("prompt", "none") and strength is not None:
+    if not chosen.steers and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
     positions = _positions(positions, engine)
@@ -105,25 +107,26 @@ def generate(
     from emosteer.circuits.places import find_circuit, require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
 
-    if method == "prompt" and emotion is not None and circuit is None:
+    if chosen.asks and emotion is not None and circuit is None:
         parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
     crew = join()
     loaded = _load(engine, model, device, device_map, dtype, method)
     found: tuple[Circuit, Path] | None = None
-    if method in ("circuit", "residual"):
+    if chosen.steers:
         if auto and find_circuit(loaded, circuit, root) is None:
             _make_circuit(loaded, model, root)
         found = require_circuit(loaded, circuit, root)
-    elif method == "prompt" and circuit is not None:
+    elif chosen.asks and circuit is not None:
         found = require_circuit(loaded, circuit, root)
     if found and intensity is not None:
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None
     known = steers.emotions if steers else EMOTIONS
-    wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
-    dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
+    closed = steers is not None or emotion == "all"
+    wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else parse_emotions(emotion or "", known, closed=closed)
+    dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
-    author = _author(loaded, found if method != "prompt" else None, decoding, instruction, method, batch_size, positions, options)
+    author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
     _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
 
 
@@ -141,8 +144,9 @@ def _check_processes(text: str | None, source: Path | None, out: Path | None, au
 
 
 def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
-    if intensity is not None and strength is None and method != "circuit":
-        raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method circuit")
+    if intensity is not None and strength is None and not METHODS[method].dial:
+        dials = " or ".join(name for name in GENERATE if METHODS[name].dial)
+        raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method {dials}")
     one_of(intensity, strength)
 
 

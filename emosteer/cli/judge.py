@@ -14,6 +14,7 @@ import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.cli.options import DeviceOption
+from emosteer.judges.registry import FORMS
 
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
@@ -36,7 +37,7 @@ class Line:
 
 def judge(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
-    spec: Annotated[str, typer.Option("--judge", help="embedded, hf:ID_OR_FOLDER or openai:MODEL.", metavar="SPEC")] = "embedded",
+    spec: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = "embedded",
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,

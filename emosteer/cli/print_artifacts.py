@@ -14,6 +14,7 @@ from emosteer.base.artifacts import Artifact
 from emosteer.base.tables import print_table
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import strength_for
+from emosteer.circuits.methods import METHODS
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST, Head, Neuron
 
@@ -196,7 +197,7 @@ def print_circuit(summary: Summary) -> None:
     if "tuning" in summary:
         tuning = summary["tuning"]
         print(f"strength tuned on training prompts, {tuning['rule']}; nats per token of the replies alone:")
-        for method in ("circuit", "residual"):
+        for method in (name for name in METHODS if name in tuning):
             print(f"  {method}: " + ", ".join(f"{strength} -> {cost:.2f}" for strength, cost in tuning[method].items()))
     if "calibration" in summary:
         print_calibration(summary["calibration"])

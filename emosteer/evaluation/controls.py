@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from emosteer.base.errors import ArtifactError
 from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.faithfulness import contrasts_of, random_units
-from emosteer.circuits.methods import CONTROL_OF
+from emosteer.circuits.methods import METHODS, Part
 from emosteer.directions.directions import Directions
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
@@ -37,15 +37,10 @@ def vectors_of(model: Model, circuit: Circuit, directions: Directions | None, me
     Raises:
         ArtifactError: if random-heads lacks the directions, or they are another model's or lack an emotion.
     """
-    if method == "circuit":
-        return circuit.steering(model)
-    if method == "residual":
-        return circuit.residual()
-    if method == "random-heads":
-        return random_heads(model, circuit, directions, seed)
-    if method == "random-circuit":
-        return random_circuit(model, circuit, seed)
-    return random_direction(circuit, seed) if method == "random-direction" else {}
+    row = METHODS[method]
+    if row.built:
+        return BUILDERS[method](model, circuit, directions, seed)
+    return circuit.added(row.vectors, model) if row.vectors is not None else {}
 
 
 def random_heads(model: Model, circuit: Circuit, directions: Directions | None, seed: int) -> Vectors:
@@ -94,16 +89,24 @@ def random_direction(circuit: Circuit, seed: int) -> Vectors:
     return residual_vectors(turned, circuit.rms, circuit.residual_layers)
 
 
+#: What makes the vectors of a method, where they are not the circuit's own: (model, circuit, its directions, seed) -> vectors.
+BUILDERS: Mapping[str, Callable[[Model, Circuit, Directions | None, int], Vectors]] = {
+    "random-heads": random_heads,
+    "random-circuit": lambda model, circuit, _, seed: random_circuit(model, circuit, seed),
+    "random-direction": lambda _model, circuit, _directions, seed: random_direction(circuit, seed),
+}
+
+
 def added_key(circuit: Circuit, directions: Directions | None, method: str, seed: int) -> str:
     """A hash of everything that decides what a method adds; empty for prompts and `none`. Metrics and default strengths are left out."""
-    parts: list[object] = []
-    if method in ("circuit", "random-heads", "random-circuit"):
+    row, parts = METHODS[method], list[object]()
+    if row.vectors is Part.UNITS:
         parts += [_hash([circuit.z_delta, circuit.neuron_index, circuit.neuron_delta, circuit.heads])]
-    if method in ("residual", "random-direction"):
+    if row.vectors is Part.STREAM:
         parts += [_hash([circuit.vectors, circuit.rms]), circuit.residual_layers]
-    if method == "random-heads" and directions is not None:
+    if row.needs_directions and directions is not None:
         parts += [_hash([directions.z.mean, directions.mlp.mean]), circuit.provenance.params.get("spare_names", True)]
-    if method in CONTROL_OF:
+    if row.built:
         parts += [method, seed]
     return sha256_text(json.dumps([parts, circuit.emotions])) if parts else ""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from emosteer.base.errors import UsageError, suggest
-from emosteer.circuits.methods import CONTROL_OF, METHODS, NONE, PROMPTS, STEERED
+from emosteer.circuits.methods import CONTEST, CONTROLS, METHODS, NONE, PROMPTS, STEERED, source_of
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
 from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
 from emosteer.evaluation.metrics import Table, confusion, content_tables, judged_rows, table_of
@@ -31,7 +32,7 @@ class EvaluationSettings:
     """methods: who takes part; doses: strengths tried on the development split, as multiples of the method's default; control_groups:
     development scenario-events that random controls write to at every dose (for the frontier only)."""
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = CONTEST
     doses: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
     control_groups: int = 8
     budget: Budget = field(default_factory=Budget)
@@ -39,10 +40,10 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
-            if method in CONTROL_OF and CONTROL_OF[method] not in self.methods:
-                raise UsageError(f"{method} takes the strengths of {CONTROL_OF[method]}; add {CONTROL_OF[method]} to --methods")
+            if method not in CONTEST:
+                raise UsageError(f"unknown method '{method}'{suggest(method, CONTEST)}; expected {', '.join(CONTEST)}")
+            if (source := source_of(method)) not in self.methods:
+                raise UsageError(f"{method} takes the strengths of {source}; add {source} to --methods")
         if NONE not in self.methods:
             raise UsageError(f"every ratio refers to the unsteered replies; add {NONE} to --methods")
         if not self.doses or not all(0 < dose < math.inf for dose in self.doses):
@@ -65,7 +66,7 @@ def develop(
     """Writes and judges every method at every setting, random controls on fewer scenario-events."""
     wanted: dict[tuple[str, float | None], list[Cell]] = {}
     for method in settings.methods:
-        own = groups[: settings.control_groups] if method in CONTROL_OF else groups
+        own = groups[: settings.control_groups] if METHODS[method].controls else groups
         if method not in defaults:
             wanted[method, None] = cells_of(method, own, dict.fromkeys(contest.emotions))
         else:
@@ -103,8 +104,8 @@ def chosen_doses(trials: Trials, emotions: Sequence[str], settings: EvaluationSe
     found = Chosen({}, {})
     for method in settings.methods:
         found.doses[method] = dict.fromkeys(emotions)
-        source = CONTROL_OF.get(method, method)
-        if source not in STEERED:
+        source = source_of(method)
+        if not METHODS[source].steers:
             continue
         points = {e: {dose: DosePoint.of(trials[source, dose], base, i) for dose in settings.doses} for i, e in enumerate(emotions)}
         choice = choose(points, plain, settings.budget)
@@ -214,9 +215,10 @@ def result_of(
 
 
 def rivals_of(methods: Sequence[str], prompt: str | None) -> list[tuple[str, str]]:
-    """Who is compared with whom: the two steerings with each other, with the best prompt and with their controls."""
-    pairs = [("circuit", "residual"), ("circuit", prompt), ("residual", prompt), ("circuit", NONE), ("residual", NONE)]
-    pairs += [(source, control) for control, source in CONTROL_OF.items()]
+    """Who is compared with whom: all steerings with each other, with the best prompt, with none and with their controls."""
+    pairs: list[tuple[str, str | None]] = list(combinations(STEERED, 2))
+    pairs += [(method, rival) for rival in (prompt, NONE) for method in STEERED]
+    pairs += [(source_of(control), control) for control in CONTROLS]
     return [(a, b) for a, b in pairs if a in methods and b in methods and b is not None]
 
 
@@ -259,7 +261,7 @@ def evaluate(
         "unfit": choice.unfit,
         "best_prompt": prompt,
         "frontier": frontier(trials, emotions),
-        "equal_ratio": equal_ratio(trials, doses, [(a, b) for a, b in rivals if b in (prompt, "residual")], settings),
+        "equal_ratio": equal_ratio(trials, doses, [(a, b) for a, b in rivals if b in (prompt, *STEERED)], settings),
         "results": [result_of(m, table, tables[NONE], by_method[m], test, draws, emotions) for m, table in tables.items()],
         "comparisons": [
             {"a": a, "b": b, "metric": metric, **compare(tables[a], tables[b], tables[NONE], metric, draws, settings.seed)}

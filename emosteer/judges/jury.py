@@ -89,13 +89,13 @@ def make_jury(spec: str, **options: Any) -> Callable[[KeyedLog], Jury]:
     """The judges that a specification names (see `judges.make_judge`, which takes the options), made at once, so that what is wrong with
     them is said before a model is loaded. Returns where they keep what they say -> jury."""
     from emosteer.judges.embedded import SentenceEncoder
-    from emosteer.judges.registry import make_judge
+    from emosteer.judges.registry import JudgeSpec, make_judge
     from emosteer.judges.soundness import SoundnessCheck
 
     judge = make_judge(spec, **options)
     encoder = getattr(judge, "encoder", None) or SentenceEncoder()  # the embedded judge's encoder serves all
     soundness = SoundnessCheck.load(encoder=encoder)
-    return lambda kept: Jury(judge, soundness, encoder, kept, paid=spec.strip().lower().startswith("openai:"))
+    return lambda kept: Jury(judge, soundness, encoder, kept, paid=JudgeSpec.parse(spec).remote)
 
 
 def rounded(shares: Mapping[str, float]) -> dict[str, float]:

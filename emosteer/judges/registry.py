@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from emosteer.base.cache_folder import cache_dir
@@ -10,8 +12,97 @@ from emosteer.base.errors import UsageError, suggest
 from emosteer.base.files import slug
 from emosteer.judges.protocol import EmotionJudge
 
-FORMS = "embedded, hf:ID_OR_FOLDER or openai:MODEL"
 KEY_ENV = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What a judge may be told beside its reference; see `make_judge`."""
+
+    base_url: str | None = None
+    key_env: str = KEY_ENV
+    cache: Path | None = None
+    parallel: int = 8
+    device: str = "auto"
+
+
+def _embedded(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.embedded import EmbeddedJudge
+
+    return EmbeddedJudge.load()
+
+
+def _huggingface(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.huggingface import HfJudge
+
+    return HfJudge.load(reference, options.device)
+
+
+def _openai(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.openai import OpenAIJudge
+
+    if options.base_url is None:
+        raise UsageError(f"--judge openai:{reference} needs --base-url: the address of the server, e.g. http://127.0.0.1:8000/v1")
+    if options.key_env != KEY_ENV and not os.environ.get(options.key_env):
+        raise UsageError(f"the environment variable {options.key_env} that --key-env names is not set")
+    file = options.cache if options.cache is not None else cache_dir() / "judges" / f"{slug(reference).replace(':', '-')}.jsonl"
+    return OpenAIJudge(options.base_url, reference, key_env=options.key_env, cache=file, parallel=options.parallel)
+
+
+@dataclass(frozen=True)
+class JudgeKind:
+    """One row of the table of judges. form: how --judge names it, with a colon where a reference follows; make: (reference, options) ->
+    judge; remote: it answers from an endpoint, which has an address, keeps its answers in a file, and costs money or time for each
+    opinion, whatever the texts beside it."""
+
+    form: str
+    make: Callable[[str, JudgeOptions], EmotionJudge]
+    remote: bool = False
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether something must follow its colon; else it has no colon."""
+        return ":" in self.form
+
+
+#: Every judge, by the word before the colon.
+KINDS = {
+    "embedded": JudgeKind("embedded", _embedded),
+    "hf": JudgeKind("hf:ID_OR_FOLDER", _huggingface),
+    "openai": JudgeKind("openai:MODEL", _openai, remote=True),
+}
+
+
+def _listed(forms: list[str]) -> str:
+    return f"{', '.join(forms[:-1])} or {forms[-1]}" if len(forms) > 1 else forms[0]
+
+
+FORMS = _listed([kind.form for kind in KINDS.values()])
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """A judge as --judge names it. kind: the word before the colon, in lower case; reference: what follows, None without a colon."""
+
+    kind: str
+    reference: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> JudgeSpec:
+        """Takes a specification apart; `known` says whether there is such a judge."""
+        kind, colon, reference = text.strip().partition(":")
+        return cls(kind.lower(), reference if colon else None)
+
+    @property
+    def known(self) -> bool:
+        """Whether a judge goes by it: a kind of the table, with a reference exactly where that takes one."""
+        kind = KINDS.get(self.kind)
+        return kind is not None and (bool(self.reference) if kind.takes_reference else self.reference is None)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the judge answers from an endpoint (`JudgeKind`)."""
+        return self.kind in KINDS and KINDS[self.kind].remote
 
 
 def make_judge(
@@ -33,30 +124,12 @@ def make_judge(
     Raises:
         UsageError: if the specification or an option makes no sense. EmosteerError: if the judge cannot be had.
     """
-    kind, colon, name = spec.strip().partition(":")
-    kind = kind.lower()
-    if kind != "openai" and (base_url is not None or cache is not None):
-        raise UsageError(f"--base-url and --cache have a meaning with --judge openai:MODEL only, found --judge {spec}")
-    if kind == "embedded" and not colon:
-        from emosteer.judges.embedded import EmbeddedJudge
-
-        return EmbeddedJudge.load()
-    if kind == "hf" and name:
-        from emosteer.judges.huggingface import HfJudge
-
-        return HfJudge.load(name, device)
-    if kind == "openai" and name:
-        return _openai(name, base_url, key_env, cache, parallel)
-    hint = f" (did you mean 'hf:{spec}'?)" if "/" in spec and not colon else suggest(kind, ("embedded", "hf", "openai"))
+    wanted = JudgeSpec.parse(spec)
+    if not wanted.remote and (base_url is not None or cache is not None):
+        remote = _listed([kind.form for kind in KINDS.values() if kind.remote])
+        raise UsageError(f"--base-url and --cache have a meaning with --judge {remote} only, found --judge {spec}")
+    if wanted.known:
+        return KINDS[wanted.kind].make(wanted.reference or "", JudgeOptions(base_url, key_env, cache, parallel, device))
+    bare_id = "/" in spec and wanted.reference is None
+    hint = f" (did you mean 'hf:{spec}'?)" if bare_id else suggest(wanted.kind, tuple(KINDS))
     raise UsageError(f"unknown judge '{spec}'{hint}; expected {FORMS}")
-
-
-def _openai(model: str, base_url: str | None, key_env: str, cache: Path | None, parallel: int) -> EmotionJudge:
-    from emosteer.judges.openai import OpenAIJudge
-
-    if base_url is None:
-        raise UsageError(f"--judge openai:{model} needs --base-url: the address of the server, e.g. http://127.0.0.1:8000/v1")
-    if key_env != KEY_ENV and not os.environ.get(key_env):
-        raise UsageError(f"the environment variable {key_env} that --key-env names is not set")
-    file = cache if cache is not None else cache_dir() / "judges" / f"{slug(model).replace(':', '-')}.jsonl"
-    return OpenAIJudge(base_url, model, key_env=key_env, cache=file, parallel=parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from emosteer.circuits.methods import METHODS, STEERED
 from emosteer.report import plots
 from emosteer.report.contest_tables import equal_table, extra_table, frontier_table, pair, results_table, strength_table
 from emosteer.report.figures import Figure, Panel, Table
@@ -28,23 +29,12 @@ from emosteer.report.wording import (
 
 __all__ = ["by_part", "confusion", "differences", "equal_table", "frontier", "outcome", "results_table", "strength_table"]
 
-STYLES = {
-    "circuit": Style("m-circuit", "circle"),
-    "residual": Style("m-residual", "square", (7, 3)),
-    "prompt-tone": Style("m-tone", "triangle-up", (2, 2)),
-    "prompt-system": Style("m-system", "triangle-down", (5, 2, 1, 2)),
-    "prompt-stimulus": Style("m-stimulus", "diamond", (1, 3)),
-    "none": Style("m-none", "cross"),
-    "random-heads": Style("m-control", "circle", (4, 4)),
-    "random-circuit": Style("m-control", "square", (2, 4)),
-    "random-direction": Style("m-control", "diamond", (1, 4)),
-}
 SOURCES = ("evaluation",)
 
 
 def style(method: str) -> Style:
-    """A method's look."""
-    return STYLES.get(method, Style("m-none", "wedge"))
+    """A method's look; one that is not in the table has a shape of its own."""
+    return Style(**vars(METHODS[method].look)) if method in METHODS else Style("m-none", "wedge")
 
 
 # ---- frontier --------------------------------------------------------------------------------------------------------
@@ -222,7 +212,7 @@ def confusion(contest: Measured) -> Figure:
     steps = Steps.sequential(1.0)
     methods = [m for m, row in contest.results.items() if row.get("confusion")]
     panels = {m: _confusion_panel(contest, m, steps) for m in methods}
-    first = [m for m in ("circuit", "residual", contest.best_prompt) if m in panels] or methods[:1]
+    first = [m for m in (*STEERED, contest.best_prompt) if m in panels] or methods[:1]
     others = [panel for m, panel in panels.items() if m not in first]
     caption = (
         "Rows: the emotion asked for; columns: what the judge, blind to it, saw, neutral included. Shares of each row in percent; a "

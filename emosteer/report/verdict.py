@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import CIRCUIT, CONTROLS, METHODS, NONE, RESIDUAL
 from emosteer.report.dial_figures import spots
 from emosteer.report.measured import Measured
 from emosteer.report.wording import (
-    CONTROLS,
     MINUS,
     Interval,
+    asked_by,
     finite,
     in_sentence,
     number,
@@ -60,7 +61,7 @@ def verdict(contest: Measured | None, circuit: Circuit | None, check: Mapping[st
     if contest is None:
         lead = f"There is no evaluation of {model} here, so nothing is known about what its circuit does to replies."
         return Verdict("Not evaluated yet", lead, dial)
-    if "circuit" not in contest.results:
+    if CIRCUIT not in contest.results:
         return Verdict("The circuit was not evaluated", "The evaluation holds other methods only; run it again with the circuit.", dial)
     works, cost = _works(contest), _cost(contest)
     findings = [works, *_emotions(contest), cost, _prompting(contest), _residual(contest), *_content(contest), _controls(contest)]
@@ -77,7 +78,7 @@ def _headline(works: str, cost: str) -> str:
 
 
 def _lead(contest: Measured, model: str) -> str:
-    accuracy, ratio, n = contest.metric("circuit", "accuracy"), contest.metric("circuit", "ratio"), contest.results["circuit"].get("n")
+    accuracy, ratio, n = contest.metric(CIRCUIT, "accuracy"), contest.metric(CIRCUIT, "ratio"), contest.results[CIRCUIT].get("n")
     replies = f"{n:,} test replies" if isinstance(n, int) else "its test replies"
     cost = f", at {number(ratio.value)} times the perplexity of unsteered text" if ratio.value is not None else ""
     return (
@@ -91,7 +92,7 @@ def _lead(contest: Measured, model: str) -> str:
 
 def _works(contest: Measured) -> Finding:
     question = "Does it work?"
-    mine, none, match = contest.metric("circuit", "accuracy"), contest.metric("none", "accuracy"), contest.metric("circuit", "match")
+    mine, none, match = contest.metric(CIRCUIT, "accuracy"), contest.metric(NONE, "accuracy"), contest.metric(CIRCUIT, "match")
     if mine.value is None:
         return Finding(question, "Not measured", "The evaluation has no accuracy of the circuit.", UNKNOWN)
     floor = max(contest.chance, none.high or none.value or 0.0)
@@ -106,7 +107,7 @@ def _works(contest: Measured) -> Finding:
 
 def _emotions(contest: Measured) -> list[Finding]:
     question = "For every emotion?"
-    found = {emotion: contest.part("circuit", "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
+    found = {emotion: contest.part(CIRCUIT, "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
     known = {emotion: interval.value for emotion, interval in found.items() if interval.value is not None}
     if not known:
         return []
@@ -124,8 +125,8 @@ def _emotions(contest: Measured) -> list[Finding]:
 
 def _cost(contest: Measured) -> Finding:
     question = "What does it cost the text?"
-    ratio, names, sound = (contest.metric("circuit", name) for name in ("ratio", "names", "sound"))
-    limit, name_limit, plain = contest.budget("ratio"), contest.budget("names"), contest.metric("none", "sound")
+    ratio, names, sound = (contest.metric(CIRCUIT, name) for name in ("ratio", "names", "sound"))
+    limit, name_limit, plain = contest.budget("ratio"), contest.budget("names"), contest.metric(NONE, "sound")
     if ratio.value is None:
         return Finding(question, "Not measured", "The evaluation has no perplexity ratio of the circuit.", UNKNOWN)
     tones = {"perplexity": _within(ratio, limit), "naming": _within(names, name_limit), "soundness": _sound(sound, plain, contest)}
@@ -176,11 +177,11 @@ class Against:
 
 def against(contest: Measured, other: str) -> Against:
     """Compares accuracies: by the paired difference, or else by whether the intervals are apart."""
-    mine, theirs = contest.metric("circuit", "accuracy"), contest.metric(other, "accuracy")
-    ratios = [contest.metric(method, "ratio").value for method in ("circuit", other)]
+    mine, theirs = contest.metric(CIRCUIT, "accuracy"), contest.metric(other, "accuracy")
+    ratios = [contest.metric(method, "ratio").value for method in (CIRCUIT, other)]
     costs = f" at perplexity ratios {number(ratios[0])} and {number(ratios[1])}" if None not in ratios else ""
     values = f"{percent(mine.value)} against {percent(theirs.value)}{costs}"
-    found, p = contest.difference("circuit", other)
+    found, p = contest.difference(CIRCUIT, other)
     if found.value is not None and found.low is not None and found.high is not None:
         side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
         sign = f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}" if p is not None else ""
@@ -195,14 +196,14 @@ def _prompting(contest: Measured) -> Finding:
     question, best = "Better than asking for it in the prompt?", contest.best_prompt
     if best is None or best not in contest.results:
         return Finding(question, "Not compared", "The evaluation holds no prompting method.", UNKNOWN)
-    return _comparison(contest, question, best, f"the best prompt ({best.removeprefix('prompt-')})")
+    return _comparison(contest, question, best, f"the best prompt ({asked_by(best)})")
 
 
 def _residual(contest: Measured) -> Finding:
     question = "Better than residual steering?"
-    if "residual" not in contest.results:
+    if RESIDUAL not in contest.results:
         return Finding(question, "Not compared", "The evaluation holds no residual steering.", UNKNOWN)
-    return _comparison(contest, question, "residual", "residual steering along the same directions")
+    return _comparison(contest, question, RESIDUAL, "residual steering along the same directions")
 
 
 def _comparison(contest: Measured, question: str, other: str, name: str) -> Finding:
@@ -214,7 +215,7 @@ def _comparison(contest: Measured, question: str, other: str, name: str) -> Find
 
 def _at_equal_ratio(contest: Measured, other: str) -> str:
     """The same comparison where both cost the text the same, as far as the circuit's doses allow."""
-    row = contest.equal_ratio("circuit", other)
+    row = contest.equal_ratio(CIRCUIT, other)
     if row is None:
         return ""
     ratios = f"{number(finite(row.get('ratio_a')))} and {number(finite(row.get('ratio_b')))}"
@@ -223,14 +224,14 @@ def _at_equal_ratio(contest: Measured, other: str) -> str:
 
 def _content(contest: Measured) -> list[Finding]:
     """Selectivity: how much of the unsteered reply is kept, against residual steering."""
-    mine, theirs = contest.metric("circuit", "kept"), contest.metric("residual", "kept")
-    found, _ = contest.difference("circuit", "residual", "kept")
+    mine, theirs = contest.metric(CIRCUIT, "kept"), contest.metric(RESIDUAL, "kept")
+    found, _ = contest.difference(CIRCUIT, RESIDUAL, "kept")
     if mine.value is None or theirs.value is None or found.low is None or found.high is None:
         return []
     side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
     answer = {AHEAD: "Yes", BEHIND: "No, it keeps less", LEVEL: "No difference was shown"}[side]
     detail = f"Similarity to the unsteered reply {number_range(mine)} against {number_range(theirs)}, difference {number_range(found, 3)}."
-    topic, plain = contest.metric("circuit", "on_topic"), contest.metric("none", "on_topic")
+    topic, plain = contest.metric(CIRCUIT, "on_topic"), contest.metric(NONE, "on_topic")
     if topic.value is not None and plain.value is not None:
         detail += f" On topic: {percent_range(topic)}, unsteered {percent(plain.value)}."
     return [Finding("Does it keep more of the content than residual steering?", answer, detail, TONES[side])]
@@ -242,16 +243,15 @@ def _controls(contest: Measured) -> Finding:
         return Finding(question, "Not compared", "The evaluation holds no random control.", UNKNOWN)
     accuracy = {control: contest.metric(control, "accuracy") for control in found}
     behind = [in_sentence(control) for control in found if against(contest, control).side != AHEAD]
-    floor = max(contest.metric("none", "accuracy").value or 0.0, contest.chance) + NEAR
-    moved = [in_sentence(control) for control in found if (accuracy[control].value or 0.0) > floor]
+    floor = max(contest.metric(NONE, "accuracy").value or 0.0, contest.chance) + NEAR
+    moved = [control for control in found if (accuracy[control].value or 0.0) > floor]
     said = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
     detail = f"{said[0].upper()}{said[1:]}."
     if behind:
         return Finding(question, f"Not shown against {words(behind, 'or')}", detail, BAD)
     if moved:
-        return Finding(
-            question, f"Yes, though {words(moved)} also {'do' if moved != ['random direction'] else 'does'} something", detail, MIXED
-        )
+        do = "does" if len(moved) == 1 and METHODS[moved[0]].singular else "do"
+        return Finding(question, f"Yes, though {words([in_sentence(control) for control in moved])} also {do} something", detail, MIXED)
     return Finding(question, "Yes; the controls stay near chance", detail, GOOD)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emosteer.circuits.methods import METHODS
+
 #: A narrow no-break space: between a number and its unit.
 THIN = "\u202f"
 #: A no-break space: an interval stays on one line with its value.
@@ -14,33 +16,20 @@ TIED = "\u00a0"
 MINUS = "\u2212"
 DASH = "\u2013"
 
-#: The contest's methods in the order that tables and plots keep.
-METHODS = {
-    "circuit": "Circuit",
-    "residual": "Residual steering",
-    "prompt-tone": "Prompt: tone",
-    "prompt-system": "Prompt: system",
-    "prompt-stimulus": "Prompt: stimulus",
-    "none": "Unsteered",
-    "random-heads": "Random heads",
-    "random-circuit": "Random circuit",
-    "random-direction": "Random direction",
-}
-CONTROLS = ("random-heads", "random-circuit", "random-direction")
-PROMPTS = ("prompt-tone", "prompt-system", "prompt-stimulus")
-
 
 def label(method: str) -> str:
     """A method's name for people."""
-    return METHODS.get(method, method)
+    return METHODS[method].label if method in METHODS else method
 
 
 def in_sentence(method: str) -> str:
     """A method's name inside a sentence: lower case, with its article."""
-    if method in PROMPTS:
-        return f"the {method.removeprefix('prompt-')} prompt"
-    text = label(method).lower()
-    return text if method in ("residual", *CONTROLS) or method not in METHODS else f"the {text}" if method != "none" else "no steering"
+    return METHODS[method].phrase if method in METHODS else method.lower()
+
+
+def asked_by(prompt: str) -> str:
+    """How a prompt asks: `tone`; a prompt that is not in the table goes by its name."""
+    return (METHODS[prompt].elicitation if prompt in METHODS else None) or prompt
 
 
 def place(method: str) -> tuple[int, str]:

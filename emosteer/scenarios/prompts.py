@@ -11,9 +11,6 @@ INSTRUCTION = "Keep the reply to at most two sentences."
 #: stimulus: nobody asks, but the user turn ends with a sentence that puts the writer in the emotion.
 ELICITATIONS = ("reply", "tone", "system", "stimulus")
 
-#: What `generate` can do: steer by a circuit or along the residual stream, just ask, or nothing.
-METHODS = ("circuit", "residual", "prompt", "none")
-
 #: Where steering acts: at the positions that write the reply, or at all (see `steering.SteeringPlan`).
 POSITIONS = ("reply", "all")
 

@@ -16,6 +16,7 @@ from typing import Any
 from emosteer.base.errors import ModelError, UsageError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import METHODS, VLLM
 from emosteer.export.cached import cached_checkpoint
 from emosteer.export.vectors import ExportRequest
 from emosteer.generation.generate import Decoding, Reply, Request, check_lengths, seed_of
@@ -25,7 +26,6 @@ from emosteer.models.weights.resolve import Weights
 from emosteer.serving.vllm_process import Task, find_python, run
 from emosteer.writing.jobs import Job, Work, request_of
 
-METHODS = ("circuit", "prompt", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
 #: Options of vLLM that emosteer sets itself, and those that say where and how fast it computes: resuming may change the latter.
 OURS = ("model", "tokenizer", "dtype", "seed", "skip_tokenizer_init")
@@ -96,9 +96,9 @@ def check_method(method: str) -> None:
     Raises:
         UsageError: for residual steering, and whatever else has no exported form.
     """
-    if method not in METHODS:
+    if method not in VLLM:
         raise UsageError(
-            f"--method {method} cannot be written into a checkpoint, which is what vLLM loads; expected {', '.join(METHODS)} "
+            f"--method {method} cannot be written into a checkpoint, which is what vLLM loads; expected {', '.join(VLLM)} "
             "with --engine vllm, or leave --engine away"
         )
 
@@ -129,7 +129,7 @@ class VllmWriter:
     @property
     def circuit(self) -> Circuit | None:
         """What steers, if anything does."""
-        return self.found[0] if self.found and self.method == "circuit" else None
+        return self.found[0] if self.found and METHODS[self.method].steers else None
 
     @property
     def marks(self) -> Mapping[str, Any]:
@@ -185,7 +185,7 @@ class VllmWriter:
                 yield members[place], self._reply(requests[members[place]], reply)
 
     def _steered(self, job: Job) -> bool:
-        return self.circuit is not None and job.method == "circuit"
+        return self.circuit is not None and METHODS[job.method].steers
 
     def checkpoint(self, emotion: str, strength: float) -> Path:
         """The exported folder of an emotion."""

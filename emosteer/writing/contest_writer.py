@@ -18,7 +18,7 @@ from emosteer.base.files import read_text, sha256_text, write_text
 from emosteer.base.jsonl import KeyedLog, whole_rows
 from emosteer.base.processes import ALONE, Crew, parts
 from emosteer.base.progress import bar, note
-from emosteer.circuits.methods import NONE, PROMPTS
+from emosteer.circuits.methods import METHODS, NONE
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
@@ -81,11 +81,11 @@ class ContestWriter:
 
     def _request(self, cell: Cell) -> Request:
         """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
-        asked = cell.method in PROMPTS
-        place = f"{cell.method}/{cell.emotion}" if asked else "", str(cell.group.key)
+        elicitation = METHODS[cell.method].elicitation
+        place = f"{cell.method}/{cell.emotion}" if elicitation else "", str(cell.group.key)
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
-            text, how = cell.group.text, cell.method.removeprefix("prompt-")
-            messages = elicit(how, text, cell.emotion, self.instruction) if asked else plain(text, self.instruction)
+            text, instruction = cell.group.text, self.instruction
+            messages = elicit(elicitation, text, cell.emotion, instruction) if elicitation else plain(text, instruction)
             self._prompts[place] = Request(str(cell.group.key), tuple(self.model.prompt_ids(messages)))
         return self._prompts[place]
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import METHODS
 from emosteer.generation.generate import Decoding, Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
@@ -65,13 +66,11 @@ def jobs_for(
             dialled: emotion -> strength, where an intensity was asked for; earlier: what was said before the text.
     """
     key, messages = group.key, (*earlier, Message("user", group.text))
-    jobs = []
+    jobs, part = [], METHODS[method].strength
     for emotion in emotions:
         how = dialled.get(emotion, strength)
-        if how is None and circuit is not None and method == "circuit":
-            how = circuit.default_strength(emotion)
-        elif how is None and circuit is not None and method == "residual":
-            how = circuit.residual_strength
+        if how is None and circuit is not None and part is not None:
+            how = circuit.default_strength_of(part, emotion)
         jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, messages, emotion, method, how))
     return jobs
 
@@ -113,10 +112,10 @@ class ReplyWriter(Protocol):
 
 
 def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
-    """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike; what is asked and
+    """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike; what is asked and
     the instruction stand in the user's last turn."""
-    asked = job.method == "prompt"
-    last = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
+    asks = METHODS[job.method].asks
+    last = elicit(elicitation, job.text, job.emotion, instruction) if asks else plain(job.text, instruction)
     return Request(job.id, tuple(model.prompt_ids(continued(job.messages[:-1], last))))
 
 
@@ -135,7 +134,7 @@ def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site,
     """The steering of a batch, one emotion and strength per row."""
     if not vectors or circuit is None:
         return SteeringPlan.none(len(jobs))
-    steered = [job.method in ("circuit", "residual") for job in jobs]
+    steered = [METHODS[job.method].steers for job in jobs]
     index = [circuit.index(job.emotion) if on else -1 for job, on in zip(jobs, steered, strict=True)]
     return replace(plan_for(vectors, index, [job.strength or 0.0 for job in jobs]), positions=positions)
 

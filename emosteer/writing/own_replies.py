@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emosteer.base.processes import ALONE, Crew
+from emosteer.circuits.methods import PROMPT
 from emosteer.generation.generate import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Bank, Group
@@ -54,11 +55,11 @@ def own_bank(
     Returns:
         The bank, and how many replies each reason took out.
     """
-    jobs = [Job.of(group, emotion, "prompt", None) for group in groups for emotion in emotions]
-    writer = Writer(model, None, Decoding(max_new_tokens=80, seed=seed), instruction, "prompt", batch_size)
+    jobs = [Job.of(group, emotion, PROMPT, None) for group in groups for emotion in emotions]
+    writer = Writer(model, None, Decoding(max_new_tokens=80, seed=seed), instruction, PROMPT, batch_size)
     bank: Bank = {}
     reasons: Counter[str] = Counter()
-    keys = {job.id: group.key for group in groups for job in (Job.of(group, e, "prompt", None) for e in emotions)}
+    keys = {job.id: group.key for group in groups for job in (Job.of(group, e, PROMPT, None) for e in emotions)}
     for row in write_file(writer, jobs, out, fresh=fresh, crew=crew):
         found = fault(row["text"], row["emotion"], row["finish_reason"])
         replies = bank.setdefault(keys[row["id"]], {})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import METHODS
 from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
 from emosteer.generation.streaming import stream
 from emosteer.models.memory import is_out_of_memory, single_item_too_large
@@ -80,9 +81,10 @@ class Writer:
 
     def _vectors(self) -> dict[Site, Tensor]:
         """What the method adds at strength 1: site -> [emotion, d_model]; nothing where it does not steer."""
-        if self.circuit is None or self.method not in ("circuit", "residual"):
+        part = METHODS[self.method].vectors
+        if self.circuit is None or part is None:
             return {}
-        return self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
+        return self.circuit.added(part, self.model)
 
     def work(self, jobs: Sequence[Job]) -> Work:
         """The jobs in batches of similar length."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emosteer import api as pipeline
 from emosteer.base.errors import UsageError
-from emosteer.circuits.methods import CONTROL_OF, METHODS, NONE, PROMPTS, STEERED
+from emosteer.circuits.methods import CONTEST, CONTROLS, NONE, PROMPTS, STEERED, source_of
 from emosteer.cli import main as cli
 from emosteer.cli.print_contest import print_evaluation
 from emosteer.evaluation.bootstrap import Draws
@@ -370,17 +370,17 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, list[Row]]:
 def test_the_planted_circuit_wins_and_random_ones_do_not(held: tuple[Row, list[Row]]) -> None:
     body, rows = held
     results = {row["method"]: row for row in body["results"]}
-    assert list(results) == list(METHODS)
+    assert list(results) == list(CONTEST)
     assert results[NONE]["accuracy"]["value"] == pytest.approx(1 / 3) and results[NONE]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert results["circuit"]["accuracy"]["value"] > 0.8 < results["residual"]["accuracy"]["value"]
-    for control in CONTROL_OF:
+    for control in CONTROLS:
         assert results[control]["accuracy"]["value"] < 0.6
     (found,) = [r for r in body["comparisons"] if (r["a"], r["b"], r["metric"]) == ("circuit", "random-circuit", "accuracy")]
     assert found["difference"]["low"] > 0.2 and found["p"] == round(2 * 2**-6, 4) and found["n"] == 18
-    assert {(r["a"], r["b"]) for r in body["comparisons"]} == set(rivals_of(METHODS, body["best_prompt"]))
+    assert {(r["a"], r["b"]) for r in body["comparisons"]} == set(rivals_of(CONTEST, body["best_prompt"]))
     assert {r["metric"] for r in body["comparisons"]} == set(COMPARED)
     assert [(line["a"], line["b"]) for line in body["equal_ratio"]] == [
-        (a, b) for a, b in rivals_of(METHODS, body["best_prompt"]) if b in ("residual", body["best_prompt"])
+        (a, b) for a, b in rivals_of(CONTEST, body["best_prompt"]) if b in (*STEERED, body["best_prompt"])
     ]
 
 
@@ -415,7 +415,7 @@ def test_settings_are_chosen_by_the_rule_from_the_frontier(held: tuple[Row, list
         choice = choose(tried, {emotion: make(points[NONE, None, emotion]) for emotion in EMOTIONS}, SETTINGS.budget)
         assert body["chosen"][method] == {e: dose * defaults()[method][e] for e, dose in choice.doses.items()}
         assert (method in body["unfit"]) == (not choice.fits)
-    for control, source in CONTROL_OF.items():
+    for control, source in ((control, source_of(control)) for control in CONTROLS):
         assert body["chosen"][control] == body["chosen"][source]
         assert points[control, 1.0, "all"]["n"] == 6 and points[source, 1.0, "all"]["n"] == 9
     prompts = {name: make(points[name, None, "all"]) for name in PROMPTS}
@@ -528,7 +528,7 @@ def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[in
     assert found["command"].startswith("emosteer evaluate --circuit circuit.safetensors --groups 3") and "created" not in found
     assert found["dtype"] == "float32" and found["judge"]["key"] == "words-1" and found["decoding"]["max_new_tokens"] == 4
     assert found["test"]["n_groups"] == 3 and found["test"]["file"] == "test.jsonl" and len(found["test"]["sha256"]) == 64
-    assert {row["method"] for row in found["results"]} == set(METHODS)
+    assert {row["method"] for row in found["results"]} == set(CONTEST)
     rows = [json.loads(line) for line in (folder / "test-replies.jsonl").read_text().splitlines()]
     assert len(rows) == 3 + 8 * 9
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -559,7 +559,7 @@ def test_test_prompts_come_from_the_end_of_the_order(run: Callable[..., tuple[in
 def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = run(*SMALL, "--json")
     assert code == 0 and "left out: random-heads needs the directions" in err
-    assert {row["method"] for row in json.loads(out)["results"]} == set(METHODS) - {"random-heads"}
+    assert {row["method"] for row in json.loads(out)["results"]} == set(CONTEST) - {"random-heads"}
     code, out, err = run(*SMALL, "--methods", "circuit,random-heads")
     assert code == 1 and out == "" and "emosteer extract" in err and err.count("\n") == 1
 

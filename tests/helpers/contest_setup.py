@@ -16,7 +16,7 @@ from torch import Tensor
 from emosteer.base.jsonl import JsonlLog, KeyedLog
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.methods import CONTROL_OF, METHODS
+from emosteer.circuits.methods import CIRCUIT, CONTEST, RESIDUAL, source_of
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.directions import Directions
 from emosteer.directions.extract import Settings, extract
@@ -82,7 +82,7 @@ def parts() -> tuple[Model, Circuit, Directions]:
 
 
 def contest(
-    folder: Path, methods: Sequence[str] = METHODS, decoding: Decoding | None = None, batch_size: int = 8, seed: int = 0
+    folder: Path, methods: Sequence[str] = CONTEST, decoding: Decoding | None = None, batch_size: int = 8, seed: int = 0
 ) -> ContestWriter:
     """The contest, with its replies in a folder."""
     model, circuit, directions = parts()
@@ -100,8 +100,8 @@ def contest(
 
 def defaults() -> dict[str, dict[str, float | None]]:
     """Default strengths of every method that has any."""
-    own = {"circuit": 2.0, "residual": 4.0}
-    return {m: dict.fromkeys(EMOTIONS, own[CONTROL_OF.get(m, m)]) for m in METHODS if CONTROL_OF.get(m, m) in own}
+    strengths = {CIRCUIT: 2.0, RESIDUAL: 4.0}
+    return {method: dict.fromkeys(EMOTIONS, strengths[source_of(method)]) for method in CONTEST if source_of(method) in strengths}
 
 
 def kill_after(patch: pytest.MonkeyPatch, rows: int) -> None:

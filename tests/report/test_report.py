@@ -36,7 +36,7 @@ from emosteer.report.plots import Steps, slim
 from emosteer.report.replies import browser, evenly, rounded
 from emosteer.report.sections import sections
 from emosteer.report.verdict import BAD, GOOD, MIXED, UNKNOWN, Finding, verdict
-from emosteer.report.wording import METHODS, Interval, number, percent_range, plural, points_range, share_range, words
+from emosteer.report.wording import Interval, label, number, percent_range, plural, points_range, share_range, words
 from emosteer.scenarios.scenarios import EMOTIONS
 from tests.helpers import contest_setup
 from tests.helpers.report_setup import (
@@ -343,9 +343,9 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     assert not made.warnings and made.replies == made.replies_total == len(rows)
     lines = {row.all("th")[0].text: row.all("td")[0].text for row in root.all("table")[0].all("tr")[1:]}
     for line in body["results"]:
-        assert lines[METHODS[line["method"]]] == share_range(Interval.of(line["accuracy"]))
-    assert len(lines) == len(METHODS) and f"{100 * body['results'][0]['accuracy']['value']:.1f}" in lines["Unsteered"]
-    assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 5 and len(figure(root, "confusion").all("svg")) == len(METHODS)
+        assert lines[label(line["method"])] == share_range(Interval.of(line["accuracy"]))
+    assert len(lines) == len(TRUTH) and f"{100 * body['results'][0]['accuracy']['value']:.1f}" in lines["Unsteered"]
+    assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 5 and len(figure(root, "confusion").all("svg")) == len(TRUTH)
 
 
 # ---- missing -------------------------------------------------------------------------------------------------------------------

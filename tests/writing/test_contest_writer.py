@@ -13,7 +13,7 @@ import torch
 
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.circuits.faithfulness import random_units
-from emosteer.circuits.methods import METHODS, NONE, PROMPTS
+from emosteer.circuits.methods import CONTEST, NONE, PROMPTS
 from emosteer.evaluation.controls import added_key, random_circuit, random_direction, random_heads, vectors_of
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Decoding, Request, generate
@@ -34,7 +34,7 @@ STRENGTH = 4.0
 def all_cells(some: int) -> list[Cell]:
     """Every method's cells."""
     found = []
-    for method in METHODS:
+    for method in CONTEST:
         value = None if method == NONE or method in PROMPTS else STRENGTH
         found += cells_of(method, groups(some), dict.fromkeys(EMOTIONS, value))
     return found
@@ -164,11 +164,11 @@ def test_a_reply_is_kept_under_everything_that_shapes_it(tmp_path: Path) -> None
     ]
     assert len({found.key(cell), *others}) == 8
     assert replace(found, batch_size=3).key(cell) == found.key(cell)
-    for method in METHODS:
+    for method in CONTEST:
         key = added_key(circuit, directions, method, 0)
         assert added_key(stronger, directions, method, 0) == key, "default strengths and metrics add nothing"
         assert (added_key(circuit, directions, method, 1) == key) == (not method.startswith("random"))
-    keys = [added_key(circuit, directions, m, 0) for m in METHODS if m not in (NONE, *PROMPTS)]
+    keys = [added_key(circuit, directions, m, 0) for m in CONTEST if m not in (NONE, *PROMPTS)]
     assert len(set(keys)) == 5
 
 
