@@ -33,7 +33,7 @@ from emosteer.base.processes import ALONE, Crew, ShareDone, part, parts
 from emosteer.cli import main as cli
 from emosteer.directions import extract
 from emosteer.directions.contrast import Contrasts, Plan
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.writing import writer as writing

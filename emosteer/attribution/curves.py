@@ -25,7 +25,8 @@ from emosteer.base.processes import ALONE, Crew, part, parts
 from emosteer.base.progress import bar
 from emosteer.directions.activations import Sample, batches_by_cost, read_states
 from emosteer.directions.directions import Directions
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.models.interventions import RowEdits, unit_masks
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit, Z

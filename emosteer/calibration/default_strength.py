@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
 from emosteer.circuits.circuit import Circuit
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.splits import stable_share

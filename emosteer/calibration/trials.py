@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS
 from emosteer.models.model import Model

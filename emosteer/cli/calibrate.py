@@ -64,7 +64,7 @@ def calibrate(
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     prompts = _prompts(scenarios, groups, check, skip)
     from emosteer.calibration.calibrate import CalibrateSettings, Guard
-    from emosteer.generation.generate import Decoding
+    from emosteer.generation.decoding import Decoding
 
     settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)

@@ -105,7 +105,7 @@ def evaluate(
 ) -> None:
     """Hold the contest: prompts, residual steering, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    from emosteer.generation.generate import Decoding
+    from emosteer.generation.decoding import Decoding
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)

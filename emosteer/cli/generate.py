@@ -29,7 +29,7 @@ from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, parse_emotio
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
     from emosteer.circuits.circuit import Circuit
-    from emosteer.generation.generate import Decoding
+    from emosteer.generation.decoding import Decoding
     from emosteer.models.model import Model
     from emosteer.serving.vllm_writer import Served
     from emosteer.writing.jobs import Job, ReplyWriter
@@ -94,7 +94,7 @@ def generate(
     options = _engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
     inputs = _inputs(text, source)
-    from emosteer.generation.generate import Decoding
+    from emosteer.generation.decoding import Decoding
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     from emosteer.base.processes import join

@@ -22,8 +22,9 @@ from emosteer.base.jsonl import KeyedLog, whole_rows
 from emosteer.base.processes import ALONE, Crew, parts
 from emosteer.base.progress import bar, note
 from emosteer.circuits.methods import NONE, PROMPTS
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request, batches, generate
+from emosteer.generation.generate import Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from emosteer.circuits.circuit import Circuit
-from emosteer.generation.generate import Decoding, Reply, Request
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, plain

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emosteer.base.processes import ALONE, Crew
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.words import name_pattern

@@ -12,7 +12,8 @@ from torch import Tensor
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
-from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
 from emosteer.models.sites import Site

@@ -25,7 +25,7 @@ from emosteer.base.errors import ArtifactError, DataError, EmosteerError
 from emosteer.base.jsonl import JsonlLog
 from emosteer.directions.directions import Directions, stable_band
 from emosteer.directions.extract import Settings, extract
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z, parse_unit
 from emosteer.scenarios.prompts import elicit, plain

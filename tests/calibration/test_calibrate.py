@@ -25,8 +25,9 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import dial, flattened, isotonic, strength_for
 from emosteer.cli import calibrate as cli_calibrate
 from emosteer.cli import main as cli
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import plan_for
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Opinion, Soundness

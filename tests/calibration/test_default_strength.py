@@ -18,8 +18,9 @@ from emosteer.circuits.assemble import assemble
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.extract import Settings, extract
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Reply, Request, generate
+from emosteer.generation.generate import Reply, Request, generate
 from emosteer.generation.steering import plan_for
 from emosteer.models.model import Model
 from emosteer.scenarios.prompts import elicit, plain

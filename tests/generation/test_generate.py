@@ -17,7 +17,8 @@ from transformers import (
 from emosteer.base.errors import DataError, UsageError
 from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
-from emosteer.generation.generate import Decoding, Request, _Stream, batches, choose, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, _Stream, batches, choose, generate
 from emosteer.generation.kv_cache import ROOM, growing_cache
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits, unit_masks
