@@ -12,7 +12,7 @@ from torch import Tensor
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import packaged_circuit
 from emosteer.directions.activations import Sample, tokenize_group
-from emosteer.directions.extract import Settings
+from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request
 from emosteer.generation.steering import SteeringPlan, plan_for

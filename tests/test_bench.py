@@ -23,7 +23,7 @@ from bench.timing import Ratio, interleaved, median, ratio
 from bench.workload import endless
 from emosteer.base.errors import EmosteerError
 from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
-from emosteer.directions.extract import Settings
+from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
 from emosteer.models.model import Model

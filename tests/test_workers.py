@@ -22,8 +22,8 @@ import torch
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from emosteer.attribution.ablate import AblateSettings, ablate
-from emosteer.attribution.curves import CurveSettings
+from emosteer.attribution.ablate import ablate
+from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.base import artifacts
 from emosteer.base import processes as workers
 from emosteer.base.errors import ArtifactError, EmosteerError, UsageError
@@ -33,6 +33,7 @@ from emosteer.base.processes import ALONE, Crew, ShareDone, part, parts
 from emosteer.cli import main as cli
 from emosteer.directions import extract
 from emosteer.directions.contrast import Contrasts, Plan
+from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
@@ -41,7 +42,7 @@ from emosteer.writing.contest_writer import ContestWriter, cells_of
 from tests.conftest import build, small_data
 from tests.helpers import contest_setup
 
-SETTINGS = extract.Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=60)
+SETTINGS = Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=60)
 DATA = small_data(4)
 
 

@@ -19,6 +19,7 @@ from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import stem_pattern
 from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
+from emosteer.writing.settings import BATCH_SIZE
 
 #: Nats per token that an empty reply counts for: it is a broken one.
 EMPTY = 10.0
@@ -75,7 +76,14 @@ class Trials:
     """A circuit that answers the same prompts at any strength. Replies and opinions that are kept on disk are not made again."""
 
     def __init__(
-        self, model: Model, circuit: Circuit, jury: Jury, groups: Sequence[Group], kept: KeyedLog, decoding: Decoding, batch_size: int = 32
+        self,
+        model: Model,
+        circuit: Circuit,
+        jury: Jury,
+        groups: Sequence[Group],
+        kept: KeyedLog,
+        decoding: Decoding,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Writes the unsteered replies, which every ratio refers to.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import UsageError, suggest
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption, finite, one_of
 from emosteer.scenarios.scenarios import parse_emotions
 
@@ -38,7 +39,7 @@ def export(
         str, typer.Option("--dtype", help="Of a checkpoint: auto (as the model has it), float32, bfloat16 or float16.")
     ] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest weights file of a checkpoint, such as 500MB.")] = "2GB",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: JsonOption = False,
 ) -> None:

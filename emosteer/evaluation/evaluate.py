@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emosteer.base.errors import UsageError, suggest
-from emosteer.circuits.methods import CONTROL_OF, METHODS, NONE, PROMPTS, STEERED
+from emosteer.base.errors import UsageError
+from emosteer.circuits.methods import CONTROL_OF, NONE, PROMPTS, STEERED
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
-from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
+from emosteer.evaluation.doses import DosePoint, best_prompt, choose
 from emosteer.evaluation.metrics import Table, confusion, content_tables, judged_rows, table_of
+from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL
 from emosteer.scenarios.scenarios import VALENCES, Group
@@ -23,31 +24,6 @@ from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
 METRICS = ("accuracy", "match", "probability", "names", "synonyms", "sound", "repetition", "unfinished", "on_topic", "kept")
 #: What two methods are compared by.
 COMPARED = ("accuracy", "match", "probability", "ratio", "names", "sound", "unfinished", "on_topic", "kept")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """methods: who takes part; doses: strengths tried on the development split, as multiples of the method's default; control_groups:
-    development scenario-events that random controls write to at every dose (for the frontier only)."""
-
-    methods: tuple[str, ...] = METHODS
-    doses: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    control_groups: int = 8
-    budget: Budget = field(default_factory=Budget)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise UsageError(f"unknown method '{method}'{suggest(method, METHODS)}; expected {', '.join(METHODS)}")
-            if method in CONTROL_OF and CONTROL_OF[method] not in self.methods:
-                raise UsageError(f"{method} takes the strengths of {CONTROL_OF[method]}; add {CONTROL_OF[method]} to --methods")
-        if NONE not in self.methods:
-            raise UsageError(f"every ratio refers to the unsteered replies; add {NONE} to --methods")
-        if not self.doses or not all(0 < dose < math.inf for dose in self.doses):
-            raise UsageError("expected --doses to be numbers above 0")
-        if not self.budget.ratio > 0:
-            raise UsageError(f"expected --budget above 0, found {self.budget.ratio}")
 
 
 Strengths = Mapping[str, float | None]

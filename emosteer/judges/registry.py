@@ -11,7 +11,8 @@ from emosteer.base.files import slug
 from emosteer.judges.protocol import EmotionJudge
 
 FORMS = "embedded, hf:ID_OR_FOLDER or openai:MODEL"
-KEY_ENV = "OPENAI_API_KEY"
+#: The judge that comes along; the environment variable that holds an endpoint's key; requests to the endpoint at a time.
+EMBEDDED, KEY_ENV, PARALLEL = "embedded", "OPENAI_API_KEY", 8
 
 
 def make_judge(
@@ -20,7 +21,7 @@ def make_judge(
     base_url: str | None = None,
     key_env: str = KEY_ENV,
     cache: Path | None = None,
-    parallel: int = 8,
+    parallel: int = PARALLEL,
     device: str = "auto",
 ) -> EmotionJudge:
     """Makes the judge that a specification names.
@@ -37,7 +38,7 @@ def make_judge(
     kind = kind.lower()
     if kind != "openai" and (base_url is not None or cache is not None):
         raise UsageError(f"--base-url and --cache have a meaning with --judge openai:MODEL only, found --judge {spec}")
-    if kind == "embedded" and not colon:
+    if kind == EMBEDDED and not colon:
         from emosteer.judges.embedded import EmbeddedJudge
 
         return EmbeddedJudge.load()
@@ -47,7 +48,7 @@ def make_judge(
         return HfJudge.load(name, device)
     if kind == "openai" and name:
         return _openai(name, base_url, key_env, cache, parallel)
-    hint = f" (did you mean 'hf:{spec}'?)" if "/" in spec and not colon else suggest(kind, ("embedded", "hf", "openai"))
+    hint = f" (did you mean 'hf:{spec}'?)" if "/" in spec and not colon else suggest(kind, (EMBEDDED, "hf", "openai"))
     raise UsageError(f"unknown judge '{spec}'{hint}; expected {FORMS}")
 
 

@@ -31,6 +31,7 @@ from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group, GroupKey
+from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
 Row = dict[str, Any]
 
@@ -68,7 +69,7 @@ class ContestWriter:
     decoding: Decoding
     instruction: str
     replies: KeyedLog
-    batch_size: int = 64
+    batch_size: int = CONTEST_BATCH_SIZE
     crew: Crew = ALONE
     _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
 

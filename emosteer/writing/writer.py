@@ -18,6 +18,7 @@ from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.writing.jobs import Job, plan_of, request_of
+from emosteer.writing.settings import BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Writer:
     decoding: Decoding
     instruction: str
     method: str
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
     elicitation: str = "tone"
     positions: str = "reply"
 

@@ -19,7 +19,8 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.base.files import sha256_file
 from emosteer.base.jsonl import KeyedLog
-from emosteer.calibration.calibrate import CalibrateSettings, Climb, Guard, calibrate, check, climb, joint_ratio, lowered, uncalibrated
+from emosteer.calibration.calibrate import Climb, calibrate, check, climb, joint_ratio, lowered, uncalibrated
+from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.calibration.trials import StrengthPoint, Trials, circuit_key
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import dial, flattened, isotonic, strength_for

@@ -13,11 +13,13 @@ import torch
 
 from emosteer.base.errors import DataError
 from emosteer.calibration import default_strength as tuning
-from emosteer.calibration.default_strength import TuneSettings, strongest, tune_strength
+from emosteer.calibration.default_strength import strongest, tune_strength
+from emosteer.calibration.settings import TuneSettings
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.settings import CircuitSettings
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Reply, Request, generate

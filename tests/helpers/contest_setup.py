@@ -19,7 +19,8 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CONTROL_OF, METHODS
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.directions import Directions
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.evaluation.controls import added_key, vectors_of
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
