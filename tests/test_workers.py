@@ -457,10 +457,11 @@ def test_torchrun_two_processes_one_killed_then_the_same_command_again(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = "-m ./tiny --scenarios sev.jsonl --replies bank.jsonl --holdout 0.25 --batch-tokens 60"
     write = "generate -m ./tiny -e all --method prompt --input sev.jsonl --batch-size 5 --max-new-tokens 5"
-    for command in (f"extract {options} --artifacts one", f"{write} --out one.jsonl"):
+    for command in (f"extract {options} --artifacts two", f"{write} --out one.jsonl"):
         with pytest.raises(SystemExit) as stop:
             cli.main(command.split())
         assert not stop.value.code
+    (tmp_path / "two").rename(tmp_path / "one")  # directions keep the command: the same one for all
     capfd.readouterr()
 
     partial = tmp_path / "two/tiny/directions.safetensors.partial"

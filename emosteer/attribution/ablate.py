@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class _Team:
         return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
 
     def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
-        origin = [asdict(self.directions.provenance) | {"versions": None}, self.model.sha256, str(self.model.dtype), torch.__version__]
+        origin = [self.directions.provenance.origin(), self.model.sha256, str(self.model.dtype), torch.__version__]
         tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
         fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
         pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))

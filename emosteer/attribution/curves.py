@@ -129,7 +129,7 @@ def curves(
         raise DataError(f"the curves need {settings.n_prompts} scenario-events, found {len(groups)}; lower --prompts")
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
-    origin = asdict(directions.provenance) | {"versions": None}
+    origin = directions.provenance.origin()
     shaping = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
     key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
     log = JsonlLog(part(partial, crew.rank)) if partial is not None else None

@@ -11,6 +11,7 @@ import typer
 from emosteer.attribution.settings import ABLATIONS, ENHANCE, AblateSettings, CurveSettings
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -29,6 +30,7 @@ from emosteer.cli.options import (
 
 
 def ablate(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     directions: DirectionsOption = None,
     scenarios: ScenariosOption = None,
@@ -92,6 +94,7 @@ def ablate(
     partial = target.with_name(target.name + ".partial.jsonl")
     parents = {"directions": sha256_file(path)}
     scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
+    scores = with_command(scores, command_line(context))
     scores.save(target)
     for file in (partial, *parts(partial).values()):
         file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, followed_by, with_command
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import EMBEDDED, KEY_ENV, PARALLEL
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     out: Annotated[
@@ -94,9 +96,9 @@ def calibrate(
     refuse_same_weights(readers.judge, loaded.sha256)
     trials = Trials(loaded, found, readers, prompts[0], kept, decoding, batch_size)
     if check:
-        _check(trials, path, prompts[1], target, as_json)
+        _check(trials, path, prompts[1], target, command_line(context), as_json)
     else:
-        _fit(trials, settings, path, prompts[1], target, as_json)
+        _fit(trials, settings, path, prompts[1], target, command_line(context), as_json)
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
@@ -116,12 +118,13 @@ def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tupl
     return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 
-def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, target: Path, as_json: bool) -> None:
+def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file
     from emosteer.calibration.calibrate import calibrate as run
     from emosteer.cli.print_artifacts import print_calibration
 
     made = run(trials, settings, {file.name: sha256_file(file)}, {"circuit": sha256_file(path)})
+    made = with_command(made, followed_by(made.provenance.command, command))
     made.save(target)
     table = made.metrics["calibration"]
     if as_json:
@@ -132,7 +135,7 @@ def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, ta
     print_calibration(table)
 
 
-def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) -> None:
+def _check(trials: Trials, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file, write_text
     from emosteer.calibration.calibrate import check
     from emosteer.cli.print_artifacts import print_calibration_check
@@ -144,6 +147,7 @@ def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) 
         "model": trials.model.name,
         "circuit": str(path),
         "circuit_sha256": sha256_file(path),
+        "command": command,
         "judge": {"name": trials.jury.judge.name, "key": trials.jury.judge.key},
         "test": {"n_groups": len(trials.groups), "file": file.name, "sha256": sha256_file(file)},
         **check(trials),

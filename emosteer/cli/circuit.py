@@ -11,6 +11,7 @@ import typer
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def circuit(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     directions: DirectionsOption = None,
     scenarios: ScenariosOption = None,
@@ -96,6 +98,7 @@ def circuit(
     if wanted is not None:
         made = made.with_strength(_per_emotion(wanted, made))
     target = out or places.circuit
+    made = with_command(made, command_line(context))
     made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_circuit(summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -148,7 +148,7 @@ def evaluate(
         "model": loaded.name,
         "model_sha256": loaded.sha256,
         "circuit_sha256": sha256_file(path),
-        "command": _command(context),
+        "command": command_line(context),
         **_provenance(contest, jury, seed),
         **splits.described(),
         **body,
@@ -256,14 +256,3 @@ def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]
         "added": dict(contest.added),
         "seed": seed,
     }
-
-
-def _command(context: typer.Context) -> str:
-    """The command line, as far as it differs from the defaults."""
-    parts = ["emosteer", "evaluate"]
-    for parameter in context.command.params:
-        value = context.params.get(str(parameter.name))
-        source = context.get_parameter_source(str(parameter.name))
-        if source is not None and source.name == "COMMANDLINE" and parameter.name != "as_json":
-            parts += [max(parameter.opts, key=len)] + ([] if value is True else [str(value)])
-    return shlex.join(parts)

@@ -10,6 +10,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -39,6 +40,7 @@ GPU_TOKENS = 16384
 
 
 def extract(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     scenarios: ScenariosOption = None,
     replies: RepliesOption = None,
@@ -93,6 +95,7 @@ def extract(
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
+    found = with_command(found, command_line(context))
     found.save(target)
     finish_checkpoint(checkpoint)
     from emosteer.cli.print_artifacts import directions_summary, print_directions

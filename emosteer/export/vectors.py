@@ -23,7 +23,8 @@ WRITERS = {ATTN_OUT: "self_attn.o_proj", MLP_OUT: "mlp.down_proj"}
 
 @dataclass(frozen=True, eq=False)
 class ExportRequest:
-    """What is exported: the circuit of an emotion at a strength. intensity: what the strength was asked for as, if it was."""
+    """What is exported: the circuit of an emotion at a strength. intensity: what the strength was asked for as, if it was;
+    command: what asks for it, where a command line does."""
 
     model: Weights
     circuit: Circuit
@@ -31,6 +32,7 @@ class ExportRequest:
     emotion: str
     strength: float
     intensity: float | None = None
+    command: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Names and hashes, for whoever finds the export."""
@@ -43,6 +45,7 @@ class ExportRequest:
             "strength": self.strength,
             "intensity": self.intensity,
             "positions": "all",
+            **({"command": self.command} if self.command is not None else {}),
         }
 
 
