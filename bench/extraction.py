@@ -16,7 +16,8 @@ from bench.workload import Workbench, settings
 from emosteer.directions.activations import Row as Sequence_
 from emosteer.directions.activations import Sample, make_batch, rows_of
 from emosteer.directions.directions import Directions
-from emosteer.directions.extract import Settings, extract, finish_checkpoint
+from emosteer.directions.extract import extract, finish_checkpoint
+from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Bank, Group
 

@@ -26,8 +26,9 @@ from emosteer.base.files import read_jsonl, write_jsonl
 from emosteer.base.progress import note
 from emosteer.circuits.places import require_circuit
 from emosteer.evaluation.metrics import measure
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request
+from emosteer.generation.generate import Request
 from emosteer.judges.embedded import EmbeddedJudge
 from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights

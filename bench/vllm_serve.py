@@ -25,7 +25,8 @@ import httpx
 
 from emosteer.base.progress import note
 from emosteer.circuits.places import require_circuit
-from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.models.model import Model
 from emosteer.models.tokens import reply_text
 from emosteer.models.weights import resolve as weights

@@ -12,8 +12,9 @@ from torch import Tensor
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import packaged_circuit
 from emosteer.directions.activations import Sample, tokenize_group
-from emosteer.directions.extract import Settings
-from emosteer.generation.generate import Decoding, Request
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.model import Model
 from emosteer.models.sites import Site

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def ensure_directions(model: Model, places: Places, data: Data) -> Directions:
     """The model's directions with default settings: read where they are there already, else extracted and written."""
-    from emosteer.directions.extract import Settings, extract, finish_checkpoint
+    from emosteer.directions.extract import extract, finish_checkpoint
+    from emosteer.directions.settings import Settings
 
     found = usable_directions(model, places.directions)
     if found is not None:
@@ -35,10 +36,10 @@ def ensure_directions(model: Model, places: Places, data: Data) -> Directions:
 
 def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     """From nothing to a circuit with the shipped data and default settings: what `generate --auto` does."""
-    from emosteer.calibration.default_strength import TuneSettings, tune_strength
+    from emosteer.calibration.default_strength import tune_strength
+    from emosteer.calibration.settings import TuneSettings
     from emosteer.circuits.assemble import assemble
-    from emosteer.circuits.gains import GainSettings
-    from emosteer.circuits.settings import CircuitSettings
+    from emosteer.circuits.settings import CircuitSettings, GainSettings
 
     places, data = Places.of(model.name, root), read_data(None, None)
     directions = ensure_directions(model, places, data)

@@ -35,7 +35,11 @@ IMPORTERS = {"transformer_lens": ("models/model.py",), "huggingface_hub": ("mode
 PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
-LIGHT = ("__init__", "__main__", "api", "base", "scenarios", "circuits.methods", "circuits.places", "models.weights", "cli")
+LIGHT = (
+    *("__init__", "__main__", "api", "base", "scenarios", "models.weights", "cli"),
+    *("directions.settings", "attribution.settings", "circuits.settings", "circuits.methods", "circuits.places", "circuits.dial"),
+    *("calibration.settings", "evaluation.settings", "writing.settings", "generation.decoding", "judges.registry"),
+)
 LIGHT_BUT = ("base.artifacts", "base.pieces", "cli.print_artifacts")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.

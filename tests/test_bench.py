@@ -24,8 +24,9 @@ from bench.workload import endless
 from emosteer.base.errors import EmosteerError
 from emosteer.directions import extract as extraction
 from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
-from emosteer.directions.extract import Settings
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, RESID_MID, RESID_POST, Head, Neuron, Site, Unit
 from emosteer.scenarios.scenarios import EMOTIONS

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units, unit_mask
 from emosteer.directions.directions import Directions, reference_directions, stable_band
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.generation.steering import Injector, compile_units, plan_for
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_MID, RESID_POST, Head, Neuron, Site, Unit, residual_sites

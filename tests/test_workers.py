@@ -22,8 +22,8 @@ import torch
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from emosteer.attribution.ablate import AblateSettings, ablate
-from emosteer.attribution.curves import CurveSettings
+from emosteer.attribution.ablate import ablate
+from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.base import artifacts
 from emosteer.base import processes as workers
 from emosteer.base.errors import ArtifactError, EmosteerError, UsageError
@@ -33,7 +33,8 @@ from emosteer.base.processes import ALONE, Crew, ShareDone, part, parts
 from emosteer.cli import main as cli
 from emosteer.directions import extract
 from emosteer.directions.contrast import Contrasts, Plan
-from emosteer.generation.generate import Decoding
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.writing import writer as writing
@@ -43,7 +44,7 @@ from emosteer.writing.reply_files import shares_of, write_file
 from tests.conftest import build, small_data
 from tests.helpers import contest_setup
 
-SETTINGS = extract.Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=60)
+SETTINGS = Settings(EMOTIONS, instruction="", holdout=0.25, batch_tokens=60)
 DATA = small_data(4)
 
 
@@ -461,10 +462,11 @@ def test_torchrun_two_processes_one_killed_then_the_same_command_again(
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the same bytes are promised for the same number
     options = "-m ./tiny --scenarios sev.jsonl --replies bank.jsonl --holdout 0.25 --batch-tokens 60"
     write = "generate -m ./tiny -e all --method prompt --input sev.jsonl --batch-size 5 --max-new-tokens 5"
-    for command in (f"extract {options} --artifacts one", f"{write} --out one.jsonl"):
+    for command in (f"extract {options} --artifacts two", f"{write} --out one.jsonl"):
         with pytest.raises(SystemExit) as stop:
             cli.main(command.split())
         assert not stop.value.code
+    (tmp_path / "two").rename(tmp_path / "one")  # directions keep the command: the same one for all
     capfd.readouterr()
 
     partial = tmp_path / "two/tiny/directions.safetensors.partial"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emosteer.attribution.curves import CurveSettings, curves
+from emosteer.attribution.curves import curves
 from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.scores import Scores
+from emosteer.attribution.settings import AblateSettings
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units
 from emosteer.attribution.verification import verify
 from emosteer.base import artifacts
@@ -31,21 +32,6 @@ from emosteer.models.sites import Head, Neuron, Unit
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.splits import spread
-
-
-@dataclass(frozen=True)
-class AblateSettings:
-    """How much is measured. patch_groups: groups for attribution patching; true_groups, true_units: how many of them and how many
-    units (half the best, half random) are patched for real; verify_prompts, verify_neurons: the one-pass check; 0 leaves a part out."""
-
-    patch_groups: int = 6
-    true_groups: int = 2
-    true_units: int = 32
-    verify_prompts: int = 1
-    verify_neurons: int = 100
-    effect_prompts: int = 8
-    seed: int = 0
-    curves: CurveSettings | None = CurveSettings()
 
 
 def ablate(
@@ -161,7 +147,7 @@ class _Team:
         return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
 
     def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
-        origin = [asdict(self.directions.provenance) | {"versions": None}, self.model.sha256, str(self.model.dtype), torch.__version__]
+        origin = [self.directions.provenance.origin(), self.model.sha256, str(self.model.dtype), torch.__version__]
         tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
         fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
         pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emosteer.attribution.settings import ABLATIONS, ENHANCE, CurveSettings
 from emosteer.attribution.unit_scores import UnitScores, top_units
 from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_text
@@ -25,16 +26,14 @@ from emosteer.base.processes import ALONE, Crew, part, parts
 from emosteer.base.progress import bar
 from emosteer.directions.activations import Sample, batches_by_cost, read_states
 from emosteer.directions.directions import Directions
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.models.interventions import RowEdits, unit_masks
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group, GroupKey
 from emosteer.scenarios.splits import spread, stable_share
-
-ABLATIONS = ("zero", "mean", "resample")
-ENHANCE = "enhance"
 
 
 class TextScore:
@@ -79,21 +78,6 @@ class Condition:
     unit: str
     share: float
     who: str
-
-
-@dataclass(frozen=True)
-class CurveSettings:
-    """What is measured. shares: of the heads; neuron_shares: of the neurons; strength: of the enhancement."""
-
-    shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.25)
-    neuron_shares: tuple[float, ...] = (0.001, 0.01)
-    kinds: tuple[str, ...] = (*ABLATIONS, ENHANCE)
-    n_random: int = 3
-    n_prompts: int = 4
-    strength: float = 2.0
-    max_new_tokens: int = 32
-    seed: int = 0
-    batch_size: int = 96
 
 
 def conditions(settings: CurveSettings) -> list[Condition]:
@@ -145,7 +129,7 @@ def curves(
         raise DataError(f"the curves need {settings.n_prompts} scenario-events, found {len(groups)}; lower --prompts")
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
-    origin = asdict(directions.provenance) | {"versions": None}
+    origin = directions.provenance.origin()
     shaping = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
     key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
     log = JsonlLog(part(partial, crew.rank)) if partial is not None else None

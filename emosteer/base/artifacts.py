@@ -33,6 +33,8 @@ class Provenance:
 
     model: name, sha256 of the weights, dtype and device used. template_sha256: the chat template's text.
     data: file name -> sha256. method: what was done. params: how. parents: artefact kind -> sha256 of the file.
+    command: what makes it again in a shell; None where no command line made it (functions called from Python: their params say all), and
+    in files of versions that did not keep it.
     """
 
     model: str
@@ -44,6 +46,15 @@ class Provenance:
     data: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in a file: no key for a command that is not known."""
+        return {name: value for name, value in asdict(self).items() if name != "command" or value is not None}
+
+    def origin(self) -> dict[str, Any]:
+        """What keys of kept progress are made from: how a thing was made counts, not with which versions or how the command was put."""
+        return {name: value for name, value in asdict(self).items() if name != "command"} | {"versions": None}
 
 
 class Identified(Protocol):
@@ -86,7 +97,7 @@ def save(path: Path, kind: str, fields: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         EmosteerError: if the place cannot be written.
     """
-    header = {"schema": f"emosteer/{kind}", "schema_version": SCHEMA_VERSION, "fields": dict(fields), "provenance": asdict(provenance)}
+    header = {"schema": f"emosteer/{kind}", "schema_version": SCHEMA_VERSION, "fields": dict(fields), "provenance": provenance.record()}
     clean = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic_path(path) as temporary:
         try:

@@ -9,34 +9,20 @@ unsteered replies included.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
+from emosteer.calibration.settings import TuneSettings
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, METHODS, NONE, RESIDUAL
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.splits import stable_share
 from emosteer.writing.jobs import Job
 from emosteer.writing.writer import Writer
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """strengths: tried in rising order; learned_strengths: those of a circuit with learned gains, never above 1, which they were learned
-    at; residual_strengths: the same for the comparison method; tolerance: nats per token."""
-
-    strengths: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
-    learned_strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    residual_strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    tolerance: float = 0.08
-    n_prompts: int = 8
-    max_new_tokens: int = 32
-    batch_size: int = 64
-    seed: int = 0
 
 
 def strongest(costs: dict[float, float], tolerance: float) -> float:

@@ -13,7 +13,7 @@ from emosteer.base.errors import DataError, UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS
 from emosteer.models.model import Model
@@ -21,6 +21,7 @@ from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import stem_pattern
 from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.resumable import Row
+from emosteer.writing.settings import BATCH_SIZE
 
 #: Nats per token that an empty reply counts for: it is a broken one.
 EMPTY = 10.0
@@ -77,7 +78,14 @@ class Trials:
     """A circuit that answers the same prompts at any strength. Replies and opinions that are kept on disk are not made again."""
 
     def __init__(
-        self, model: Model, circuit: Circuit, jury: Jury, groups: Sequence[Group], kept: KeyedLog, decoding: Decoding, batch_size: int = 32
+        self,
+        model: Model,
+        circuit: Circuit,
+        jury: Jury,
+        groups: Sequence[Group],
+        kept: KeyedLog,
+        decoding: Decoding,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Writes the unsteered replies, which every ratio refers to.
 

@@ -19,9 +19,9 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import UsageError
 from emosteer.circuits.circuit import Circuit, has_learned_gains, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
-from emosteer.circuits.gains import GainSettings, learn_gains
+from emosteer.circuits.gains import learn_gains
 from emosteer.circuits.name_sparing import without_names
-from emosteer.circuits.settings import CircuitSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.directions.activations import Sample
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.models.model import Model

@@ -19,38 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from emosteer.base.errors import DataError, UsageError
+from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
+from emosteer.circuits.settings import GainSettings
 from emosteer.directions.activations import Row, make_batch
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Bank, Group
-
-
-@dataclass(frozen=True)
-class GainSettings:
-    """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
-    preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
-    others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
-    model is read in meanwhile (a copy; half the time, and one number per head does not need more), "float32" for none.
-    """
-
-    steps: int = 40
-    groups: int = 4
-    rate: float = 0.3
-    start: float = 2.0
-    preference: float = 3.0
-    sharpness: float = 3.0
-    others: int = 2
-    keep: float = 0.5
-    seed: int = 0
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or not 0 < self.keep <= 1:
-            raise UsageError(f"expected --gain-steps of at least 0 and --keep above 0 and up to 1, found {self.steps} and {self.keep}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""How a circuit is put together: settings, presets and rankings."""
+"""How a circuit is put together: settings, presets and rankings. No torch, so that the command line can show the defaults."""
 
 from __future__ import annotations
 
@@ -37,3 +37,27 @@ class CircuitSettings:
         for name, number in (("--heads", self.head_share), ("--neurons", self.neuron_share), ("--share", self.share)):
             if number is not None and not 0 <= number <= 1:
                 raise UsageError(f"{name} must be a share between 0 and 1, found {number}")
+
+
+@dataclass(frozen=True)
+class GainSettings:
+    """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
+    preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
+    others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
+    model is read in meanwhile (a copy; half the time, and one number per head does not need more), "float32" for none.
+    """
+
+    steps: int = 40
+    groups: int = 4
+    rate: float = 0.3
+    start: float = 2.0
+    preference: float = 3.0
+    sharpness: float = 3.0
+    others: int = 2
+    keep: float = 0.5
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 0 < self.keep <= 1:
+            raise UsageError(f"expected --gain-steps of at least 0 and --keep above 0 and up to 1, found {self.steps} and {self.keep}")

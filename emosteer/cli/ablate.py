@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from emosteer.attribution.settings import ABLATIONS, ENHANCE, AblateSettings, CurveSettings
 from emosteer.base.errors import UsageError
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -22,37 +25,41 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
     finite,
+    listed,
 )
 
 
 def ablate(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     directions: DirectionsOption = None,
     scenarios: ScenariosOption = None,
     replies: Annotated[Path | None, typer.Option(help="The bank that the directions were made with.", metavar="FILE")] = None,
     out: OutOption = None,
     curves: Annotated[bool, typer.Option(help="Measure ablation and enhancement curves.")] = True,
-    shares: Annotated[str, typer.Option(help="Shares of heads on the curves.")] = "0.02,0.05,0.1,0.25",
-    kinds: Annotated[str, typer.Option(help="zero, mean, resample, enhance.")] = "zero,mean,resample,enhance",
-    randoms: Annotated[int, typer.Option(min=0, help="Random sets of equal size per point.")] = 3,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per point and emotion.")] = 4,
-    strength: Annotated[float, typer.Option(help="Multiplier of the enhancement curves.")] = 2.0,
-    neuron_shares: Annotated[str, typer.Option(help="Shares of neurons on the curves; '' for none.")] = "0.01",
-    patch_groups: Annotated[int, typer.Option(min=0, help="Groups for attribution patching.")] = 6,
-    true_units: Annotated[int, typer.Option(min=0, help="Units patched for real, half of them random.")] = 32,
-    verify_prompts: Annotated[int, typer.Option(min=0, help="Prompts for the check of contributions against real ablation.")] = 1,
-    verify_neurons: Annotated[int, typer.Option(min=0, help="Random neurons in that check (every head is in it).")] = 100,
+    shares: Annotated[str, typer.Option(help="Shares of heads on the curves.")] = listed(CurveSettings.shares),
+    kinds: Annotated[str, typer.Option(help="zero, mean, resample, enhance.")] = listed(CurveSettings.kinds),
+    randoms: Annotated[int, typer.Option(min=0, help="Random sets of equal size per point.")] = CurveSettings.n_random,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per point and emotion.")] = CurveSettings.n_prompts,
+    strength: Annotated[float, typer.Option(help="Multiplier of the enhancement curves.")] = CurveSettings.strength,
+    neuron_shares: Annotated[str, typer.Option(help="Shares of neurons on the curves; '' for none.")] = listed(CurveSettings.neuron_shares),
+    patch_groups: Annotated[int, typer.Option(min=0, help="Groups for attribution patching.")] = AblateSettings.patch_groups,
+    true_units: Annotated[int, typer.Option(min=0, help="Units patched for real, half of them random.")] = AblateSettings.true_units,
+    verify_prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts for the check of contributions against real ablation.")
+    ] = AblateSettings.verify_prompts,
+    verify_neurons: Annotated[
+        int, typer.Option(min=0, help="Random neurons in that check (every head is in it).")
+    ] = AblateSettings.verify_neurons,
     top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
-    seed: SeedOption = 0,
+    seed: SeedOption = AblateSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Score every head and neuron, check the scores by intervening, and draw ablation and enhancement curves."""
-    from emosteer.attribution.curves import ABLATIONS, ENHANCE, CurveSettings
-
     chosen = tuple(name.strip() for name in kinds.split(",") if name.strip())
     for name in chosen:
         if name not in (*ABLATIONS, ENHANCE):
@@ -61,8 +68,8 @@ def ablate(
     settings = CurveSettings(
         _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
     )
-    from emosteer.attribution.ablate import AblateSettings, pieces_of
     from emosteer.attribution.ablate import ablate as run
+    from emosteer.attribution.ablate import pieces_of
     from emosteer.base.files import sha256_file
     from emosteer.base.pieces import clear
     from emosteer.base.processes import join, parts
@@ -87,6 +94,7 @@ def ablate(
     partial = target.with_name(target.name + ".partial.jsonl")
     parents = {"directions": sha256_file(path)}
     scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
+    scores = with_command(scores, command_line(context))
     scores.save(target)
     for file in (partial, *parts(partial).values()):
         file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import UsageError
+from emosteer.judges.registry import KEY_ENV
 
 if TYPE_CHECKING:
     from emosteer.scenarios.authoring import AuthorReport, ScenarioAuthor
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from emosteer.scenarios.scenarios import Bank, Scenario
 
 SHOWN_PROBLEMS = 20
-KEY_ENV = "OPENAI_API_KEY"
 
 
 def build(

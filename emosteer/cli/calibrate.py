@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
+from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, followed_by, with_command
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
-from emosteer.judges.registry import FORMS
+from emosteer.generation.decoding import Decoding
+from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
+from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.calibration.trials import Trials
 
 
 def calibrate(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     out: Annotated[
@@ -35,25 +41,27 @@ def calibrate(
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
     skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
-    judge: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = "embedded",
+    judge: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
-    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
-    top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = 2.0,
-    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = 7,
-    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = 2,
-    ratio: Annotated[float, typer.Option(help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")] = 1.2,
-    each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = 2.0,
-    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = 0.90,
-    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = 0.1,
-    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = 85.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 32,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
+    top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = CalibrateSettings.top,
+    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = CalibrateSettings.points,
+    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = CalibrateSettings.refine,
+    ratio: Annotated[
+        float, typer.Option(help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")
+    ] = CalibrateSettings.ratio,
+    each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
+    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
+    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = CalibrateSettings.default_intensity,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Write every reply again instead of going on.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,9 +72,6 @@ def calibrate(
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     prompts = _prompts(scenarios, groups, check, skip)
-    from emosteer.calibration.calibrate import CalibrateSettings, Guard
-    from emosteer.generation.generate import Decoding
-
     settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)
     from emosteer.judges.jury import make_jury
@@ -91,9 +96,9 @@ def calibrate(
     refuse_same_weights(readers.judge, loaded.sha256)
     trials = Trials(loaded, found, readers, prompts[0], kept, decoding, batch_size)
     if check:
-        _check(trials, path, prompts[1], target, as_json)
+        _check(trials, path, prompts[1], target, command_line(context), as_json)
     else:
-        _fit(trials, settings, path, prompts[1], target, as_json)
+        _fit(trials, settings, path, prompts[1], target, command_line(context), as_json)
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
@@ -113,12 +118,13 @@ def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tupl
     return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 
-def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as_json: bool) -> None:
+def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file
     from emosteer.calibration.calibrate import calibrate as run
     from emosteer.cli.print_artifacts import print_calibration
 
     made = run(trials, settings, {file.name: sha256_file(file)}, {"circuit": sha256_file(path)})
+    made = with_command(made, followed_by(made.provenance.command, command))
     made.save(target)
     table = made.metrics["calibration"]
     if as_json:
@@ -129,7 +135,7 @@ def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as
     print_calibration(table)
 
 
-def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) -> None:
+def _check(trials: Trials, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file, write_text
     from emosteer.calibration.calibrate import check
     from emosteer.cli.print_artifacts import print_calibration_check
@@ -141,6 +147,7 @@ def _check(trials: Trials, path: Path, file: Path, target: Path, as_json: bool) 
         "model": trials.model.name,
         "circuit": str(path),
         "circuit_sha256": sha256_file(path),
+        "command": command,
         "judge": {"name": trials.jury.judge.name, "key": trials.jury.judge.key},
         "test": {"n_groups": len(trials.groups), "file": file.name, "sha256": sha256_file(file)},
         **check(trials),

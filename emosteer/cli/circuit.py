@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emosteer.base.errors import UsageError
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -30,40 +33,42 @@ if TYPE_CHECKING:
 
 
 def circuit(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     directions: DirectionsOption = None,
     scenarios: ScenariosOption = None,
-    preset: Annotated[str, typer.Option(help="auto (smallest head circuit that keeps --share of the effect) or paper.")] = "auto",
-    ranking: Annotated[str, typer.Option(help="contrast, raw or effect.")] = "contrast",
+    preset: Annotated[
+        str, typer.Option(help="auto (smallest head circuit that keeps --share of the effect) or paper.")
+    ] = CircuitSettings.preset,
+    ranking: Annotated[str, typer.Option(help="contrast, raw or effect.")] = CircuitSettings.ranking,
     heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
-    share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = 0.95,
+    share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = CircuitSettings.share,
     replies: RepliesOption = None,
     gain_steps: Annotated[
         int, typer.Option(min=0, help="Steps of learning how much each head adds, on the reply bank; 0 ranks heads instead.")
-    ] = 40,
-    keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = 0.5,
+    ] = GainSettings.steps,
+    keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
     strength: Annotated[
         str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
     ] = None,
     tune: Annotated[bool, typer.Option(help="Tune the default strength on training prompts.")] = True,
     out: OutOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = CircuitSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Assemble the circuits and measure how faithful they are."""
     from emosteer.circuits.assemble import assemble
-    from emosteer.circuits.settings import CircuitSettings
 
     settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
     wanted = _strengths(strength)
     from emosteer.base.files import sha256_file
-    from emosteer.calibration.default_strength import TuneSettings, tune_strength
-    from emosteer.circuits.gains import GainSettings
+    from emosteer.calibration.default_strength import tune_strength
+    from emosteer.calibration.settings import TuneSettings
     from emosteer.circuits.places import Places, own_bank_of, require_directions
     from emosteer.cli.print_artifacts import circuit_summary, print_circuit
     from emosteer.models.model import Model
@@ -93,6 +98,7 @@ def circuit(
     if wanted is not None:
         made = made.with_strength(_per_emotion(wanted, made))
     target = out or places.circuit
+    made = with_command(made, command_line(context))
     made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_circuit(summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,8 @@ import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.circuits.methods import CONTEST, METHODS, NONE
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -22,24 +23,27 @@ from emosteer.cli.options import (
     RootOption,
     SeedOption,
     finite,
+    listed,
 )
-from emosteer.judges.registry import FORMS
+from emosteer.evaluation.settings import Budget, EvaluationSettings
+from emosteer.generation.decoding import Decoding
+from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
+from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.places import Places
     from emosteer.directions.directions import Directions
-    from emosteer.evaluation.evaluate import EvaluationSettings
     from emosteer.judges.jury import Jury
     from emosteer.models.model import Model
     from emosteer.writing.contest_writer import ContestWriter
 
 #: Methods that take the directions.
 NEEDING = tuple(method for method in CONTEST if METHODS[method].needs_directions)
-DOSES = "0.5,0.75,1,1.25,1.5,1.75,2"
+DOSES = listed(EvaluationSettings.doses)
 #: A look, not a result: minutes on the default model.
 FAST = {"groups": 12, "dev_groups": 6, "doses": "0.5,1,1.5"}
 FULL = {"groups": 160, "dev_groups": 24, "doses": DOSES}
@@ -83,34 +87,32 @@ def evaluate(
         str | None,
         typer.Option(help=f"Strengths tried, in default strengths; {DOSES} if not given.", show_default=False, metavar="A,B,..."),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Highest perplexity ratio that a chosen strength may have.")] = 1.10,
+    budget: Annotated[float, typer.Option(help="Highest perplexity ratio that a chosen strength may have.")] = Budget.ratio,
     methods: Annotated[
         str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
     ] = None,
-    judge: Annotated[str, typer.Option(help=f"{FORMS}.", metavar="SPEC")] = "embedded",
+    judge: Annotated[str, typer.Option(help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
-    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
     fast: Annotated[bool, typer.Option("--fast", help="A quick look: few scenario-events, three strengths.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
-    seed: SeedOption = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
+    seed: SeedOption = EvaluationSettings.seed,
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for results and cache; artifacts/MODEL/evaluation/.", metavar="DIR")
     ] = None,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Hold the contest: prompts, residual steering, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    from emosteer.generation.generate import Decoding
-
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
     splits = _splits(scenarios, sizes["groups"], skip, sizes["dev_groups"])
@@ -149,7 +151,7 @@ def evaluate(
         "model": loaded.name,
         "model_sha256": loaded.sha256,
         "circuit_sha256": sha256_file(path),
-        "command": _command(context),
+        "command": command_line(context),
         **_provenance(contest, jury, seed),
         **splits.described(),
         **body,
@@ -165,8 +167,6 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, seed: int) -> EvaluationSettings:
-    from emosteer.evaluation.doses import Budget
-    from emosteer.evaluation.evaluate import EvaluationSettings
 
     try:
         grid = tuple(sorted({float(part) for part in doses.split(",") if part.strip()}))
@@ -221,7 +221,7 @@ def _contest(
     circuit: Circuit,
     directions: Directions | None,
     settings: EvaluationSettings,
-    decoding: Any,
+    decoding: Decoding,
     batch_size: int,
     folder: Path,
     crew: Crew,
@@ -259,14 +259,3 @@ def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]
         "added": dict(contest.added),
         "seed": seed,
     }
-
-
-def _command(context: typer.Context) -> str:
-    """The command line, as far as it differs from the defaults."""
-    parts = ["emosteer", "evaluate"]
-    for parameter in context.command.params:
-        value = context.params.get(str(parameter.name))
-        source = context.get_parameter_source(str(parameter.name))
-        if source is not None and source.name == "COMMANDLINE" and parameter.name != "as_json":
-            parts += [max(parameter.opts, key=len)] + ([] if value is True else [str(value)])
-    return shlex.join(parts)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import UsageError, suggest
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line
 from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption, finite, one_of
 from emosteer.scenarios.scenarios import parse_emotions
 
@@ -23,6 +25,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def export(
+    context: typer.Context,
     emotion: Annotated[str, typer.Option("--emotion", "-e", help="One emotion.", show_default=False)],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="New folder; for GGUF a folder or FILE.gguf.", metavar="DIR", show_default=False)
@@ -38,7 +41,7 @@ def export(
         str, typer.Option("--dtype", help="Of a checkpoint: auto (as the model has it), float32, bfloat16 or float16.")
     ] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest weights file of a checkpoint, such as 500MB.")] = "2GB",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,7 +55,7 @@ def export(
     strength = finite(strength, "--strength")
     one_of(intensity, strength)
     limit = parse_size(shard_size)
-    steering = _steering(model, emotion, intensity, strength, circuit, root)
+    steering = _steering(model, emotion, intensity, strength, circuit, root, command_line(context))
     facts = _write(to, steering, out, dtype, limit, force)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -75,7 +78,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _steering(model: str, emotion: str, intensity: float | None, strength: float | None, circuit: Path | None, root: Path) -> ExportRequest:
+def _steering(
+    model: str, emotion: str, intensity: float | None, strength: float | None, circuit: Path | None, root: Path, command: str
+) -> ExportRequest:
     """Finds model, circuit and strength as `generate` does; no weights are loaded."""
     from emosteer.base.progress import note
     from emosteer.circuits.places import require_circuit, require_dial
@@ -90,7 +95,8 @@ def _steering(model: str, emotion: str, intensity: float | None, strength: float
     if intensity is not None:
         require_dial(found, (made, path), circuit)
         strength = made.strength_at(wanted[0], intensity)
-    return ExportRequest(found, made, path, wanted[0], made.default_strength(wanted[0]) if strength is None else strength, intensity)
+    strength = made.default_strength(wanted[0]) if strength is None else strength
+    return ExportRequest(found, made, path, wanted[0], strength, intensity, command)
 
 
 def _write(to: str, steering: ExportRequest, out: Path, dtype: str, limit: int, force: bool) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emosteer.base.errors import UsageError
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -23,37 +25,44 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
 )
-from emosteer.scenarios.prompts import ELICITATIONS, INSTRUCTION
+from emosteer.directions.settings import Settings
+from emosteer.scenarios.prompts import ELICITATIONS
 from emosteer.scenarios.scenarios import EMOTIONS, parse_emotions
 
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
-    from emosteer.directions.extract import Settings
     from emosteer.models.model import Model
     from emosteer.scenarios.scenarios import Bank
     from emosteer.scenarios.shipped import Data
 
+#: Tokens per forward pass on a GPU.
+GPU_TOKENS = 16384
+
 
 def extract(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     scenarios: ScenariosOption = None,
     replies: RepliesOption = None,
-    elicitation: Annotated[str, typer.Option(help="reply (states of the reply), tone, system or stimulus (state before it).")] = "reply",
+    elicitation: Annotated[
+        str, typer.Option(help="reply (states of the reply), tone, system or stimulus (state before it).")
+    ] = Settings.elicitation,
     emotions: Annotated[str, typer.Option(help="Names with commas, any set; 'all' is the six.")] = "all",
     out: OutOption = None,
-    instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = INSTRUCTION,
-    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of scenarios that evidence is measured on.")] = 0.1,
+    instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = Settings.instruction,
+    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of scenarios that evidence is measured on.")] = Settings.holdout,
     limit: LimitOption = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per forward pass; 1024 on a CPU, 16384 on a GPU.", show_default=False)
+        int | None,
+        typer.Option(min=1, help=f"Tokens per forward pass; {Settings.batch_tokens} on a CPU, {GPU_TOKENS} on a GPU.", show_default=False),
     ] = None,
-    packed: Annotated[bool, typer.Option(help="Compute each group's shared prompt once.")] = True,
+    packed: Annotated[bool, typer.Option(help="Compute each group's shared prompt once.")] = Settings.packed,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
-    seed: SeedOption = 0,
+    seed: SeedOption = Settings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Extract context-agnostic emotion directions, and contrast statistics of every head and neuron."""
@@ -70,8 +79,8 @@ def extract(
         raise UsageError("--replies self belongs to --elicitation reply")
     data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
     from emosteer.base.processes import join
-    from emosteer.directions.extract import Settings, finish_checkpoint
     from emosteer.directions.extract import extract as run
+    from emosteer.directions.extract import finish_checkpoint
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
 
@@ -81,11 +90,12 @@ def extract(
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions
-    tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
+    tokens = batch_tokens or (Settings.batch_tokens if loaded.device.type == "cpu" else GPU_TOKENS)
     settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
+    found = with_command(found, command_line(context))
     found.save(target)
     finish_checkpoint(checkpoint)
     from emosteer.cli.print_artifacts import directions_summary, print_directions

@@ -14,6 +14,7 @@ import typer
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.processes import world
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -25,14 +26,15 @@ from emosteer.cli.options import (
     finite,
     one_of,
 )
+from emosteer.generation.decoding import Decoding
 from emosteer.scenarios.conversations import Message, parse_messages
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, parse_emotions, parse_scenario, text_field
+from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
     from emosteer.circuits.circuit import Circuit
-    from emosteer.generation.generate import Decoding
     from emosteer.models.model import Model
     from emosteer.serving.vllm_writer import Served
     from emosteer.writing.jobs import Job, ReplyWriter
@@ -66,14 +68,14 @@ def generate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
-    seed: SeedOption = 0,
+    seed: SeedOption = Decoding.seed,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Replies written at once; 32, or with vLLM what it can.", show_default=False)
+        int | None, typer.Option(min=1, help=f"Replies written at once; {BATCH_SIZE}, or with vLLM what it can.", show_default=False)
     ] = None,
     engine: Annotated[str, typer.Option(help="builtin, or vllm for large jobs (docs/VLLM.md).")] = "builtin",
     engine_option: Annotated[
@@ -82,7 +84,7 @@ def generate(
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
@@ -100,7 +102,6 @@ def generate(
     options = _engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
     inputs = _inputs(text, source)
-    from emosteer.generation.generate import Decoding
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     from emosteer.base.processes import join
@@ -224,7 +225,7 @@ def _author(
     from emosteer.writing.writer import Writer
 
     if isinstance(loaded, Model):
-        return Writer(loaded, found[0] if found else None, decoding, instruction, method, batch_size or 32, positions=positions)
+        return Writer(loaded, found[0] if found else None, decoding, instruction, method, batch_size or BATCH_SIZE, positions=positions)
     from emosteer.serving.vllm_writer import VllmWriter
 
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)

@@ -14,7 +14,7 @@ import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.cli.options import DeviceOption
-from emosteer.judges.registry import FORMS
+from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
 
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
@@ -37,12 +37,12 @@ class Line:
 
 def judge(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
-    spec: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = "embedded",
+    spec: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
-    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = "OPENAI_API_KEY",
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = 8,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
     cache: Annotated[
         Path | None, typer.Option(help="Where its answers are kept; the cache folder if not given.", metavar="FILE", show_default=False)
     ] = None,

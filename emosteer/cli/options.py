@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,11 @@ RepliesOption = Annotated[
     str | None, typer.Option("--replies", help="Reply bank, or 'self' for the model's own filtered replies.", metavar="FILE|self")
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
+
+
+def listed(values: Iterable[float | str]) -> str:
+    """Several values as one option takes them: with commas, numbers as short as can be."""
+    return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
 
 
 def finite(value: float | None, name: str) -> float | None:

@@ -17,6 +17,7 @@ from emosteer.circuits.dial import strength_for
 from emosteer.circuits.methods import METHODS
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST, Head, Neuron
+from emosteer.report.commands import made_by
 
 Summary = dict[str, Any]
 
@@ -244,22 +245,28 @@ def print_calibration_check(result: Mapping[str, Any]) -> None:
 
 
 def artifact_summary(found: Artifact) -> Summary:
-    """Kind, provenance, tensors and the kind's own summary."""
+    """Kind, provenance, tensors, the kind's own summary, and the command that makes it again, kept or rebuilt from the record."""
     p = found.provenance
     summary: Summary = {
         "file": str(found.path),
         "kind": found.kind,
         "sha256": found.sha256,
-        "provenance": {**vars(p)},
+        "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
+    value: Directions | Circuit | Scores
     if found.kind == "directions":
-        summary["content"] = directions_summary(Directions.from_artifact(found))
+        value = Directions.from_artifact(found)
+        summary["content"] = directions_summary(value)
     elif found.kind == "circuit":
-        summary["content"] = circuit_summary(Circuit.from_artifact(found))
+        value = Circuit.from_artifact(found)
+        summary["content"] = circuit_summary(value)
     elif found.kind == "scores":
-        summary["content"] = scores_summary(Scores.load(found.path))
-    return summary
+        value = Scores.load(found.path)
+        summary["content"] = scores_summary(value)
+    else:
+        return summary
+    return {**summary, "command": made_by(found.kind, value, p.model)}
 
 
 def print_artifact(summary: Summary) -> None:
@@ -274,6 +281,7 @@ def print_artifact(summary: Summary) -> None:
         ("seed", p["seed"]),
         ("parents", ", ".join(f"{name} {sha[:12]}" for name, sha in p["parents"].items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in p["versions"].items())),
+        *([("command", summary["command"])] if "command" in summary else []),
         ("parameters", ", ".join(f"{k}={v}" for k, v in p["params"].items() if not isinstance(v, dict))),
     ]
     print_table(("provenance", ""), lines)

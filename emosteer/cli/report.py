@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def report(
     model: ModelOption = DEFAULT_MODEL,
-    root: RootOption = Path("artifacts"),
+    root: RootOption = ARTIFACTS,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/report.html if not given.", metavar="FILE")
     ] = None,

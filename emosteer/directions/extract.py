@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,15 @@ from emosteer.base.progress import bar, note
 from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
 from emosteer.directions.contrast import Contrasts, Plan, as_json, make_plan
 from emosteer.directions.directions import Directions, from_contrasts
+from emosteer.directions.settings import Settings
 from emosteer.models.memory import halve_on_oom, release_memory
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, Site, Z, residual_sites
-from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.scenarios.scenarios import Bank, Group
 
 CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What shapes the result of an extraction."""
-
-    emotions: tuple[str, ...]
-    elicitation: str = "reply"
-    instruction: str = INSTRUCTION
-    holdout: float = 0.1
-    seed: int = 0
-    batch_tokens: int = 1024
-    packed: bool = True
 
 
 def extract(

@@ -12,18 +12,7 @@ from torch import Tensor
 
 from emosteer.base.errors import UsageError
 from emosteer.evaluation.metrics import Table
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a method's settings must keep to, all emotions together. ratio: perplexity against the unsteered replies; names: share of
-    replies that name the emotion; sound: share of sound replies. each_sound: the share no single emotion may fall below; looser, since
-    one emotion has few replies. Soundness is never asked to be above that of the unsteered replies."""
-
-    ratio: float = 1.10
-    names: float = 0.02
-    sound: float = 0.90
-    each_sound: float = 0.80
+from emosteer.evaluation.settings import Budget
 
 
 @dataclass(frozen=True)

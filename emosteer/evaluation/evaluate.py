@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from emosteer.base.errors import UsageError, suggest
-from emosteer.circuits.methods import CONTEST, CONTROLS, METHODS, NONE, PROMPTS, STEERED, source_of
+from emosteer.base.errors import UsageError
+from emosteer.circuits.methods import CONTROLS, METHODS, NONE, PROMPTS, STEERED, source_of
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
-from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
+from emosteer.evaluation.doses import DosePoint, best_prompt, choose
 from emosteer.evaluation.metrics import Table, confusion, content_tables, judged_rows, table_of
+from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL
 from emosteer.scenarios.scenarios import VALENCES, Group
@@ -25,31 +26,6 @@ from emosteer.writing.resumable import Row
 METRICS = ("accuracy", "match", "probability", "names", "synonyms", "sound", "repetition", "unfinished", "on_topic", "kept")
 #: What two methods are compared by.
 COMPARED = ("accuracy", "match", "probability", "ratio", "names", "sound", "unfinished", "on_topic", "kept")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """methods: who takes part; doses: strengths tried on the development split, as multiples of the method's default; control_groups:
-    development scenario-events that random controls write to at every dose (for the frontier only)."""
-
-    methods: tuple[str, ...] = CONTEST
-    doses: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    control_groups: int = 8
-    budget: Budget = field(default_factory=Budget)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in CONTEST:
-                raise UsageError(f"unknown method '{method}'{suggest(method, CONTEST)}; expected {', '.join(CONTEST)}")
-            if (source := source_of(method)) not in self.methods:
-                raise UsageError(f"{method} takes the strengths of {source}; add {source} to --methods")
-        if NONE not in self.methods:
-            raise UsageError(f"every ratio refers to the unsteered replies; add {NONE} to --methods")
-        if not self.doses or not all(0 < dose < math.inf for dose in self.doses):
-            raise UsageError("expected --doses to be numbers above 0")
-        if not self.budget.ratio > 0:
-            raise UsageError(f"expected --budget above 0, found {self.budget.ratio}")
 
 
 Strengths = Mapping[str, float | None]

@@ -26,7 +26,8 @@ LAYERS = f"{LLAMA.body}.{LLAMA.layers}"
 
 @dataclass(frozen=True, eq=False)
 class ExportRequest:
-    """What is exported: the circuit of an emotion at a strength. intensity: what the strength was asked for as, if it was."""
+    """What is exported: the circuit of an emotion at a strength. intensity: what the strength was asked for as, if it was;
+    command: what asks for it, where a command line does."""
 
     model: Weights
     circuit: Circuit
@@ -34,6 +35,7 @@ class ExportRequest:
     emotion: str
     strength: float
     intensity: float | None = None
+    command: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Names and hashes, for whoever finds the export."""
@@ -46,6 +48,7 @@ class ExportRequest:
             "strength": self.strength,
             "intensity": self.intensity,
             "positions": "all",
+            **({"command": self.command} if self.command is not None else {}),
         }
 
 

@@ -8,7 +8,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emosteer.generation.generate import Decoding, Request, steps
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, steps
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.tokens import reply_text

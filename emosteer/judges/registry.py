@@ -12,7 +12,8 @@ from emosteer.base.errors import UsageError, suggest
 from emosteer.base.files import slug
 from emosteer.judges.protocol import EmotionJudge
 
-KEY_ENV = "OPENAI_API_KEY"
+#: The judge that comes along; the environment variable that holds an endpoint's key; requests to the endpoint at a time.
+EMBEDDED, KEY_ENV, PARALLEL = "embedded", "OPENAI_API_KEY", 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class JudgeOptions:
     base_url: str | None = None
     key_env: str = KEY_ENV
     cache: Path | None = None
-    parallel: int = 8
+    parallel: int = PARALLEL
     device: str = "auto"
 
 
@@ -67,7 +68,7 @@ class JudgeKind:
 
 #: Every judge, by the word before the colon.
 KINDS = {
-    "embedded": JudgeKind("embedded", _embedded),
+    EMBEDDED: JudgeKind(EMBEDDED, _embedded),
     "hf": JudgeKind("hf:ID_OR_FOLDER", _huggingface),
     "openai": JudgeKind("openai:MODEL", _openai, remote=True),
 }
@@ -111,7 +112,7 @@ def make_judge(
     base_url: str | None = None,
     key_env: str = KEY_ENV,
     cache: Path | None = None,
-    parallel: int = 8,
+    parallel: int = PARALLEL,
     device: str = "auto",
 ) -> EmotionJudge:
     """Makes the judge that a specification names.

@@ -1,12 +1,14 @@
-"""The commands that make artefacts: for what is missing, and as far as an artefact's own record tells how it was made. No torch here."""
+"""The commands that make artefacts: for what is missing, and for what is there, as it keeps them or its record tells. No torch here."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
+from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.circuits.places import OWN_BANK
-from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.directions.settings import Settings
 from emosteer.scenarios.scenarios import EMOTIONS
 
 _STAGES = {
@@ -32,42 +34,58 @@ def first_steps(reference: str) -> str:
 
 
 def made_by(kind: str, item: Any, reference: str) -> str:
-    """The command behind an artefact, rebuilt from its record: every option that is known to differ from the default."""
+    """The command that makes an artefact again: the one that it keeps, else rebuilt from its record."""
+    kept = item.provenance.command
+    if kept is None:
+        then = f" && {maker('calibration', reference)}" if kind == "circuit" and item.metrics.get("calibration") else ""
+        return rebuilt(kind, item, reference) + then
+    # a circuit of a version that kept no command, calibrated since
+    return f"{rebuilt(kind, item, reference)} && {kept}" if kind == "circuit" and kept.startswith("emosteer calibrate") else kept
+
+
+def rebuilt(kind: str, item: Any, reference: str) -> str:
+    """A command from an artefact's record: every option that is known to differ from the default."""
     provenance = item.provenance
     params = dict(provenance.params)
     curves = params.get("curves") or {}
-    options: list[tuple[str, Any, Any]] = [("--seed", provenance.seed, 0)]
+    options: list[tuple[str, Any, Any]] = [("--seed", provenance.seed, Settings.seed)]
     if kind == "directions":
         options += [
-            ("--elicitation", item.elicitation, "reply"),
+            ("--elicitation", item.elicitation, Settings.elicitation),
             ("--emotions", ",".join(item.emotions), ",".join(EMOTIONS)),
-            ("--instruction", item.instruction, INSTRUCTION),
-            ("--holdout", params.get("holdout", 0.1), 0.1),
+            ("--instruction", item.instruction, Settings.instruction),
+            ("--holdout", params.get("holdout", Settings.holdout), Settings.holdout),
             ("--replies", "self" if f"replies/{OWN_BANK}" in provenance.data else None, None),
         ]
     elif kind == "scores":
         options += [
-            ("--shares", _listed(curves.get("shares")), "0.02,0.05,0.1,0.25"),
-            ("--neuron-shares", _listed(curves.get("neuron_shares")), "0.01"),
-            ("--kinds", ",".join(curves.get("kinds", ())), "zero,mean,resample,enhance"),
-            ("--randoms", curves.get("n_random"), 3),
-            ("--prompts", curves.get("n_prompts"), 4),
-            ("--strength", curves.get("strength"), 2.0),
+            ("--shares", _listed(curves.get("shares")), _listed(CurveSettings.shares)),
+            ("--neuron-shares", _listed(curves.get("neuron_shares")), _listed(CurveSettings.neuron_shares)),
+            ("--kinds", ",".join(curves.get("kinds", ())), ",".join(CurveSettings.kinds)),
+            ("--randoms", curves.get("n_random"), CurveSettings.n_random),
+            ("--prompts", curves.get("n_prompts"), CurveSettings.n_prompts),
+            ("--strength", curves.get("strength"), CurveSettings.strength),
         ] * bool(curves)
-        usual_counts = {"patch_groups": 6, "true_units": 32, "verify_prompts": 1, "verify_neurons": 100}
+        counts = ("patch_groups", "true_units", "verify_prompts", "verify_neurons")
+        usual_counts = {name: getattr(AblateSettings, name) for name in counts}
         options += [(f"--{name.replace('_', '-')}", params.get(name, usual), usual) for name, usual in usual_counts.items()]
     elif kind == "circuit":
+        gains = item.metrics.get("gains") or {}
+        chosen = [params.get(name, getattr(CircuitSettings, name)) for name in ("preset", "head_share", "neuron_share")]
+        learns = (params.get("extract") or {}).get("elicitation") == "reply" and chosen == [CircuitSettings.preset, None, None]
+        unlearned = 0 if learns else GainSettings.steps  # where the command would learn gains, their absence was asked for
         options += [
-            ("--preset", params.get("preset", "auto"), "auto"),
-            ("--ranking", params.get("ranking", "contrast"), "contrast"),
+            ("--preset", params.get("preset", CircuitSettings.preset), CircuitSettings.preset),
+            ("--ranking", params.get("ranking", CircuitSettings.ranking), CircuitSettings.ranking),
             ("--heads", params.get("head_share"), None),
             ("--neurons", params.get("neuron_share"), None),
-            ("--share", params.get("share", 0.95), 0.95),
+            ("--share", params.get("share", CircuitSettings.share), CircuitSettings.share),
+            ("--gain-steps", gains.get("steps", unlearned), GainSettings.steps),
+            ("--keep", gains.get("keep", GainSettings.keep), GainSettings.keep),
         ]
     written = [f"{name} {shlex.quote(str(value))}" for name, value, usual in options if value != usual and value is not None]
     bare = " --no-curves" if kind == "scores" and not curves else ""
-    then = f" && {maker('calibration', reference)}" if kind == "circuit" and item.metrics.get("calibration") else ""
-    return " ".join([maker(kind, reference), *written]) + bare + then
+    return " ".join([maker(kind, reference), *written]) + bare
 
 
 def _listed(values: Any) -> str:

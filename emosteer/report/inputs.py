@@ -22,7 +22,7 @@ from emosteer.report.measured import Measured
 
 @dataclass(frozen=True)
 class Source:
-    """One file that the page was made from. command: what made it, as far as the file tells; facts: whatever else it says of itself."""
+    """One file that the page was made from. command: what makes it again, as far as the file tells; facts: whatever else it says."""
 
     title: str
     file: str
@@ -174,7 +174,8 @@ def _source(kind: str, path: Path, item: Any, places: Places, reference: str) ->
             "judge": f"{judge.get('name')} {judge.get('key')}",
             "data": f"{test.get('n_groups')} scenario-events, {test.get('file')} {test.get('sha256')}",
         }
-        return Source(title, file, sha256_file(path), commands.maker(kind, reference), {k: v for k, v in facts.items() if v})
+        command = str(item.get("command") or commands.maker(kind, reference))
+        return Source(title, file, sha256_file(path), command, {k: v for k, v in facts.items() if v})
     if kind == "replies":
         return Source(title, file, sha256_file(path), commands.maker(kind, reference), {"replies": f"{len(item):,}"})
     return Source(title, file, sha256_file(path), commands.made_by(kind, item, reference), _facts(item.provenance))

@@ -19,7 +19,8 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS, VLLM
 from emosteer.export.cached import cached_checkpoint
 from emosteer.export.vectors import ExportRequest
-from emosteer.generation.generate import Decoding, Reply, Request, check_lengths, seed_of
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request, check_lengths, seed_of
 from emosteer.models import tokens
 from emosteer.models.architecture import context_of
 from emosteer.models.weights.resolve import Weights

@@ -19,14 +19,16 @@ from emosteer.base.jsonl import KeyedLog, whole_rows
 from emosteer.base.processes import ALONE, Crew, parts
 from emosteer.base.progress import bar, note
 from emosteer.circuits.methods import METHODS, NONE
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
+from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group, GroupKey
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
+from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ContestWriter:
     decoding: Decoding
     instruction: str
     replies: KeyedLog
-    batch_size: int = 64
+    batch_size: int = CONTEST_BATCH_SIZE
     crew: Crew = ALONE
     _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
 

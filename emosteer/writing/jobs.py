@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
-from emosteer.generation.generate import Decoding, Reply, Request
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
 from emosteer.scenarios.conversations import Message

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from emosteer.base.processes import ALONE, Crew
 from emosteer.circuits.methods import PROMPT
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.words import name_pattern
 from emosteer.writing.jobs import Job
 from emosteer.writing.reply_files import write_file
+from emosteer.writing.settings import BATCH_SIZE
 from emosteer.writing.writer import Writer
 
 MIN_WORDS = 5
@@ -45,7 +46,7 @@ def own_bank(
     out: Path,
     instruction: str,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     fresh: bool = False,
     crew: Crew = ALONE,

@@ -12,13 +12,15 @@ from torch import Tensor
 from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
-from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.generation.streaming import stream
 from emosteer.models.memory import is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.writing.jobs import Job, Work, plan_of, request_of
 from emosteer.writing.resumable import halving
+from emosteer.writing.settings import BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Writer:
     decoding: Decoding
     instruction: str
     method: str
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
     elicitation: str = "tone"
     positions: str = "reply"
 

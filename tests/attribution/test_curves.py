@@ -15,17 +15,19 @@ from torch import Tensor
 from emosteer.attribution import ablate as scores
 from emosteer.attribution import curves as ablation
 from emosteer.attribution import verification
-from emosteer.attribution.ablate import AblateSettings, ablate
-from emosteer.attribution.curves import ABLATIONS, Condition, CurveSettings, TextScore, conditions, curves, units_of
+from emosteer.attribution.ablate import ablate
+from emosteer.attribution.curves import Condition, TextScore, conditions, curves, units_of
 from emosteer.attribution.gradients import true_patches
 from emosteer.attribution.scores import Scores
+from emosteer.attribution.settings import ABLATIONS, AblateSettings, CurveSettings
 from emosteer.attribution.unit_scores import UnitScores, ablation_drops, contrast_scores, raw_scores, top_units, unit_mask
 from emosteer.attribution.verification import one_pass, sampled_units, verify
 from emosteer.base.errors import ArtifactError, DataError, EmosteerError
 from emosteer.base.jsonl import JsonlLog
 from emosteer.directions.directions import Directions, stable_band
-from emosteer.directions.extract import Settings, extract
-from emosteer.generation.generate import Decoding
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z, parse_unit
 from emosteer.scenarios.prompts import elicit, plain

@@ -34,6 +34,7 @@ SOURCE = Provenance(
     data={"train.jsonl": "c3" * 32},
     parents={"scores": "d4" * 32},
     versions={"torch": "2"},
+    command="emosteer extract --seed 7",
 )
 FIELDS: dict[str, Any] = {"emotions": ["anger", "été", "喜び"], "n_groups": 12, "share": 0.1 + 0.2, "none": None, "yes": True}
 
@@ -103,6 +104,7 @@ def test_a_file_is_plain_safetensors_with_a_json_header(good: Path) -> None:
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     own = json.loads(header["__metadata__"]["emosteer"])
     assert own == {"schema": "emosteer/directions", "schema_version": 1, "fields": FIELDS, "provenance": asdict(SOURCE)}
+    assert load(good).provenance == SOURCE
     start, end = (8 + struct.unpack("<Q", data[:8])[0] + offset for offset in header["double"]["data_offsets"])
     assert struct.unpack("<5d", data[start:end]) == tuple(tensors()["double"].tolist())
 

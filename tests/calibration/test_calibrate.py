@@ -19,14 +19,17 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.base.files import sha256_file
 from emosteer.base.jsonl import KeyedLog
-from emosteer.calibration.calibrate import CalibrateSettings, Climb, Guard, calibrate, check, climb, joint_ratio, lowered, uncalibrated
+from emosteer.calibration.calibrate import Climb, calibrate, check, climb, joint_ratio, lowered, uncalibrated
+from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.calibration.trials import StrengthPoint, Trials, circuit_key
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import dial, flattened, isotonic, strength_for
 from emosteer.cli import calibrate as cli_calibrate
 from emosteer.cli import main as cli
+from emosteer.cli.command_line import with_command
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import plan_for
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
@@ -560,7 +563,11 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
     assert Circuit.load(folder / "made/circuit.safetensors").provenance.parents["circuit"] == sha256_file(folder / "c")
     before = (folder / "made/circuit.safetensors").read_bytes()
     code, out, _ = call("calibrate", *FAST, "--circuit", "made/circuit.safetensors", "--points", "5")
-    assert code == 0 and "strength at 25" in out and (folder / "made/circuit.safetensors").read_bytes() == before
+    again = Circuit.load(folder / "made/circuit.safetensors")
+    typed = "emosteer calibrate --model ./tiny --circuit {} --groups 6 --points 5 --max-new-tokens 6"
+    assert again.provenance.command == typed.format("made/circuit.safetensors")
+    with_command(again, typed.format("c --out made/circuit.safetensors")).save(folder / "made/as-before")
+    assert code == 0 and "strength at 25" in out and (folder / "made/as-before").read_bytes() == before, "the same but for the command"
     code, out, _ = call("inspect", "made/circuit.safetensors")
     assert code == 0 and "strength at 25" in out and "intensity dial, 6 prompts, judge words" in out
     assert "strength at 25" not in call("inspect", "c")[1]
@@ -569,6 +576,10 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
     result = json.loads(out)
     assert code == 0 and result == json.loads((folder / "made/check.json").read_text())
     assert set(result["emotions"]) == set(EMOTIONS) and result["test"]["n_groups"] == 6
+    kept = (
+        "emosteer calibrate --model ./tiny --circuit made/circuit.safetensors --out made/check.json --check --groups 6 --max-new-tokens 6"
+    )
+    assert result["command"] == kept
     code, out, _ = call("calibrate", *FAST, "--circuit", "made/circuit.safetensors", "--check", "--out", "made/check.json")
     assert code == 0 and "steps with their standard errors" in out
 

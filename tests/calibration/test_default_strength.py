@@ -13,13 +13,16 @@ import torch
 
 from emosteer.base.errors import DataError
 from emosteer.calibration import default_strength as tuning
-from emosteer.calibration.default_strength import TuneSettings, strongest, tune_strength
+from emosteer.calibration.default_strength import strongest, tune_strength
+from emosteer.calibration.settings import TuneSettings
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.settings import CircuitSettings
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Reply, Request, generate
+from emosteer.generation.generate import Reply, Request, generate
 from emosteer.generation.steering import plan_for
 from emosteer.models.model import Model
 from emosteer.scenarios.prompts import elicit, plain

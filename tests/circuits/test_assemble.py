@@ -25,7 +25,8 @@ from emosteer.circuits.name_sparing import name_direction, name_tokens, spare_na
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.activations import Sample
 from emosteer.directions.directions import Directions, UnitStats, reference_directions, stable_band
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.generation.steering import compile_units
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, Head, Neuron, Site, Unit

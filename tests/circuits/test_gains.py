@@ -18,11 +18,12 @@ from emosteer.base.errors import DataError, UsageError
 from emosteer.circuits import assemble as assembly
 from emosteer.circuits import gains
 from emosteer.circuits.assemble import assemble
-from emosteer.circuits.gains import Gains, GainSettings, learn_gains, strongest_mask
+from emosteer.circuits.gains import Gains, learn_gains, strongest_mask
 from emosteer.circuits.name_sparing import spare_names, without_names
-from emosteer.circuits.settings import CircuitSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.directions.directions import Directions, reference_directions, stable_band
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Head
 from emosteer.scenarios.prompts import plain

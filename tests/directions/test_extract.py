@@ -20,7 +20,8 @@ from emosteer.directions import extract
 from emosteer.directions.activations import Sample, read_states, tokenize_group
 from emosteer.directions.contrast import make_plan
 from emosteer.directions.directions import Directions, from_contrasts
-from emosteer.directions.extract import Settings, finish_checkpoint
+from emosteer.directions.extract import finish_checkpoint
+from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS, Bank, Group
 from tests.conftest import build, small_data

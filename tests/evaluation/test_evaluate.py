@@ -21,19 +21,10 @@ from emosteer.circuits.methods import CONTEST, CONTROLS, NONE, PROMPTS, STEERED,
 from emosteer.cli import main as cli
 from emosteer.cli.print_contest import print_evaluation
 from emosteer.evaluation.bootstrap import Draws
-from emosteer.evaluation.doses import Budget, DosePoint, best_prompt, choose
-from emosteer.evaluation.evaluate import (
-    COMPARED,
-    METRICS,
-    EvaluationSettings,
-    compare,
-    equal_ratio,
-    evaluate,
-    frontier,
-    result_of,
-    rivals_of,
-)
+from emosteer.evaluation.doses import DosePoint, best_prompt, choose
+from emosteer.evaluation.evaluate import COMPARED, METRICS, compare, equal_ratio, evaluate, frontier, result_of, rivals_of
 from emosteer.evaluation.metrics import EMPTY, confusion, content_tables, measure, repetition, table_of
+from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.judges import embedded as embedded_judge
 from emosteer.judges import registry as judges
 from emosteer.judges import soundness

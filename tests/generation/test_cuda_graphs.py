@@ -11,7 +11,8 @@ from emosteer.generation import cuda_graphs as graphs
 from emosteer.generation import engines
 from emosteer.generation import kv_cache as cache_module
 from emosteer.generation.cuda_graphs import RecordedStep
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site

@@ -21,7 +21,8 @@ from transformers import (
 from emosteer.base.errors import DataError, UsageError
 from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
-from emosteer.generation.generate import Decoding, Request, batches, choose, generate, steps
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, batches, choose, generate, steps
 from emosteer.generation.kv_cache import ROOM, growing_cache
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits, unit_masks

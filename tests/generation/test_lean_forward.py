@@ -15,8 +15,9 @@ from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
 from emosteer.generation import lean_forward as lean
 from emosteer.generation import packed_linear as packed
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.engines import HookedEngine, LeanEngine, engine_for
-from emosteer.generation.generate import Decoding, Reply, Request, choose, generate
+from emosteer.generation.generate import Reply, Request, choose, generate
 from emosteer.generation.kv_cache import RowCache
 from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.native.build import library

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emosteer.generation import lean_forward as lean
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.kv_cache import RowCache
 from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.native import build

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from emosteer.generation import generate as generation
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import Injector, SteeringPlan, compile_units, plan_for, residual_vectors, unit_edits
 from emosteer.models.model import Model
 from emosteer.models.sites import Site

@@ -19,9 +19,10 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, CONTEST, RESIDUAL, source_of
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.directions import Directions
-from emosteer.directions.extract import Settings, extract
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.evaluation.controls import added_key, vectors_of
-from emosteer.generation.generate import Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion, Soundness
 from emosteer.models.model import Model

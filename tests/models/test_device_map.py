@@ -11,8 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emosteer.base.errors import UsageError
-from emosteer.directions.extract import Settings, extract
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models import devices
 from emosteer.models.hooks import at_home

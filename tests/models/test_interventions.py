@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.decoding import Decoding
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import unit_edits
 from emosteer.models.interventions import RowEdits, replace_units, unit_masks, unit_site, unit_slice
 from emosteer.models.model import Model

@@ -25,8 +25,8 @@ from emosteer.base.files import write_text
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places
 from emosteer.cli import main as cli
-from emosteer.evaluation.doses import Budget
-from emosteer.evaluation.evaluate import EvaluationSettings, evaluate
+from emosteer.evaluation.evaluate import evaluate
+from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.report import page
 from emosteer.report.commands import made_by, maker
 from emosteer.report.inputs import WHAT, read_inputs

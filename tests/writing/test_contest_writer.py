@@ -15,8 +15,9 @@ from emosteer.base.errors import ArtifactError, DataError
 from emosteer.circuits.faithfulness import random_units
 from emosteer.circuits.methods import CONTEST, NONE, PROMPTS
 from emosteer.evaluation.controls import added_key, random_circuit, random_direction, random_heads, vectors_of
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.judges import jury as jury_module
 from emosteer.models.sites import ATTN_OUT, RESID_POST, Head

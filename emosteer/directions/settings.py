@@ -1,0 +1,20 @@
+"""What shapes an extraction. No torch, so that the command line can show the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emosteer.scenarios.prompts import INSTRUCTION
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes the result of an extraction."""
+
+    emotions: tuple[str, ...]
+    elicitation: str = "reply"
+    instruction: str = INSTRUCTION
+    holdout: float = 0.1
+    seed: int = 0
+    batch_tokens: int = 1024
+    packed: bool = True

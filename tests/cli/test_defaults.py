@@ -1,0 +1,82 @@
+"""A default stands once: what a command shows is what its settings class holds, and what the stages take when nobody says anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from emosteer.attribution.settings import AblateSettings, CurveSettings
+from emosteer.calibration.settings import CalibrateSettings, Guard
+from emosteer.circuits.places import ARTIFACTS
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.cli.main import app
+from emosteer.directions.settings import Settings
+from emosteer.evaluation.settings import Budget, EvaluationSettings
+from emosteer.generation.decoding import Decoding
+from emosteer.judges.registry import EMBEDDED, KEY_ENV, PARALLEL
+from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
+
+DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+JUDGE = {"judge": EMBEDDED, "key_env": KEY_ENV, "parallel": PARALLEL}
+EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
+CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
+
+#: Command -> option -> the field that it sets, of an instance made with defaults.
+FIELDS: dict[str, dict[str, Any]] = {
+    "extract": {name: vars(EXTRACT)[name] for name in ("elicitation", "instruction", "holdout", "packed", "seed")},
+    "ablate": {
+        "shares": ",".join(map(str, CURVES.shares)),
+        "neuron_shares": ",".join(map(str, CURVES.neuron_shares)),
+        "kinds": ",".join(CURVES.kinds),
+        "randoms": CURVES.n_random,
+        "prompts": CURVES.n_prompts,
+        "strength": CURVES.strength,
+        **{name: vars(ABLATE)[name] for name in ("patch_groups", "true_units", "verify_prompts", "verify_neurons", "seed")},
+    },
+    "circuit": {
+        **{name: vars(CIRCUIT)[name] for name in ("preset", "ranking", "share", "seed")},
+        **{"heads": CIRCUIT.head_share, "neurons": CIRCUIT.neuron_share, "gain_steps": GAINS.steps, "keep": GAINS.keep},
+    },
+    "calibrate": {
+        **{name: vars(CALIBRATE)[name] for name in ("top", "points", "refine", "ratio", "default_intensity")},
+        **{"each_ratio": GUARD.ratio, "sound": GUARD.sound, "names": GUARD.names},
+        **{"max_new_tokens": Decoding().max_new_tokens, "batch_size": BATCH_SIZE, **JUDGE},
+    },
+    "evaluate": {**DECODING, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
+    "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
+    "judge": {"spec": EMBEDDED, "key_env": KEY_ENV, "parallel": PARALLEL},
+}
+#: Options that no settings class holds: where things are, and what a command alone decides.
+ALONE = {
+    *("model", "device", "dtype", "emotions", "curves", "tune"),
+    *("ablate.top", "calibrate.groups", "generate.method", "generate.engine", "judge.field"),
+}
+
+
+def options(command: str) -> dict[str, Any]:
+    """Option -> default, of one command."""
+    return {str(parameter.name): parameter.default for parameter in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", FIELDS)
+def test_an_option_shows_what_its_settings_hold(command: str) -> None:
+    shown = options(command)
+    assert {name: shown[name] for name in FIELDS[command]} == FIELDS[command]
+    assert shown.get("root", ARTIFACTS) == ARTIFACTS
+
+
+@pytest.mark.parametrize("command", FIELDS)
+def test_no_option_with_a_default_is_left_out_of_the_table(command: str) -> None:
+    """So that a new one gets its settings field and its row, instead of a number of its own."""
+    known = {*FIELDS[command], "root", *ALONE, *(name.partition(".")[2] for name in ALONE if name.startswith(f"{command}."))}
+    numbers = {name for name, default in options(command).items() if default not in (None, False, 0)}
+    assert numbers <= known, numbers - known
+
+
+def test_the_contest_tries_the_doses_of_its_settings_and_the_guard_is_that_of_calibrate() -> None:
+    from emosteer.cli.evaluate import DOSES
+
+    assert tuple(map(float, DOSES.split(","))) == EvaluationSettings().doses and Guard() == GUARD
