@@ -1,4 +1,4 @@
-"""How the final emotion score depends on activations: gradients, first-order estimates of patches, and real patches (METHOD section 4)."""
+"""How the final emotion score depends on activations: gradients, first-order estimates, real patches (docs/METHOD.md section 4)."""
 
 from __future__ import annotations
 

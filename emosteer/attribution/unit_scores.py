@@ -1,6 +1,6 @@
 """Which heads and neurons write the emotion: exact contributions in one pass, attribution patching, true patches as a check.
 
-METHOD section 4. Contributions are linear in the activations, so the mean contrastive contribution of every unit follows from
+docs/METHOD.md section 4. Contributions are linear in the activations, so the mean contrastive contribution of every unit follows from
 the mean contrast that `extract` keeps: no forward pass per head, and none at all once the directions are there.
 """
 

@@ -82,7 +82,7 @@ def tokenize_group(
 def read_positions(prompt: int, reply: int) -> tuple[int, ...]:
     """Positions that write a reply's tokens: the last prompt position and every reply position but the last.
 
-    With no reply it is t*, the last prompt position alone (METHOD section 3). Positions are absolute.
+    With no reply it is t*, the last prompt position alone (docs/METHOD.md section 3). Positions are absolute.
     """
     return tuple(range(prompt - 1, prompt + max(reply - 1, 0)))
 

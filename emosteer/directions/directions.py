@@ -207,7 +207,7 @@ def _evidence(contrasts: Contrasts, counts: Mapping[str, float]) -> Evidence:
     )
 
 
-#: Adjacent layers whose directions agree more than this are one stable band (METHOD section 5).
+#: Adjacent layers whose directions agree more than this are one stable band (docs/METHOD.md section 5).
 BAND_COSINE = 0.9
 
 

@@ -1,4 +1,4 @@
-"""Circuit or Directions -> SteeringPlan: constant vectors per layer and row (METHOD section 6).
+"""Circuit or Directions -> SteeringPlan: constant vectors per layer and row (docs/METHOD.md section 6).
 
 The modulation `z[h] += s * delta_bar[h]`, `mlp_post[n] += s * delta_bar[n]` adds the same amount at every position, hence a
 whole circuit equals two constant vectors per layer, written where `W_O` and `W_down` write. Strength is the multiplier s.
