@@ -179,6 +179,6 @@ def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion
             batch = unpacked_batch(model, [single] * len(chosen))
             edits = replace_units(model, [[unit] for unit in chosen], patch, positions=batch.read_mask())
             out = model.read(batch.ids, [last], edits=edits, attention_mask=batch.mask, position_ids=batch.positions)[last]
-            # subtracted before projecting, see `ablation_drops`
+            # the difference is taken before projecting: the residual's massive entries would drown it otherwise
             drops[start : start + rows] += ((clean - batch.average(out)) @ v_ref[emotion].to(clean)).cpu()
     return drops / len(samples)

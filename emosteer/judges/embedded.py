@@ -185,8 +185,3 @@ def load_heads(path: Path) -> dict[str, LinearHead]:
         }
     except (KeyError, AttributeError) as error:
         raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error
-
-
-def load_card(path: Path = ASSET) -> dict[str, Any]:
-    """What was measured when the heads were fitted."""
-    return dict(artifacts.load(path, KIND).fields["card"])

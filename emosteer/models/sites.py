@@ -72,18 +72,6 @@ def parse_site(text: str) -> Site:
     return Site(int(found[1]), found[2])
 
 
-def parse_unit(text: str) -> Unit:
-    """Reads ``L3H7`` or ``L3N1024`` back into a Head or a Neuron.
-
-    Raises:
-        UsageError: if the text is neither.
-    """
-    found = re.fullmatch(r"L(\d+)([HN])(\d+)", text)
-    if not found:
-        raise UsageError(f"expected a head such as 'L3H7' or a neuron such as 'L3N1024', found {text!r}")
-    return (Head if found[2] == "H" else Neuron)(int(found[1]), int(found[3]))
-
-
 def residual_sites(n_layers: int) -> tuple[Site, ...]:
     """All residual-stream sites in the order in which the model writes them: mid then post, layer by layer."""
     return tuple(Site(layer, kind) for layer in range(n_layers) for kind in (RESID_MID, RESID_POST))
