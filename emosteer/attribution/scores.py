@@ -15,7 +15,7 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
 
 KIND = "scores"
-FORMS = ("contrast", "raw", "patch", "effect")
+SCORE_FORMS = ("contrast", "raw", "patch", "effect")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
+from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.generation.generate import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS
@@ -19,9 +20,6 @@ from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import stem_pattern
 from emosteer.writing.contest_writer import Cell, ContestWriter, Row, cells_of
-
-#: Nats per token that an empty reply counts for: it is a broken one.
-EMPTY = 10.0
 
 
 @dataclass(frozen=True)
@@ -125,4 +123,4 @@ class Trials:
 
 def _nats(reply: Row) -> float:
     """Nats per token of a reply alone under the unsteered model."""
-    return EMPTY if reply["nll"] is None else float(reply["nll"])
+    return EMPTY_NLL if reply["nll"] is None else float(reply["nll"])

@@ -24,7 +24,7 @@ from emosteer.base.errors import EmosteerError, ModelError, UsageError
 from emosteer.base.files import write_error
 from emosteer.base.progress import bar, note
 from emosteer.export.card import card
-from emosteer.export.forms import FORMS, llama_form, read_config
+from emosteer.export.forms import ARCHITECTURES, llama_form, read_config
 from emosteer.export.tensors import CODES, PRECISIONS, Planned, Stored, pieces, shards, stored_tensors, write_shard
 from emosteer.export.vectors import WRITERS, ExportRequest, compiled
 from emosteer.models.sites import Site
@@ -90,7 +90,7 @@ def export_checkpoint(
         "schema": 1,
         "kind": "checkpoint",
         **steering.facts(),
-        "architecture": FORMS[config.model_type],
+        "architecture": ARCHITECTURES[config.model_type],
         "dtype": form["dtype"],
         "bias_rounding": biases.rounding,
         "bytes": sum(tensor.size for tensor in plan),

@@ -10,7 +10,7 @@ from emosteer.base.errors import UsageError, suggest
 from emosteer.base.files import slug
 from emosteer.judges.protocol import EmotionJudge
 
-FORMS = "embedded, hf:ID_OR_FOLDER or openai:MODEL"
+JUDGE_FORMS = "embedded, hf:ID_OR_FOLDER or openai:MODEL"
 KEY_ENV = "OPENAI_API_KEY"
 
 
@@ -48,7 +48,7 @@ def make_judge(
     if kind == "openai" and name:
         return _openai(name, base_url, key_env, cache, parallel)
     hint = f" (did you mean 'hf:{spec}'?)" if "/" in spec and not colon else suggest(kind, ("embedded", "hf", "openai"))
-    raise UsageError(f"unknown judge '{spec}'{hint}; expected {FORMS}")
+    raise UsageError(f"unknown judge '{spec}'{hint}; expected {JUDGE_FORMS}")
 
 
 def _openai(model: str, base_url: str | None, key_env: str, cache: Path | None, parallel: int) -> EmotionJudge:

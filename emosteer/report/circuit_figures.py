@@ -12,7 +12,7 @@ from emosteer.circuits.circuit import Circuit, overlap
 from emosteer.directions.directions import Directions
 from emosteer.report import plots
 from emosteer.report.direction_figures import emotion_similarity
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Key, Panel
 from emosteer.report.panels import square
 from emosteer.report.plots import Spec, Steps, Style
 from emosteer.report.wording import finite, number, percent, plural, words
@@ -96,8 +96,8 @@ def _drawn_words(circuit: Circuit, e: int, heads: Tensor, counts: Mapping[int, i
     return said + (f"; the strongest are {words([f'L{i // n_heads}H{i % n_heads}' for i in strongest])}." if strongest else ".")
 
 
-def _unit_table(circuit: Circuit, heads: Tensor) -> Table:
-    rows: list[list[Cell]] = []
+def _unit_table(circuit: Circuit, heads: Tensor) -> FigureTable:
+    rows: list[list[CellValue]] = []
     left = 0
     neurons = list(zip(circuit.neuron_index.tolist(), circuit.neuron_delta.tolist(), strict=True))
     for e, emotion in enumerate(circuit.emotions):
@@ -109,19 +109,21 @@ def _unit_table(circuit: Circuit, heads: Tensor) -> Table:
         for kind, size, name in found[:LISTED]:
             rows.append([name, emotion, kind, number(size, 3), percent(size**2 / total) if kind == "head" else None])
     more = f"; {left:,} weaker units are left out" if left else ""
-    return Table(f"What each unit adds at strength 1{more}", ("Unit", "Emotion", "Kind", "Length", "Share of all heads' square"), rows)
+    return FigureTable(
+        f"What each unit adds at strength 1{more}", ("Unit", "Emotion", "Kind", "Length", "Share of all heads' square"), rows
+    )
 
 
 # ---- faithfulness and overlap --------------------------------------------------------------------------------------------
 
 
-def faithfulness(circuit: Circuit) -> Table | None:
+def faithfulness(circuit: Circuit) -> FigureTable | None:
     """Size, strength and how well the circuit stands for the whole model; None where that was not measured."""
     found = circuit.metrics.get("emotions")
     if not isinstance(found, Mapping):
         return None
     total = circuit.heads[0].numel()
-    rows: list[list[Cell]] = []
+    rows: list[list[CellValue]] = []
     for e, emotion in enumerate(circuit.emotions):
         row = found.get(emotion, {})
         n_heads, n_neurons = int(circuit.heads[e].sum()), int((circuit.neuron_index[:, 0] == e).sum())
@@ -129,7 +131,7 @@ def faithfulness(circuit: Circuit) -> Table | None:
         size = f"{n_heads} ({percent(n_heads / total, 0)})"
         rows.append([emotion.capitalize(), size, n_neurons, number(circuit.strength[e].item(), 2), *shares])
     head = ("Emotion", "Heads", "Neurons", "Default strength", "Effect kept", "Effect of the rest", "Random circuits", "Best random")
-    return Table("Effect on the final score, as shares of what injecting every unit does", head, rows)
+    return FigureTable("Effect on the final score, as shares of what injecting every unit does", head, rows)
 
 
 def shared(circuit: Circuit, directions: Directions | None) -> Figure:

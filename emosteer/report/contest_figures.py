@@ -7,7 +7,7 @@ from typing import Any
 
 from emosteer.report import plots
 from emosteer.report.contest_tables import equal_table, extra_table, frontier_table, pair, results_table, strength_table
-from emosteer.report.figures import Figure, Panel, Table
+from emosteer.report.figures import Figure, FigureTable, Panel
 from emosteer.report.measured import Measured
 from emosteer.report.plots import PANEL, WIDE, Spec, Steps, Style
 from emosteer.report.wording import (
@@ -178,7 +178,7 @@ def differences(contest: Measured) -> Figure | None:
         return None
     sides = {a: [row for row in shown if row["a"] == a] for a in ordered({row["a"] for row in shown})}
     panels = [_difference_panel(label(a), rows) for a, rows in sides.items()]
-    table = Table("Paired differences, by metric", ("Pair", "Metric", "Difference", "p", "Pairs"), [pair(row) for row in known])
+    table = FigureTable("Paired differences, by metric", ("Pair", "Metric", "Difference", "p", "Pairs"), [pair(row) for row in known])
     caption = (
         "Both methods answer the same prompts, so their difference is taken prompt by prompt, with its 95 % interval. An interval that "
         "misses zero, the dashed line, is a difference that was shown."
@@ -211,7 +211,7 @@ def by_part(contest: Measured, by: str, title: str) -> Figure:
         ("names", "Naming", percent_range),
     ):
         rows = [[label(m), *(form(contest.part(m, by, name, metric)) for name in names)] for m in methods]
-        tables.append(Table(f"{heading} by {title}", ("Method", *(name.capitalize() for name in names)), rows))
+        tables.append(FigureTable(f"{heading} by {title}", ("Method", *(name.capitalize() for name in names)), rows))
     what = "the emotion asked for" if by == "by_emotion" else "how the prompt's event turned out"
     caption = f"Test replies split by {what}, with 95 % intervals; the dashed line is chance."
     return Figure(by.replace("_", "-"), f"Accuracy by {title}", caption, panels, tables, SOURCES)
@@ -267,7 +267,7 @@ def _confusion_panel(contest: Measured, method: str, steps: Steps) -> Panel:
     return Panel(label(method), plots.svg(chart, alt_text), alt_text)
 
 
-def _confusion_table(contest: Measured, method: str) -> Table:
+def _confusion_table(contest: Measured, method: str) -> FigureTable:
     (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
     rows = [[target, *(percent(finite(table[target].get(seen)) or 0.0) for seen in judged)] for target in targets]
-    return Table(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)
+    return FigureTable(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)

@@ -7,24 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys
 from emosteer.report.plots import Style
 from emosteer.report.wording import finite, number, plural
 
-Row = Mapping[str, Any]
+CurvePoint = Mapping[str, Any]
 BEST, RANDOM = "highest-scored units", "random units, range over sets"
 CURVES = {BEST: Style("series-1"), RANDOM: Style("m-control", "square", (4, 4))}
 KINDS = {"zero": "set to zero", "mean": "set to their mean", "resample": "resampled", "enhance": "enhanced"}
 
 
-def curves(rows: Sequence[Row]) -> Figure:
+def curves(rows: Sequence[CurvePoint]) -> Figure:
     """One panel per kind of intervention and of unit.
 
     Args:
         rows: `Scores.curves`.
     """
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[CurvePoint]] = defaultdict(list)
     for row in rows:
         if row["kind"] != "none":
             groups[row["unit"], row["kind"]].append(row)
@@ -43,12 +43,12 @@ def curves(rows: Sequence[Row]) -> Figure:
     return Figure("curves", "Do the units cause the emotion?", caption, panels, [_table(rows, emotions)], ("scores",), keys(CURVES))
 
 
-def _baseline(rows: Sequence[Row], who: str) -> float | None:
+def _baseline(rows: Sequence[CurvePoint], who: str) -> float | None:
     found = [row["score"] for row in rows if row["kind"] == "none" and row["who"] == who]
     return sum(found) / len(found) if found else None
 
 
-def _panel(unit: str, kind: str, points: Sequence[Row], baseline: float | None, domain: tuple[float, float]) -> Panel:
+def _panel(unit: str, kind: str, points: Sequence[CurvePoint], baseline: float | None, domain: tuple[float, float]) -> Panel:
     title = f"{unit.capitalize()} {KINDS.get(kind, kind)}"
     last = points[-1]["x"] if points else ""
     said = ", ".join(f"{p['series'].partition(',')[0]} {number(p['y'])}" for p in points if p["x"] == last)
@@ -61,7 +61,7 @@ def _panel(unit: str, kind: str, points: Sequence[Row], baseline: float | None, 
     return Panel(title, plots.svg(chart, alt_text), alt_text)
 
 
-def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _points(rows: Sequence[CurvePoint]) -> list[dict[str, Any]]:
     """Means over emotions: the best units, and random sets with their range, per share."""
     scores: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -81,11 +81,11 @@ def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return points
 
 
-def _table(rows: Sequence[Row], emotions: Sequence[str]) -> Table:
+def _table(rows: Sequence[CurvePoint], emotions: Sequence[str]) -> FigureTable:
     found: dict[tuple[str, str, float, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         found[row["unit"], row["kind"], row["share"], row["who"]][row["emotion"]] = row["score"]
-    cells: list[list[Cell]] = []
+    cells: list[list[CellValue]] = []
     for (unit, kind, share, who), scores in found.items():
         name = f"{unit} {KINDS.get(kind, kind)}"
         chosen = "best" if who == "top" else who.replace(":", " ")
@@ -95,4 +95,6 @@ def _table(rows: Sequence[Row], emotions: Sequence[str]) -> Table:
         cells.append(
             [name, f"{100 * share:g} %" if share else "", chosen, number(mean), *(number(finite(scores.get(e))) for e in emotions)]
         )
-    return Table("Emotion score of every point", ("Intervention", "Share", "Units", "Mean", *(e.capitalize() for e in emotions)), cells)
+    return FigureTable(
+        "Emotion score of every point", ("Intervention", "Share", "Units", "Mean", *(e.capitalize() for e in emotions)), cells
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from emosteer.circuits.circuit import Circuit
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Key, Panel
 from emosteer.report.plots import Spec, Style, var
 from emosteer.report.wording import finite, number, percent
 
@@ -71,14 +71,14 @@ def _highest(curves: Mapping[str, Sequence[Spot]], limit: float | None) -> float
     return max([1.05, limit or 1.0, *(min(spot.ratio or 1.0, shown) for some in curves.values() for spot in some)])
 
 
-def _table(curves: Mapping[str, Sequence[Spot]]) -> Table:
-    rows: list[list[Cell]] = []
+def _table(curves: Mapping[str, Sequence[Spot]]) -> FigureTable:
+    rows: list[list[CellValue]] = []
     for emotion, some in curves.items():
         for s in some:
             numbers = [number(s.judged), number(s.fitted), number(s.ratio), percent(s.sound), percent(s.names)]
             rows.append([f"{emotion} {number(s.at, 2)}", "broke" if s.broke else "held", *numbers])
     head = ("Emotion and strength", "The text", "Judged P(target)", "Fitted", "Perplexity ratio", "Sound", "Names")
-    return Table("Calibration points", head, rows)
+    return FigureTable("Calibration points", head, rows)
 
 
 def _panel(emotion: str, some: Sequence[Spot], limit: float | None, top: float) -> Panel:
@@ -137,7 +137,7 @@ def checked(check: Mapping[str, Any]) -> Figure:
     """Judged intensity over the dial on prompts that it was not fitted on."""
     curves = {emotion: spots(row, "intensity") for emotion, row in check["emotions"].items() if isinstance(row, Mapping)}
     panels = [_checked_panel(emotion, some) for emotion, some in curves.items() if any(spot.judged is not None for spot in some)]
-    cells: list[list[Cell]] = []
+    cells: list[list[CellValue]] = []
     for emotion, some in curves.items():
         for s in some:
             numbers = [number(s.judged), number(s.error, 3), number(s.ratio), percent(s.sound), percent(s.names)]
@@ -147,7 +147,7 @@ def checked(check: Mapping[str, Any]) -> Figure:
     caption = (
         f"Replies to {size or '?'} other scenario-events at several positions of the dial, judged blind; the band is the 95 % interval."
     )
-    tables = [Table("The dial on other prompts", head, cells)]
+    tables = [FigureTable("The dial on other prompts", head, cells)]
     return Figure("dial-check", "The dial on prompts that it was not fitted on", caption, panels, tables, ("check",))
 
 

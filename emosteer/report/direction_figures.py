@@ -9,7 +9,7 @@ from torch import Tensor
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys, square
 from emosteer.report.plots import PANEL, WIDE, Steps, Style
 from emosteer.report.wording import number, percent
@@ -56,7 +56,7 @@ def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
     )
     y = plots.quantity("y", "Accuracy", domain=(0, 1), percent=True)
     panel = _panel("Naming the emotion of held-out replies", series, NAMING, alt_text, y, [chance])
-    rows: list[list[Cell]] = [
+    rows: list[list[CellValue]] = [
         [layer, percent(held[layer]), percent(shuffled[layer]), *(percent(share) for share in by_emotion[layer].tolist())]
         for layer in range(len(held))
     ]
@@ -65,7 +65,7 @@ def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
         f"{found.n_heldout} scenario-events that the directions did not see; the emotion with the largest projection is taken. The dashed "
         f"level line is chance, {percent(chance)}."
     )
-    table = Table("Held-out naming per layer, mean and by emotion", head, rows)
+    table = FigureTable("Held-out naming per layer, mean and by emotion", head, rows)
     return Figure("naming", "Do the directions carry the emotion?", caption, [panel], [table], SOURCES, keys(NAMING))
 
 
@@ -76,8 +76,8 @@ def _holding(series: Series) -> Figure:
     y = plots.quantity("y", "Cosine", domain=(min(0.0, *map(min, series.values())), 1.0))
     panel = _panel("Cosine between directions of parts of the data", series, HOLDING, alt_text, y)
     n_layers = len(next(iter(series.values())))
-    rows: list[list[Cell]] = [[layer, *(number(values[layer], 3) for values in series.values())] for layer in range(n_layers)]
-    table = Table("Cosines per layer, mean over emotions", ("Layer", *(name.capitalize() for name in series)), rows)
+    rows: list[list[CellValue]] = [[layer, *(number(values[layer], 3) for values in series.values())] for layer in range(n_layers)]
+    table = FigureTable("Cosines per layer, mean over emotions", ("Layer", *(name.capitalize() for name in series)), rows)
     caption = (
         "A direction that carries the emotion and not the context stays the same when it is taken from other scenarios, themes or "
         "valences. With shuffled labels nothing is left to agree on."
@@ -104,12 +104,14 @@ def layer_similarity(found: Directions) -> Figure:
     written = plots.every(range(n), 7)
     x, y = plots.category("x", "Layer", values=written), plots.category("y", "Layer", values=written)
     panel = Panel("Cosine between the layers' directions", plots.svg(plots.heat(rows, steps, x, y, height=PANEL), alt_text), alt_text)
-    table = Table("Mean cosine between layers", ("Layer", *map(str, range(n))), [[a, *map(number, row)] for a, row in enumerate(cosines)])
+    table = FigureTable(
+        "Mean cosine between layers", ("Layer", *map(str, range(n))), [[a, *map(number, row)] for a, row in enumerate(cosines)]
+    )
     caption = "Mean over emotions. A block of high cosines means that the model keeps one direction through those layers."
     return Figure("layers", "Do they hold across layers?", caption, [panel], [table], SOURCES, steps.key(".2f"), "Cosine")
 
 
-def emotion_similarity(found: Directions, band: Sequence[int]) -> tuple[Panel, Table]:
+def emotion_similarity(found: Directions, band: Sequence[int]) -> tuple[Panel, FigureTable]:
     """Cosine between the directions of two emotions, mean over a band of layers."""
     vectors = found.at(RESID_POST)[:, list(band)].float()
     cosines = (vectors[:, None] * vectors[None]).sum(-1).mean(-1)

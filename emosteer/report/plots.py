@@ -17,7 +17,7 @@ import vl_convert
 from emosteer.report.figures import Key
 
 PANEL, WIDE = 340, 760
-Row = Mapping[str, Any]
+Datum = Mapping[str, Any]
 Spec = dict[str, Any]
 #: Descriptions that start with this sign become tooltips; Vega writes descriptions of its own, which do not.
 _TIP = "\u00a7"
@@ -82,13 +82,13 @@ class Steps:
 # ---- parts of a chart --------------------------------------------------------------------------------------------------
 
 
-def mark(kind: str, encoding: Spec, rows: Sequence[Row] | None = None, **look: Any) -> Spec:
+def mark(kind: str, encoding: Spec, rows: Sequence[Datum] | None = None, **look: Any) -> Spec:
     """One layer. rows: its own data, else the chart's."""
     own = {} if rows is None else {"data": {"values": [dict(row) for row in rows]}}
     return {"mark": {"type": kind, **look}, "encoding": encoding, **own}
 
 
-def chart(rows: Sequence[Row], layers: Sequence[Spec], height: int, width: int = PANEL) -> Spec:
+def chart(rows: Sequence[Datum], layers: Sequence[Spec], height: int, width: int = PANEL) -> Spec:
     """Layers over the same data. The width is that of the whole drawing, axes included."""
     fit = {"type": "fit", "contains": "padding"}
     return {"data": {"values": [dict(row) for row in rows]}, "layer": list(layers), "width": width, "height": height, "autosize": fit}
@@ -142,7 +142,7 @@ def rule(axis: str, at: float, dash: Sequence[int] = (3, 3)) -> Spec:
 
 
 def dots(
-    rows: Sequence[Row],
+    rows: Sequence[Datum],
     styles: Mapping[str, Style],
     *,
     percent: bool = True,
@@ -165,7 +165,7 @@ def dots(
 
 
 def lines(
-    rows: Sequence[Row],
+    rows: Sequence[Datum],
     styles: Mapping[str, Style],
     x: Spec,
     y: Spec,
@@ -192,7 +192,7 @@ def lines(
     return chart(rows, layers, height, width)
 
 
-def heat(rows: Sequence[Row], steps: Steps, x: Spec, y: Spec, *, height: int, numbers: bool = False) -> Spec:
+def heat(rows: Sequence[Datum], steps: Steps, x: Spec, y: Spec, *, height: int, numbers: bool = False) -> Spec:
     """Cells coloured by step.
 
     Args:

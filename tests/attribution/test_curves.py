@@ -373,7 +373,7 @@ def made(case: Case) -> Scores:
 
 
 def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
-    assert set(made.forms) == set(scores.FORMS)
+    assert set(made.forms) == set(scores.SCORE_FORMS)
     for name, wanted in (("contrast", case.scores), ("raw", raw_scores(case.model, case.directions))):
         assert torch.equal(made.forms[name].heads, wanted.heads) and torch.equal(made.forms[name].neurons, wanted.neurons)
     for form in made.forms.values():
