@@ -142,8 +142,8 @@ class _Team:
             importance, effects = importance_and_effects(self.model, [sample], self.directions, self.v_ref)
             return {"importance": importance, "heads": effects.heads, "neurons": effects.neurons}
 
-        found = self._mean("effect", prompts, one)
-        return found["importance"], UnitScores(found["heads"], found["neurons"])
+        means = self._mean("effect", prompts, one)
+        return means["importance"], UnitScores(means["heads"], means["neurons"])
 
     def attribution_patching(self, samples: Sequence[Sample], name: str) -> UnitScores:
         """As `attribution.attribution_patching`."""
@@ -152,8 +152,8 @@ class _Team:
             scores, _ = attribution_patching(self.model, [sample], self.v_ref)
             return {"heads": scores.heads, "neurons": scores.neurons}
 
-        found = self._mean(name, samples, one)
-        return UnitScores(found["heads"], found["neurons"])
+        means = self._mean(name, samples, one)
+        return UnitScores(means["heads"], means["neurons"])
 
     def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
         """As `attribution.true_patches`."""
@@ -174,8 +174,8 @@ class _Team:
 
 def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
     """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
-    some = list(samples[: settings.true_groups])
-    local = team.attribution_patching(some, "patch-some")
+    patched = list(samples[: settings.true_groups])
+    local = team.attribution_patching(patched, "patch-some")
     units: list[Unit] = []
     half = settings.true_units // 2
     draw = random.Random(f"{settings.seed}/patches")
@@ -187,7 +187,7 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:
             units.append(unit)
-    truth = team.true_patches(some, emotion, units)
+    truth = team.true_patches(patched, emotion, units)
     estimate = torch.tensor([local.of(emotion, unit) for unit in units])
     return {
         "emotion": team.directions.emotions[emotion],
@@ -196,7 +196,7 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
         "truth": truth.tolist(),
         "correlation": _correlation(estimate, truth),
         "correlation_random": _correlation(estimate[half:], truth[half:]),
-        "groups": len(some),
+        "groups": len(patched),
     }
 
 

@@ -100,16 +100,16 @@ def remembered_sha256(path: Path, say: Say) -> str:
         return entry[-1]
     if stat.st_size > _LONG_HASH:
         say(f"taking the sha256 of {path.name} ({megabytes(stat.st_size)}, once)")
-    found = sha256_file(path)
+    sha256 = sha256_file(path)
     with contextlib.suppress(EmosteerError):  # an entry lost to another writer costs one more reading, nothing else
-        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, found]}, indent=1))
-    return found
+        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
+    return sha256
 
 
 def _remembered(memory: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(memory.read_text("utf-8"))
-        return found if isinstance(found, dict) else {}
+        entries = json.loads(memory.read_text("utf-8"))
+        return entries if isinstance(entries, dict) else {}
     return {}
 
 

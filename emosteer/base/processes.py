@@ -85,11 +85,11 @@ def part(path: Path, number: int) -> Path:
 
 def parts(path: Path) -> dict[int, Path]:
     """The shares that are on disk: process -> file, `path` itself included."""
-    found = {0: path} if path.is_file() else {}
+    by_rank = {0: path} if path.is_file() else {}
     for other in path.parent.glob(f"{glob.escape(path.name)}.rank*"):
         if match := re.fullmatch(re.escape(path.name) + r"\.rank(\d+)", other.name):
-            found[int(match[1])] = other
-    return dict(sorted(found.items()))
+            by_rank[int(match[1])] = other
+    return dict(sorted(by_rank.items()))
 
 
 class Crew:

@@ -216,9 +216,9 @@ class Share:
             finish_checkpoint(self.checkpoint)
         self.crew.meet()
         assert self.file is not None
-        if found := self._read(self.file):
-            self.contrasts.restore(found.tensors)
-            self.done = set(found.fields["batches"])
+        if saved := self._read(self.file):
+            self.contrasts.restore(saved.tensors)
+            self.done = set(saved.fields["batches"])
         orphans = [path for number, path in parts(self.checkpoint).items() if number >= self.crew.world]
         if self.crew.lead and orphans:
             self._adopt(orphans)
@@ -256,9 +256,9 @@ class Share:
         have = set(self.done)
         for number, path in parts(self.checkpoint).items():
             if number:
-                found = self._loaded(path)
-                self.contrasts.merge(found.tensors)
-                have |= set(found.fields["batches"])
+                saved = self._loaded(path)
+                self.contrasts.merge(saved.tensors)
+                have |= set(saved.fields["batches"])
         if len(have) != n_batches:
             raise EmosteerError(
                 f"expected {n_batches} batches in {self.checkpoint} and its parts, found {len(have)}: do all processes see the same disk? "
@@ -267,10 +267,10 @@ class Share:
 
     def _adopt(self, orphans: Sequence[Path]) -> None:
         for path in orphans:
-            found = self._read(path)
-            batches = set(found.fields["batches"]) if found else set()
-            if found and not batches & self.done:
-                self.contrasts.merge(found.tensors)
+            saved = self._read(path)
+            batches = set(saved.fields["batches"]) if saved else set()
+            if saved and not batches & self.done:
+                self.contrasts.merge(saved.tensors)
                 self.done |= batches
         self.save()
         for path in orphans:  # a process that dies before this finds them in its own part, and drops them
@@ -281,21 +281,21 @@ class Share:
         if not path.exists():
             return None
         try:
-            found = artifacts.load(path, CHECKPOINT)
+            saved = artifacts.load(path, CHECKPOINT)
         except ArtifactError as error:
             note(f"starting over: {error}")
             return None
-        if found.fields.get("fingerprint") != self.fingerprint or "batches" not in found.fields:
+        if saved.fields.get("fingerprint") != self.fingerprint or "batches" not in saved.fields:
             note(f"starting over: {path} is from other settings, data or weights")
             return None
-        return found
+        return saved
 
     def _loaded(self, path: Path) -> artifacts.Artifact:
         """A part that must be there."""
-        found = artifacts.load(path, CHECKPOINT)
-        if found.fields.get("fingerprint") != self.fingerprint:
+        saved = artifacts.load(path, CHECKPOINT)
+        if saved.fields.get("fingerprint") != self.fingerprint:
             raise ArtifactError(f"{path} was changed by another run; run one command per artefact, then this one again")
-        return found
+        return saved
 
     def _batches(self, path: Path) -> list[int]:
         fields = artifacts.load_fields(path, CHECKPOINT) or {}

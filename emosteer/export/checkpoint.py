@@ -167,8 +167,8 @@ def bias_values(stored: Mapping[str, Stored], vectors: Mapping[Site, Tensor], pr
     error = largest = 0.0
     for site, vector in vectors.items():
         stem = f"model.layers.{site.layer}.{WRITERS[site.kind]}"
-        own = stored.get(f"{stem}.bias")
-        value = vector if own is None else vector + torch.cat([piece.float() for piece in pieces(own)])
+        stored_bias = stored.get(f"{stem}.bias")
+        value = vector if stored_bias is None else vector + torch.cat([piece.float() for piece in pieces(stored_bias)])
         dtype = getattr(torch, _dtype(stored[f"{stem}.weight"], precision))
         error = max(error, (value.to(dtype).float() - value).abs().max().item())
         largest = max(largest, value.abs().max().item())
@@ -264,11 +264,11 @@ def copy_plain_files(source: Path, target: Path, config: Any) -> None:
     from transformers import AutoTokenizer
 
     settings = target / "tokenizer_config.json"
-    found = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    tokenizer_config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
     name = type(AutoTokenizer.from_pretrained(source, local_files_only=True)).__name__
     if name == "TokenizersBackend":  # the general class, which transformers 4 knows by another name
-        name = found.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    _write_json(settings, {**found, "tokenizer_class": name})
+        name = tokenizer_config.get("tokenizer_class") or "PreTrainedTokenizerFast"
+    _write_json(settings, {**tokenizer_config, "tokenizer_class": name})
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -166,8 +166,8 @@ def _biases(tensors: Mapping[str, Any], vectors: Mapping[Site, Tensor]) -> dict[
             value = np.zeros(int(weight.shape[1]), np.float32)
             if (vector := vectors.get(Site(layer, kind))) is not None:
                 value = value + vector.numpy()
-            if (own := tensors.get(name)) is not None:
-                value = value + dequantize(own.data, own.tensor_type)
+            if (stored_bias := tensors.get(name)) is not None:
+                value = value + dequantize(stored_bias.data, stored_bias.tensor_type)
             biases[name] = value
     return biases
 

@@ -49,7 +49,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises:
         ModelError: if a file is damaged, or a tensor is neither float32, float16 nor bfloat16 (quantised weights).
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         start, header = _header(file)
         for name, entry in header.items():
@@ -60,8 +60,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     f"expected weights in float32, float16 or bfloat16, found {name} in {entry['dtype']} in {file}; "
                     "export from the unquantised model"
                 )
-            found[name] = Stored(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-    return found
+            tensors[name] = Stored(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+    return tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:

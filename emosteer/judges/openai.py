@@ -79,19 +79,19 @@ class OpenAIJudge:
         Raises:
             EmosteerError: if the cache cannot be written.
         """
-        found = [Opinion({label: float(label == NEUTRAL) for label in LABELS})] * len(texts)
+        opinions = [Opinion({label: float(label == NEUTRAL) for label in LABELS})] * len(texts)
 
         def heard(index: int, answer: Any, problem: str) -> None:
-            found[index] = Opinion(answer, problem)
+            opinions[index] = Opinion(answer, problem)
             if done is not None:
-                done(index, found[index])
+                done(index, opinions[index])
 
         asked = {index: blind(text) for index, text in enumerate(texts) if text.strip()}
         if done is not None:
             for index in sorted(set(range(len(texts))) - set(asked)):
-                done(index, found[index])
+                done(index, opinions[index])
         self._ask_all(asked, heard)
-        return found
+        return opinions
 
     # ---- asking ----------------------------------------------------------------------------------------------------
 
@@ -169,14 +169,14 @@ class OpenAIJudge:
                 self._failed(problem)
                 return None, self._given_up or problem
             try:
-                found = question.parse(answer)
+                parsed = question.parse(answer)
             except ValueError as error:
                 problem = f"{self.endpoint.model} gave no usable answer, {self.attempts} times (last: {error})"
                 self._failed(problem)
                 continue
             with self._lock:
                 self._in_a_row = 0
-            return found, ""
+            return parsed, ""
         return None, problem
 
     def _pause(self, message: str) -> None:

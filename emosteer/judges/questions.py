@@ -86,15 +86,15 @@ def parse_blind(answer: str) -> dict[str, float]:
         ValueError: if there is no complete, sensible answer, or there are two that differ (one may be a quotation of the text).
     """
     objects = list(json_objects(_after_thoughts(answer)))
-    said = [(value["probabilities"], value.get("nearest")) for value in objects if isinstance(value.get("probabilities"), dict)]
-    said = said or [(value, value.get("nearest")) for value in objects if set(LABELS) <= set(value)]  # where no schema is enforced
-    found: list[dict[str, float]] = []
-    for shares, nearest in said:
-        if (one := _normalised(shares, nearest)) not in found:
-            found.append(one)
-    if len(found) != 1:
-        raise ValueError("no JSON object with 'probabilities'" if not found else f"{len(found)} answers that differ")
-    return found[0]
+    answers = [(value["probabilities"], value.get("nearest")) for value in objects if isinstance(value.get("probabilities"), dict)]
+    answers = answers or [(value, value.get("nearest")) for value in objects if set(LABELS) <= set(value)]  # where no schema is enforced
+    different: list[dict[str, float]] = []
+    for shares, nearest in answers:
+        if (one := _normalised(shares, nearest)) not in different:
+            different.append(one)
+    if len(different) != 1:
+        raise ValueError("no JSON object with 'probabilities'" if not different else f"{len(different)} answers that differ")
+    return different[0]
 
 
 def _normalised(shares: Mapping[str, Any], nearest: Any) -> dict[str, float]:
@@ -106,16 +106,16 @@ def _normalised(shares: Mapping[str, Any], nearest: Any) -> dict[str, float]:
     # the bound keeps integers out that no float can hold
     if not all(0 <= value <= 1e9 for value in named.values()) or (total := float(sum(named.values()))) <= 0:
         raise ValueError("probabilities that are negative, infinite or all 0")
-    found = {label: named[label] / total for label in LABELS}
-    top = max(found[emotion] for emotion in EMOTIONS)
-    tied = [emotion for emotion in EMOTIONS if found[emotion] == top]
+    scaled = {label: named[label] / total for label in LABELS}
+    top = max(scaled[emotion] for emotion in EMOTIONS)
+    tied = [emotion for emotion in EMOTIONS if scaled[emotion] == top]
     likeliest = nearest.strip().lower() if isinstance(nearest, str) else ""
     if top == 0 and likeliest not in EMOTIONS:
         raise ValueError("all six emotions at 0 and none called nearest")
     if len(tied) > 1 and likeliest in tied:
-        found[likeliest] += 1e-6
-    total = sum(found.values())
-    return {label: share / total for label, share in found.items()}
+        scaled[likeliest] += 1e-6
+    total = sum(scaled.values())
+    return {label: share / total for label, share in scaled.items()}
 
 
 def _after_thoughts(answer: str) -> str:

@@ -58,7 +58,7 @@ def plain_faults(text: str) -> list[str]:
     """What is wrong with a text by rule alone: nothing there, one thing over and over, hardly any letters."""
     if not re.search(r"\w", text):
         return ["empty"]
-    found = []
+    faults = []
     words = words_of(text)
     runs, longest = 1, 1
     for before, word in zip(words, words[1:], strict=False):
@@ -67,11 +67,11 @@ def plain_faults(text: str) -> list[str]:
     counts = Counter(words)
     half = len(words) >= 12 and counts.most_common(1)[0][1] > len(words) / 2
     if longest > LONGEST_RUN or repetition(words) > REPEATED or half or _THRICE.search(" ".join(words)):
-        found.append("repetition")
+        faults.append("repetition")
     visible = [character for character in text if not character.isspace()]
     if sum(character.isalnum() for character in visible) < 0.6 * len(visible) and len(visible) > 12:
-        found.append("symbols")
-    return found
+        faults.append("symbols")
+    return faults
 
 
 def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
@@ -80,7 +80,7 @@ def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> lis
     Args:
         features: [text, feature], of the encoder.
     """
-    found, sound = [], head.labels.index(SOUND)
+    verdicts, sound = [], head.labels.index(SOUND)
     for text, row in zip(texts, head.probabilities(features), strict=True):
         broken = 1 - row[sound].item()
         reasons = plain_faults(text)
@@ -91,8 +91,8 @@ def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> lis
             # dry official prose looks a little like a loop to the head; a loop can be counted, so it has to be there
             reasons = [fault] if fault != "repetition" or repeats(text) else []
         remarks = ["unfinished"] if unfinished(text) else []
-        found.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
-    return found
+        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
+    return verdicts
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,10 +66,10 @@ def parse_site(text: str) -> Site:
     Raises:
         UsageError: if the text is not a site.
     """
-    found = re.fullmatch(r"L(\d+)\.(\w+)", text)
-    if not found or found[2] not in KINDS:
+    match = re.fullmatch(r"L(\d+)\.(\w+)", text)
+    if not match or match[2] not in KINDS:
         raise UsageError(f"expected a site such as 'L3.resid_mid', found {text!r}")
-    return Site(int(found[1]), found[2])
+    return Site(int(match[1]), match[2])
 
 
 def residual_sites(n_layers: int) -> tuple[Site, ...]:

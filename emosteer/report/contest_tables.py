@@ -93,6 +93,6 @@ def equal_table(contest: Measured) -> FigureTable | None:
 
 def pair(row: Mapping[str, Any]) -> list[CellValue]:
     """A line of the table of differences."""
-    found, metric = Interval.of(row["difference"]), str(row.get("metric"))
-    text = number_range(found, 3) if metric in PLAIN else points_range(found)
+    difference, metric = Interval.of(row["difference"]), str(row.get("metric"))
+    text = number_range(difference, 3) if metric in PLAIN else points_range(difference)
     return [f"{label(row['a'])} {MINUS} {label(row['b'])}", metric, text, p_value(finite(row.get("p"))), row.get("n")]

@@ -26,15 +26,18 @@ HOLDING = {
 Series = Mapping[str, Sequence[float]]
 
 
-def evidence(found: Directions) -> list[Figure]:
+def evidence(directions: Directions) -> list[Figure]:
     """Naming on held-out groups, and stability; nothing where no evidence was measured."""
-    if found.evidence is None:
+    if directions.evidence is None:
         return []
-    post = [i for i, site in enumerate(found.sites) if site.kind == RESID_POST]
-    e = found.evidence
+    post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
+    e = directions.evidence
     naming = {"held-out": e.accuracy[post].mean(1).tolist(), SHUFFLED: e.accuracy_shuffled[post].mean(1).tolist()}
     parts = {"halves of the data": e.halves, "valences": e.valences, "themes": e.themes, SHUFFLED: e.halves_shuffled}
-    return [_naming(found, naming, e.accuracy[post]), _holding({name: values[:, post].mean(0).tolist() for name, values in parts.items()})]
+    return [
+        _naming(directions, naming, e.accuracy[post]),
+        _holding({name: values[:, post].mean(0).tolist() for name, values in parts.items()}),
+    ]
 
 
 def _panel(title: str, series: Series, styles: Mapping[str, Style], alt_text: str, y: plots.Spec, rules: Sequence[float] = ()) -> Panel:
@@ -46,10 +49,10 @@ def _panel(title: str, series: Series, styles: Mapping[str, Style], alt_text: st
     return Panel(title, drawings[0], alt_text, drawings[1])
 
 
-def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
+def _naming(directions: Directions, series: Series, by_emotion: Tensor) -> Figure:
     held, shuffled = series["held-out"], series[SHUFFLED]
     best = max(range(len(held)), key=held.__getitem__)
-    chance = 1 / len(found.emotions)
+    chance = 1 / len(directions.emotions)
     alt_text = (
         f"Lines over layers. The emotion of held-out groups is named right in {percent(held[0])} of cases at layer 0, at most "
         f"{percent(held[best])} at layer {best}, {percent(held[-1])} at the last; with shuffled labels at most {percent(max(shuffled))}."
@@ -60,10 +63,10 @@ def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
         [layer, percent(held[layer]), percent(shuffled[layer]), *(percent(share) for share in by_emotion[layer].tolist())]
         for layer in range(len(held))
     ]
-    head = ("Layer", "Mean", "Labels shuffled", *(emotion.capitalize() for emotion in found.emotions))
+    head = ("Layer", "Mean", "Labels shuffled", *(emotion.capitalize() for emotion in directions.emotions))
     caption = (
-        f"{found.n_heldout} scenario-events that the directions did not see; the emotion with the largest projection is taken. The dashed "
-        f"level line is chance, {percent(chance)}."
+        f"{directions.n_heldout} scenario-events that the directions did not see; the emotion with the largest projection is taken. The "
+        f"dashed level line is chance, {percent(chance)}."
     )
     table = FigureTable("Held-out naming per layer, mean and by emotion", head, rows)
     return Figure("naming", "Do the directions carry the emotion?", caption, [panel], [table], SOURCES, keys(NAMING))
@@ -71,8 +74,8 @@ def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
 
 def _holding(series: Series) -> Figure:
     means = {name: sum(values) / len(values) for name, values in series.items()}
-    said = ", ".join(f"{number(mean)} ({name})" for name, mean in means.items())
-    alt_text = f"Lines over layers. Mean cosine between directions of parts of the data: {said}."
+    cosines = ", ".join(f"{number(mean)} ({name})" for name, mean in means.items())
+    alt_text = f"Lines over layers. Mean cosine between directions of parts of the data: {cosines}."
     y = plots.quantity("y", "Cosine", domain=(min(0.0, *map(min, series.values())), 1.0))
     panel = _panel("Cosine between directions of parts of the data", series, HOLDING, alt_text, y)
     n_layers = len(next(iter(series.values())))
@@ -85,9 +88,9 @@ def _holding(series: Series) -> Figure:
     return Figure("holding", "Do they hold across themes and valences?", caption, [panel], [table], SOURCES, keys(HOLDING))
 
 
-def layer_similarity(found: Directions) -> Figure:
+def layer_similarity(directions: Directions) -> Figure:
     """Cosine of a direction between every pair of layers, mean over emotions."""
-    vectors = found.at(RESID_POST).float()
+    vectors = directions.at(RESID_POST).float()
     cosines = (vectors @ vectors.transpose(1, 2)).mean(0).tolist()
     n = len(cosines)
     steps = Steps.sequential(1.0)
@@ -111,8 +114,8 @@ def layer_similarity(found: Directions) -> Figure:
     return Figure("layers", "Do they hold across layers?", caption, [panel], [table], SOURCES, steps.key(".2f"), "Cosine")
 
 
-def emotion_similarity(found: Directions, band: Sequence[int]) -> tuple[Panel, FigureTable]:
+def emotion_similarity(directions: Directions, band: Sequence[int]) -> tuple[Panel, FigureTable]:
     """Cosine between the directions of two emotions, mean over a band of layers."""
-    vectors = found.at(RESID_POST)[:, list(band)].float()
+    vectors = directions.at(RESID_POST)[:, list(band)].float()
     cosines = (vectors[:, None] * vectors[None]).sum(-1).mean(-1)
-    return square(found.emotions, cosines.tolist(), Steps.diverging(1.0), "Cosine between directions")
+    return square(directions.emotions, cosines.tolist(), Steps.diverging(1.0), "Cosine between directions")

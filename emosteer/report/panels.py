@@ -21,11 +21,13 @@ def square(names: Sequence[str], values: Sequence[Sequence[float]], steps: Steps
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             value = values[i][j]
-            said = plots.tip(f"{a} and {b}: {number(value)}")
-            rows.append({"x": shortened(b), "y": a, "value": value, "text": number(value), "tip": said})
+            tip = plots.tip(f"{a} and {b}: {number(value)}")
+            rows.append({"x": shortened(b), "y": a, "value": value, "text": number(value), "tip": tip})
             apart += [(value, f"{a} and {b}")] if j < i else []
-    said = f" Highest for {max(apart)[1]} ({number(max(apart)[0])}), lowest for {min(apart)[1]} ({number(min(apart)[0])})." if apart else ""
-    alt_text = f"{title}.{said}"
+    extremes = (
+        f" Highest for {max(apart)[1]} ({number(max(apart)[0])}), lowest for {min(apart)[1]} ({number(min(apart)[0])})." if apart else ""
+    )
+    alt_text = f"{title}.{extremes}"
     chart = plots.heat(
         rows, steps, plots.category("x", orient="top"), plots.category("y", room_for=names), height=36 * len(names) + 30, numbers=True
     )

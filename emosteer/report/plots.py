@@ -75,8 +75,8 @@ class Steps:
         """The key: the range of each step."""
         text = [format(edge, form).replace("-", "\u2212") for edge in self.edges]
         between = [f"{a} to {b}" for a, b in zip(text, text[1:], strict=False)]
-        said = [f"below {text[0]}", *between, f"{text[-1]} or more"]
-        return [Key(paint, words) for paint, words in zip(self.paints, said, strict=True)]
+        ranges = [f"below {text[0]}", *between, f"{text[-1]} or more"]
+        return [Key(paint, words) for paint, words in zip(self.paints, ranges, strict=True)]
 
 
 # ---- parts of a chart --------------------------------------------------------------------------------------------------
@@ -84,8 +84,8 @@ class Steps:
 
 def mark(kind: str, encoding: Spec, rows: Sequence[Datum] | None = None, **look: Any) -> Spec:
     """One layer. rows: its own data, else the chart's."""
-    own = {} if rows is None else {"data": {"values": [dict(row) for row in rows]}}
-    return {"mark": {"type": kind, **look}, "encoding": encoding, **own}
+    data = {} if rows is None else {"data": {"values": [dict(row) for row in rows]}}
+    return {"mark": {"type": kind, **look}, "encoding": encoding, **data}
 
 
 def chart(rows: Sequence[Datum], layers: Sequence[Spec], height: int, width: int = PANEL) -> Spec:
@@ -293,5 +293,5 @@ def _is_empty(path: ElementTree.Element) -> bool:
     return unseen or path.get("d", "") in ("", "M0,0h0v0h0Z")
 
 
-def _shorter(found: re.Match[str]) -> str:
-    return f"{float(found.group()):.2f}".rstrip("0").rstrip(".")
+def _shorter(number: re.Match[str]) -> str:
+    return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")

@@ -76,8 +76,8 @@ def _head_panel(table: Tensor, inside: Tensor, title: str, steps: Steps) -> Pane
     for head in reversed(range(n_heads)):
         for layer in range(n_layers):
             value = values[layer][head]
-            said = plots.tip(f"L{layer}H{head}: {number(value)}")
-            rows.append({"x": layer, "y": head, "value": value, "marked": marked[layer][head], "tip": said})
+            tip = plots.tip(f"L{layer}H{head}: {number(value)}")
+            rows.append({"x": layer, "y": head, "value": value, "marked": marked[layer][head], "tip": tip})
     best = table.flatten().topk(min(3, table.numel())).indices.tolist()
     named = words([f"L{i // n_heads}H{i % n_heads} {number(values[i // n_heads][i % n_heads])}" for i in best])
     late = table[n_layers // 2 :].clamp_min(0).sum() / table.clamp_min(0).sum().clamp_min(1e-9)
@@ -201,12 +201,12 @@ def checks(scores: Scores) -> FigureTable | None:
     """What was checked by really intervening."""
     rows: list[list[CellValue]] = []
     for kind in ("heads", "neurons"):
-        found = scores.verification.get(kind)
-        if isinstance(found, Mapping):
-            middle, near = finite(found.get("median_relative_error")), finite(found.get("share_within_1e-4"))
+        check = scores.verification.get(kind)
+        if isinstance(check, Mapping):
+            middle, near = finite(check.get("median_relative_error")), finite(check.get("share_within_1e-4"))
             error = f"relative error {middle:.1e} (median)" if middle is not None else "not kept in this version's form"
             error += f", {percent(near)} within 1e-4" if near is not None else ""
-            rows.append([f"One-pass contribution against real ablation, {kind}", plural(found.get("units", 0), kind[:-1]), error])
+            rows.append([f"One-pass contribution against real ablation, {kind}", plural(check.get("units", 0), kind[:-1]), error])
     if scores.patches:
         both, random = (number(finite(scores.patches.get(name))) for name in ("correlation", "correlation_random"))
         title = f"Attribution patching against true patches ({scores.patches.get('emotion')})"

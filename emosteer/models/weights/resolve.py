@@ -158,14 +158,14 @@ def _row(name: str, source: str, folder: Path, manifest: dict[str, Any]) -> Know
 
 def _from_name(reference: str, names: list[str]) -> Weights:
     """A plain word: the name of a GGUF file converted before, or an error."""
-    found = [(folder, manifest) for folder, manifest in manifests() if manifest["name"] == reference]
-    if len(found) == 1:
-        folder, manifest = found[0]
+    matches = [(folder, manifest) for folder, manifest in manifests() if manifest["name"] == reference]
+    if len(matches) == 1:
+        folder, manifest = matches[0]
         if fault := damage(folder, manifest):
             raise ModelError(f"the converted {reference} is damaged ({fault}); give the path of its GGUF file to convert it again")
         return Weights(reference, folder, manifest["gguf_sha256"], "gguf")
-    if found:
-        raise ModelError(f"{len(found)} converted GGUF files are called '{reference}'; give the path of the one you want")
+    if matches:
+        raise ModelError(f"{len(matches)} converted GGUF files are called '{reference}'; give the path of the one you want")
     names = list(dict.fromkeys([*names, *(manifest["name"] for _, manifest in manifests())]))
     what = "unknown model" if "/" not in reference else "no such file or folder"
     raise ModelError(f"{what} '{reference}'{suggest(reference, names)}; expected {MODEL_FORMS}")
