@@ -18,7 +18,7 @@ from emosteer.attribution import verification
 from emosteer.attribution.ablate import AblateSettings, ablate
 from emosteer.attribution.curves import ABLATIONS, Condition, CurveSettings, TextScore, conditions, curves, units_of
 from emosteer.attribution.gradients import true_patches
-from emosteer.attribution.scores import Scores
+from emosteer.attribution.scores import SCORE_FORMS, Scores
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units, unit_mask
 from emosteer.attribution.verification import one_pass, sampled_units, verify
 from emosteer.base.errors import ArtifactError, DataError, EmosteerError
@@ -373,7 +373,7 @@ def made(case: Case) -> Scores:
 
 
 def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
-    assert set(made.forms) == set(scores.SCORE_FORMS)
+    assert set(made.forms) == set(SCORE_FORMS)
     for name, wanted in (("contrast", case.scores), ("raw", raw_scores(case.model, case.directions))):
         assert torch.equal(made.forms[name].heads, wanted.heads) and torch.equal(made.forms[name].neurons, wanted.neurons)
     for form in made.forms.values():

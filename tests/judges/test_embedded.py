@@ -346,7 +346,7 @@ def write_texts(path: Path, flipped: bool = False) -> list[Example]:
 def test_training_fits_on_the_kept_and_measures_on_the_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: SentenceEncoder
 ) -> None:
-    monkeypatch.setattr(judge_training, "Encoder", lambda: encoder)
+    monkeypatch.setattr(judge_training, "SentenceEncoder", lambda: encoder)
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("".join(json.dumps({"text": f"[UNK] nada {i}"}) + "\n" for i in range(30)))
     texts = write_texts(tmp_path / "texts.jsonl")
