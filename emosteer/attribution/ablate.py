@@ -136,7 +136,7 @@ class _Team:
     folder: Path | None
 
     def importance_and_effects(self, prompts: Sequence[Sample]) -> tuple[Tensor, UnitScores]:
-        """As `assembly.importance_and_effects`."""
+        """As `gradients.importance_and_effects`, the prompts shared by the processes."""
 
         def one(sample: Sample) -> dict[str, Tensor]:
             importance, effects = importance_and_effects(self.model, [sample], self.directions, self.v_ref)
@@ -146,7 +146,7 @@ class _Team:
         return means["importance"], UnitScores(means["heads"], means["neurons"])
 
     def attribution_patching(self, samples: Sequence[Sample], name: str) -> UnitScores:
-        """As `attribution.attribution_patching`."""
+        """As `gradients.attribution_patching`, the groups shared by the processes."""
 
         def one(sample: Sample) -> dict[str, Tensor]:
             scores, _ = attribution_patching(self.model, [sample], self.v_ref)
@@ -156,7 +156,7 @@ class _Team:
         return UnitScores(means["heads"], means["neurons"])
 
     def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
-        """As `attribution.true_patches`."""
+        """As `gradients.true_patches`, the groups shared by the processes."""
         name = f"true-{sha256_text(json.dumps([emotion, [str(unit) for unit in units]]))[:12]}"
         return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
 

@@ -130,7 +130,7 @@ def curves(
     points: Sequence[Condition] | None = None,
     crew: Crew = ALONE,
 ) -> list[dict[str, Any]]:
-    """Measures the points; with `partial`, finished ones are kept there and a rerun goes on.
+    """Measures the points; with `partial`, finished ones are kept there and a rerun resumes.
 
     Args:
         crew: the processes that share the points; each keeps its own beside `partial`, and all get all.

@@ -1,4 +1,4 @@
-"""Which heads and neurons write the emotion: exact contributions in one pass, attribution patching, true patches as a check.
+"""Which heads and neurons write the emotion: the exact contribution of every unit in one pass.
 
 docs/METHOD.md section 4. Contributions are linear in the activations, so the mean contrastive contribution of every unit follows from
 the mean contrast that `extract` keeps: no forward pass per head, and none at all once the directions are there.

@@ -1,4 +1,4 @@
-"""The cache folder: where it is, one worker at a time in it, nothing half done in it, sha256 of big files remembered in it."""
+"""The cache folder: where it is, a lock for one worker at a time, nothing half done left in it, and the remembered sha256 of big files."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _remembered(memory: Path) -> dict[str, Any]:
 
 
 def silent(_: str) -> None:
-    """Progress that nobody asked for."""
+    """Discards progress that nobody asked for."""
 
 
 def megabytes(size: int) -> str:

@@ -29,7 +29,7 @@ class _TryAgain(Exception):
 
 
 class Endpoint:
-    """Any server with POST {base_url}/chat/completions. The key is sent as a Bearer token and stands in no message."""
+    """Any server with POST {base_url}/chat/completions. The key is sent as a Bearer token and never appears in a message."""
 
     def __init__(
         self,

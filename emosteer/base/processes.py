@@ -1,4 +1,4 @@
-"""Several processes of one command, as `torchrun` starts them: who does what, who waits for whom, and what is said when one dies.
+"""Several processes of one command, as started by `torchrun`: who does what, who waits for whom, and what is reported when one dies.
 
 Work is cut into numbered pieces that mean the same whoever does them. A process claims the next piece from a common counter and keeps
 what it found in a file of its own (`part`), written as a single process writes its progress; process 0 merges the files in the order of

@@ -42,7 +42,7 @@ class Sample:
 
     @property
     def cost_alone(self) -> int:
-        """Tokens that a forward pass computes where every emotion is a sequence of its own."""
+        """Tokens that a forward pass computes when every emotion is a separate sequence."""
         return sum(map(len, self.prompts)) + sum(map(len, self.replies))
 
 

@@ -1,4 +1,4 @@
-"""The stage `extract`: scenarios and an elicitation -> Directions. Interruptible at any moment; a rerun goes on.
+"""The stage `extract`: scenarios and an elicitation -> Directions. Interruptible at any moment; a rerun resumes.
 
 Several processes may share the batches (see `workers`): each sums those that it claims and keeps the sums in its own file, and process 0
 merges the files. Sums are kept so precisely (see `contrast`) that the result is the same, whoever added what.
@@ -160,7 +160,7 @@ def _run(
     settings: Settings,
     on_batch: Callable[[int], None] | None,
 ) -> None:
-    """Claims and sums batches until none is left. todo: their numbers."""
+    """Claims and sums batches until none is left. todo: the batches' numbers."""
     sites = [*residual_sites(model.shape.n_layers), *(Site(layer, kind) for layer in range(model.shape.n_layers) for kind in (Z, MLP_POST))]
 
     def compute(samples: list[Sample]) -> tuple[list[Sample], dict[Site, Tensor]]:
@@ -207,7 +207,7 @@ class Share:
             _write_checkpoint(self.file, self.fingerprint, self.contrasts, sorted(self.done))
 
     def resume(self, fresh: bool, batches: Sequence[Sequence[Sample]]) -> None:
-        """Goes on from the parts on disk. Process 0 takes over those of processes that are no more."""
+        """Resumes from the parts on disk. Process 0 takes over those of processes that no longer exist."""
         if self.checkpoint is None:
             return
         total = sum(map(len, batches))
@@ -277,7 +277,7 @@ class Share:
             path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> artifacts.Artifact | None:
-        """A part of this very extraction; None, with a word, if it is missing or another's."""
+        """A part of this very extraction; None, with a note, if it is missing or belongs to another."""
         if not path.exists():
             return None
         try:

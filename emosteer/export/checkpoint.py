@@ -46,7 +46,7 @@ _PROJECTIONS = (
     "mlp.down_proj",
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-#: Buffers that old checkpoints carry and every engine computes anew.
+#: Buffers that old checkpoints contain and every engine recomputes.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|self_attn\.(masked_)?bias$")
 
 

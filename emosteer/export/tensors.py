@@ -136,7 +136,7 @@ class Planned:
 
 
 def shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
-    """Splits a plan, in its order, into files of at most `limit` bytes; a longer tensor gets a file of its own."""
+    """Splits a plan, in its order, into files of at most `limit` bytes; a longer tensor gets its own file."""
     files: list[list[Planned]] = [[]]
     size = 0
     for tensor in plan:
@@ -149,7 +149,7 @@ def shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
 
 
 def write_shard(path: Path, tensors: Sequence[Planned], advance: Callable[[float], None]) -> None:
-    """Writes one safetensors file tensor by tensor; `advance` is told the bytes written.
+    """Writes one safetensors file tensor by tensor; `advance` is called with the bytes written.
 
     Raises:
         ModelError: if values do not fit into the precision. OSError: if the disk is full.

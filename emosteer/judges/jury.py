@@ -69,7 +69,7 @@ class Jury:
         return {text: Soundness(row["sound"], tuple(row["reasons"]), row["score"]) for text, row in rows.items()}
 
     def _ask(self, texts: Sequence[str]) -> dict[str, Opinion]:
-        """Asks, keeps what is said, and returns what failed."""
+        """Asks, keeps the opinions, and returns those that failed."""
 
         def keep(answers: Mapping[str, Opinion]) -> None:
             known = {text: opinion.probabilities for text, opinion in answers.items() if opinion.probabilities is not None}

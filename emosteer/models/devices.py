@@ -15,7 +15,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists. "auto" gives each process of `torchrun` a GPU of its own.
+    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists. "auto" gives each process of `torchrun` its own GPU.
 
     Raises:
         UsageError: if the name is unknown or the device is not there.

@@ -118,7 +118,7 @@ def _unit_table(circuit: Circuit, heads: Tensor) -> FigureTable:
 
 
 def faithfulness(circuit: Circuit) -> FigureTable | None:
-    """Size, strength and how well the circuit stands for the whole model; None where that was not measured."""
+    """Size, strength and faithfulness of the circuit; None where that was not measured."""
     measured = circuit.metrics.get("emotions")
     if not isinstance(measured, Mapping):
         return None

@@ -173,7 +173,7 @@ def interval_row(name: str, series: str, interval: Interval, tip: str) -> dict[s
 
 
 def differences(contest: Measured) -> Figure | None:
-    """Paired differences of accuracy; None where none was computed."""
+    """Paired differences of accuracy; None if there are none."""
     known = [row for row in contest.raw["comparisons"] if Interval.of(row.get("difference")).value is not None]
     shown = [row for row in known if row.get("metric") == "accuracy"]
     if not shown:

@@ -19,13 +19,13 @@ from emosteer.report.figures import Key
 PANEL, WIDE = 340, 760
 Datum = Mapping[str, Any]
 Spec = dict[str, Any]
-#: Descriptions that start with this sign become tooltips; Vega writes descriptions of its own, which do not.
+#: Descriptions that start with this sign become tooltips; Vega's own descriptions do not.
 _TIP = "\u00a7"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a series looks. It is told apart without its colour too: by a shape and a dash."""
+    """How a series looks. Shape and dash distinguish it without its colour, too."""
 
     paint: str
     shape: str = "circle"

@@ -1,4 +1,4 @@
-"""Which figures stand where on the page, and what is said where there is nothing to draw."""
+"""Which figures go where on the page, and what is written where there is nothing to draw."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> 
 
 
 def overlap_between(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
-    """Scenarios of `second` that stand in `first` too, by id or by text: train and test must be disjoint."""
+    """Scenarios of `second` that also occur in `first`, by id or by text: train and test must be disjoint."""
     limits = limits or Limits()
     known = {s.id for s in first}
     problems = [Problem(s.id, "not disjoint", "the same id is in both files") for s in second if s.id in known]

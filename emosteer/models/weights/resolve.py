@@ -73,7 +73,7 @@ def resolve(reference: str, *, progress: Say | None = None) -> Weights:
 
 
 def gguf_file(reference: str, *, progress: Say | None = None) -> Path | None:
-    """The GGUF file that a reference stands for: itself, the one in a folder, or a packaged model's. None if it stands for none.
+    """The GGUF file that a reference means: itself, the one in a folder, or a packaged model's. None if it means none.
 
     Raises:
         ModelError: if a packaged model cannot be fetched.
