@@ -13,8 +13,7 @@ from bench.machine import matrix_peak
 from bench.results import Bar, Row
 from bench.timing import interleaved, median, ratio
 from bench.workload import Workbench, settings
-from emosteer.directions.activations import Row as Sequence_
-from emosteer.directions.activations import Sample, make_batch, rows_of
+from emosteer.directions.activations import Sample, TokenRow, make_batch, rows_of
 from emosteer.directions.directions import Directions
 from emosteer.directions.extract import extract, finish_checkpoint
 from emosteer.directions.settings import Settings
@@ -27,7 +26,7 @@ FAMILY = "extract"
 @torch.no_grad()
 def plain_forward(model: Model, samples: Sequence[Sample], budget: int) -> None:
     """The forward pass that anybody would run: every text a row, texts of similar length together, no hooks, no unembedding."""
-    rows: list[Sequence_] = sorted((row for sample in samples for row in rows_of(sample, packed=False)), key=lambda row: -len(row.ids))
+    rows: list[TokenRow] = sorted((row for sample in samples for row in rows_of(sample, packed=False)), key=lambda row: -len(row.ids))
     start = 0
     while start < len(rows):
         stop = start + max(1, budget // len(rows[start].ids))

@@ -122,27 +122,27 @@ class _Team:
     folder: Path | None
 
     def importance_and_effects(self, prompts: Sequence[Sample]) -> tuple[Tensor, UnitScores]:
-        """As `assembly.importance_and_effects`."""
+        """As `gradients.importance_and_effects`, the prompts shared by the processes."""
 
         def one(sample: Sample) -> dict[str, Tensor]:
             importance, effects = importance_and_effects(self.model, [sample], self.directions, self.v_ref)
             return {"importance": importance, "heads": effects.heads, "neurons": effects.neurons}
 
-        found = self._mean("effect", prompts, one)
-        return found["importance"], UnitScores(found["heads"], found["neurons"])
+        means = self._mean("effect", prompts, one)
+        return means["importance"], UnitScores(means["heads"], means["neurons"])
 
     def attribution_patching(self, samples: Sequence[Sample], name: str) -> UnitScores:
-        """As `attribution.attribution_patching`."""
+        """As `gradients.attribution_patching`, the groups shared by the processes."""
 
         def one(sample: Sample) -> dict[str, Tensor]:
             scores, _ = attribution_patching(self.model, [sample], self.v_ref)
             return {"heads": scores.heads, "neurons": scores.neurons}
 
-        found = self._mean(name, samples, one)
-        return UnitScores(found["heads"], found["neurons"])
+        means = self._mean(name, samples, one)
+        return UnitScores(means["heads"], means["neurons"])
 
     def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
-        """As `attribution.true_patches`."""
+        """As `gradients.true_patches`, the groups shared by the processes."""
         name = f"true-{sha256_text(json.dumps([emotion, [str(unit) for unit in units]]))[:12]}"
         return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
 
@@ -160,8 +160,8 @@ class _Team:
 
 def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
     """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
-    some = list(samples[: settings.true_groups])
-    local = team.attribution_patching(some, "patch-some")
+    patched = list(samples[: settings.true_groups])
+    local = team.attribution_patching(patched, "patch-some")
     units: list[Unit] = []
     half = settings.true_units // 2
     draw = random.Random(f"{settings.seed}/patches")
@@ -173,7 +173,7 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:
             units.append(unit)
-    truth = team.true_patches(some, emotion, units)
+    truth = team.true_patches(patched, emotion, units)
     estimate = torch.tensor([local.of(emotion, unit) for unit in units])
     return {
         "emotion": team.directions.emotions[emotion],
@@ -182,7 +182,7 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
         "truth": truth.tolist(),
         "correlation": _correlation(estimate, truth),
         "correlation_random": _correlation(estimate[half:], truth[half:]),
-        "groups": len(some),
+        "groups": len(patched),
     }
 
 

@@ -59,8 +59,8 @@ class TextScore:
         for batch in batches_by_cost(samples, batch_tokens):
             states = read_states(self.model, batch, self.sites, packed=False)
             h = torch.stack([states[site][:, 0].cpu() for site in self.sites], dim=1)
-            found = torch.einsum("tld,eld->te", h - self.base, self.scaled) / len(self.sites)
-            for sample, row in zip(batch, found, strict=True):
+            projections = torch.einsum("tld,eld->te", h - self.base, self.scaled) / len(self.sites)
+            for sample, row in zip(batch, projections, strict=True):
                 scores[int(sample.key.scenario)] = row
         return scores
 
@@ -114,7 +114,7 @@ def curves(
     points: Sequence[Condition] | None = None,
     crew: Crew = ALONE,
 ) -> list[dict[str, Any]]:
-    """Measures the points; with `partial`, finished ones are kept there and a rerun goes on.
+    """Measures the points; with `partial`, finished ones are kept there and a rerun resumes.
 
     Args:
         crew: the processes that share the points; each keeps its own beside `partial`, and all get all.
@@ -183,9 +183,9 @@ class _Runner:
             part = slice(start, start + settings.batch_size)
             edits = self._edits(point, rows[part], units)
             texts += [reply.text for reply in generate(self.model, requests[part], decoding=decoding, row_edits=edits)]
-        found = self.score([self.groups[g].text for _, g in rows], texts)
-        own = torch.tensor([found[i, e] for i, (e, _) in enumerate(rows)]).view(len(emotions), -1).mean(1)
-        return dict(zip(emotions, own.tolist(), strict=True))
+        by_emotion = self.score([self.groups[g].text for _, g in rows], texts)
+        asked_for = torch.tensor([by_emotion[i, e] for i, (e, _) in enumerate(rows)]).view(len(emotions), -1).mean(1)
+        return dict(zip(emotions, asked_for.tolist(), strict=True))
 
     def _request(self, emotion: str, group: int, asked: bool) -> Request:
         text = self.groups[group].text

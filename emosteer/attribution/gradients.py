@@ -1,4 +1,4 @@
-"""How the final emotion score depends on activations: gradients, first-order estimates of patches, and real patches (METHOD section 4)."""
+"""How the final emotion score depends on activations: gradients, first-order estimates, real patches (docs/METHOD.md section 4)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def prompt_samples(model: Model, groups: Sequence[Group], count: int, n_emotions
     if not groups:
         raise DataError("no scenario-event to measure on; check the scenario file")
     chosen = spread(groups, count)
-    found = []
+    samples = []
     for group in chosen:
         ids = tuple(model.prompt_ids(plain(group.text, instruction)))
-        found.append(Sample(group.key, group.theme, (ids,) * n_emotions, ((),) * n_emotions))
-    return found
+        samples.append(Sample(group.key, group.theme, (ids,) * n_emotions, ((),) * n_emotions))
+    return samples
 
 
 def importance_and_effects(model: Model, samples: Sequence[Sample], directions: Directions, v_ref: Tensor) -> tuple[Tensor, UnitScores]:
@@ -50,12 +50,12 @@ def importance_and_effects(model: Model, samples: Sequence[Sample], directions: 
     sites = [Site(layer, kind) for layer in layers for kind in (Z, RESID_MID, MLP_POST, RESID_POST)]
     v = {RESID_MID: directions.at(RESID_MID), RESID_POST: directions.at(RESID_POST)}
     for sample in samples:
-        found = score_gradients(model, unpacked_batch(model, [sample]), v_ref, sites)
+        gradients = score_gradients(model, unpacked_batch(model, [sample]), v_ref, sites)
         for site in sites:
-            grad = found.grad[site][:, -1].cpu()
+            grad = gradients.grad[site][:, -1].cpu()
             if site.kind in v:
                 if site.kind == RESID_MID:  # an edit there reaches the MLP alone; what attention writes also goes past it
-                    grad = grad + found.grad[Site(site.layer, RESID_POST)][:, -1].cpu()
+                    grad = grad + gradients.grad[Site(site.layer, RESID_POST)][:, -1].cpu()
                 importance[:, site.layer, int(site.kind == RESID_POST)] += (grad * v[site.kind][:, site.layer]).sum(-1)
             elif site.kind == Z:
                 effect = grad * directions.z.mean[:, site.layer]
@@ -92,7 +92,7 @@ def score_gradients(model: Model, batch: Batch, v_ref: Tensor, sites: Sequence[S
     values: dict[Site, Tensor] = {}
     probes: dict[Site, Tensor] = {}
     last = Site(model.shape.n_layers - 1, RESID_POST)
-    found: dict[Site, Tensor] = {}
+    hidden: dict[Site, Tensor] = {}
 
     def probing(site: Site) -> Callable[[Tensor], Tensor]:
         def edit(activation: Tensor) -> Tensor:
@@ -104,13 +104,13 @@ def score_gradients(model: Model, batch: Batch, v_ref: Tensor, sites: Sequence[S
 
     def keep(activation: Tensor) -> Tensor:
         new = probing(last)(activation) if last in sites else activation
-        found[last] = new
+        hidden[last] = new
         return new
 
     edits = {**{site: probing(site) for site in sites if site != last}, last: keep}
     with torch.enable_grad():
         model.run(batch.ids, edits, attention_mask=batch.mask, position_ids=batch.positions)
-        scores = final_score(model, batch, found[last], v_ref)
+        scores = final_score(model, batch, hidden[last], v_ref)
         grads = torch.autograd.grad(scores.sum(), [probes[site] for site in sites])
     return Gradients(
         {site: grad.float() for site, grad in zip(sites, grads, strict=True)},
@@ -148,17 +148,17 @@ def attribution_patching(model: Model, samples: Sequence[Sample], v_ref: Tensor)
     clean = []
     for sample in samples:
         batch = unpacked_batch(model, [sample])
-        found = score_gradients(model, batch, v_ref, sites)
-        reads = (found.weights > 0).float()[:, :, None]
+        gradients = score_gradients(model, batch, v_ref, sites)
+        reads = (gradients.weights > 0).float()[:, :, None]
         for site in sites:
-            state = torch.einsum("sp,spw->sw", found.weights, found.value[site])
+            state = torch.einsum("sp,spw->sw", gradients.weights, gradients.value[site])
             patch = other_emotions_mean(state[None])[0]
-            effect = ((found.value[site] - patch[:, None]) * found.grad[site] * reads).sum(1).cpu()
+            effect = ((gradients.value[site] - patch[:, None]) * gradients.grad[site] * reads).sum(1).cpu()
             if site.kind == Z:
                 heads[:, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
             else:
                 neurons[:, site.layer] += effect
-        clean.append(found.scores.cpu())
+        clean.append(gradients.scores.cpu())
     return UnitScores(heads / len(samples), neurons / len(samples)), torch.stack(clean)
 
 
@@ -179,6 +179,6 @@ def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion
             batch = unpacked_batch(model, [single] * len(chosen))
             edits = replace_units(model, [[unit] for unit in chosen], patch, positions=batch.read_mask())
             out = model.read(batch.ids, [last], edits=edits, attention_mask=batch.mask, position_ids=batch.positions)[last]
-            # subtracted before projecting, see `ablation_drops`
+            # the difference is taken before projecting: the residual's massive entries would drown it otherwise
             drops[start : start + rows] += ((clean - batch.average(out)) @ v_ref[emotion].to(clean)).cpu()
     return drops / len(samples)

@@ -15,7 +15,7 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
 
 KIND = "scores"
-FORMS = ("contrast", "raw", "patch", "effect")
+SCORE_FORMS = ("contrast", "raw", "patch", "effect")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,11 @@ class Scores:
         Raises:
             ArtifactError: if it is not one.
         """
-        found = artifacts.load(path, KIND)
-        f, t = found.fields, found.tensors
+        artifact = artifacts.load(path, KIND)
+        f, t = artifact.fields, artifact.tensors
         try:
             forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
             emotions, band = tuple(f["emotions"]), tuple(f["band"])
-            return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], found.provenance)
+            return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], artifact.provenance)
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path} lacks a part of the scores ({error}); make it again") from error

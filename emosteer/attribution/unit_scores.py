@@ -1,6 +1,6 @@
-"""Which heads and neurons write the emotion: exact contributions in one pass, attribution patching, true patches as a check.
+"""Which heads and neurons write the emotion: the exact contribution of every unit in one pass.
 
-METHOD section 4. Contributions are linear in the activations, so the mean contrastive contribution of every unit follows from
+docs/METHOD.md section 4. Contributions are linear in the activations, so the mean contrastive contribution of every unit follows from
 the mean contrast that `extract` keeps: no forward pass per head, and none at all once the directions are there.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from emosteer.directions.directions import Directions
 from emosteer.models.architecture import norm_gain, part
-from emosteer.models.interventions import replace_units, unit_slice
+from emosteer.models.interventions import unit_slice
 from emosteer.models.model import Model
-from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
+from emosteer.models.sites import RESID_MID, RESID_POST, Head, Neuron, Unit
 
 
 def written_direction(model: Model, layer: int, kind: str, vectors: Tensor) -> Tensor:
@@ -93,48 +93,6 @@ def raw_scores(model: Model, directions: Directions) -> UnitScores:
 def _scores(model: Model, directions: Directions, z: Tensor, mlp: Tensor) -> UnitScores:
     v_mid, v_post = directions.at(RESID_MID).to(z), directions.at(RESID_POST).to(z)
     return UnitScores(head_contributions(model, z, v_mid).cpu(), neuron_contributions(model, mlp, v_post).cpu())
-
-
-# ---- the final score -----------------------------------------------------------------------------------------------
-
-
-# ---- patching ------------------------------------------------------------------------------------------------------
-
-
-# ---- one-pass contributions against real ablation --------------------------------------------------------------------
-
-
-@torch.no_grad()
-def ablation_drops(model: Model, ids: Tensor, position: int, units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit: its one-pass contribution, and the drop of the projection at its own layer when it is really zero-ablated.
-
-    Args:
-        ids: one prompt [1, pos]; position: where both are read; v_mid, v_post: [layer, d_model].
-
-    Returns:
-        (contribution [unit], drop [unit]).
-    """
-    shape = model.shape
-    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in (Z, MLP_POST, RESID_MID, RESID_POST)]
-    base = {site: value[0, position].float() for site, value in model.read(ids, sites).items()}
-    stacked = {kind: torch.stack([base[Site(layer, kind)] for layer in range(shape.n_layers)]) for kind in (Z, MLP_POST)}
-    tables = UnitScores(
-        head_contributions(model, stacked[Z], v_mid.to(model.device))[None],
-        neuron_contributions(model, stacked[MLP_POST], v_post.to(model.device))[None],
-    )
-    drops = torch.zeros(len(units))
-    by_site: dict[Site, list[int]] = {}
-    for index, unit in enumerate(units):
-        by_site.setdefault(Site(unit.layer, RESID_MID if isinstance(unit, Head) else RESID_POST), []).append(index)
-    for site, members in by_site.items():
-        v = (v_mid if site.kind == RESID_MID else v_post)[site.layer].to(model.device)
-        for start in range(0, len(members), 32):
-            some = members[start : start + 32]
-            edits = replace_units(model, [[units[i]] for i in some])
-            after = model.read(ids.expand(len(some), -1), [site], edits=edits)[site][:, position].float()
-            # the difference is taken before projecting: the residual's massive entries would drown it otherwise
-            drops[some] = ((base[site] - after) @ v).cpu()
-    return torch.tensor([tables.of(0, unit) for unit in units]), drops
 
 
 def top_units(table: Tensor, count: int, make: type[Head] | type[Neuron]) -> list[Unit]:

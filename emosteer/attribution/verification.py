@@ -67,19 +67,19 @@ def real_drops(model: Model, inputs: Sequence[LayerInputs], units: Sequence[Unit
     for site, members in by_site.items():
         v = (v_mid if site.kind == RESID_MID else v_post)[site.layer].double()
         for start in range(0, len(members), ROWS):
-            some = members[start : start + ROWS]
-            after = _run_layer(model, site, inputs[site.layer], [[], *([units[i]] for i in some)])
-            drops[some] = (after[0] - after[1:]) @ v
+            chunk = members[start : start + ROWS]
+            after = _run_layer(model, site, inputs[site.layer], [[], *([units[i]] for i in chunk)])
+            drops[chunk] = (after[0] - after[1:]) @ v
     return drops
 
 
 @torch.no_grad()
 def layer_inputs(model: Model, ids: Tensor) -> list[LayerInputs]:
     """Arguments of every decoder layer in a clean pass, in float64 on the CPU."""
-    found: list[LayerInputs] = []
+    inputs: list[LayerInputs] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((_double(args), _double(kwargs)))
+        inputs.append((_double(args), _double(kwargs)))
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in model.layers]
     try:
@@ -87,7 +87,7 @@ def layer_inputs(model: Model, ids: Tensor) -> list[LayerInputs]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
 def _double(value: Any) -> Any:

@@ -158,15 +158,15 @@ def _checked(path: Path, text: str, tensors: dict[str, Tensor], kind: str | None
             raise TypeError(f"'fields' is a {type(fields).__name__}")
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has a malformed emosteer header ({error}); make it again") from error
-    found = str(schema).removeprefix("emosteer/")
-    if kind is not None and found != kind:
-        raise ArtifactError(f"expected an artefact of kind '{kind}', found '{found}' in {path}")
+    made_kind = str(schema).removeprefix("emosteer/")
+    if kind is not None and made_kind != kind:
+        raise ArtifactError(f"expected an artefact of kind '{kind}', found '{made_kind}' in {path}")
     if version != SCHEMA_VERSION:
         raise ArtifactError(f"{path} has schema version {version}, this emosteer reads version {SCHEMA_VERSION}; make it again")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ArtifactError(f"{path} holds values that are not finite in '{name}'; make it again")
-    return Artifact(found, fields, tensors, provenance, path, sha256_file(path))
+    return Artifact(made_kind, fields, tensors, provenance, path, sha256_file(path))
 
 
 def require_model(provenance: Provenance, model_sha256: str, model_name: str, path: Path | str) -> None:

@@ -1,4 +1,4 @@
-"""The cache folder: where it is, one worker at a time in it, nothing half done in it, sha256 of big files remembered in it."""
+"""The cache folder: where it is, a lock for one worker at a time, nothing half done left in it, and the remembered sha256 of big files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.base.files import sha256_file, write_error, write_text
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two conversions at once waste work, the rename still keeps the result whole
-    fcntl = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
+#: What a file system answers that has no locks (some network mounts).
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _LONG_HASH = 2**30  # bytes; reading more than this takes long enough to be worth a word
 Say = Callable[[str], None]
 
@@ -45,22 +45,32 @@ def scratch(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def locked(folder: Path, say: Say) -> Iterator[None]:
     """One process or thread at a time works on `folder`. The kernel drops the lock of a killed process; what it left is swept."""
+    from filelock import FileLock
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("a") as file:
-        if fcntl is not None and _flock(file.fileno(), say):
-            for left in folder.parent.glob(f".{folder.name}.*.part"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-def _flock(handle: int, say: Say) -> bool:
-    """Takes the lock; False on file systems that have none (some network mounts)."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    if _acquired(lock, say):
+        for left in folder.parent.glob(f".{folder.name}.*.part"):
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: BaseFileLock, say: Say) -> bool:
+    """Takes the lock, waiting as long as it takes; False on file systems that have none: there two conversions at once waste work,
+    and the rename still keeps the result whole."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
         say("waiting for another process that prepares the same model")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         return False
     return True
 
@@ -90,21 +100,21 @@ def remembered_sha256(path: Path, say: Say) -> str:
         return entry[-1]
     if stat.st_size > _LONG_HASH:
         say(f"taking the sha256 of {path.name} ({megabytes(stat.st_size)}, once)")
-    found = sha256_file(path)
+    sha256 = sha256_file(path)
     with contextlib.suppress(EmosteerError):  # an entry lost to another writer costs one more reading, nothing else
-        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, found]}, indent=1))
-    return found
+        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
+    return sha256
 
 
 def _remembered(memory: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(memory.read_text("utf-8"))
-        return found if isinstance(found, dict) else {}
+        entries = json.loads(memory.read_text("utf-8"))
+        return entries if isinstance(entries, dict) else {}
     return {}
 
 
 def silent(_: str) -> None:
-    """Progress that nobody asked for."""
+    """Discards progress that nobody asked for."""
 
 
 def megabytes(size: int) -> str:

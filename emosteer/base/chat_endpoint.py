@@ -29,7 +29,7 @@ class _TryAgain(Exception):
 
 
 class Endpoint:
-    """Any server with POST {base_url}/chat/completions. The key is sent as a Bearer token and stands in no message."""
+    """Any server with POST {base_url}/chat/completions. The key is sent as a Bearer token and never appears in a message."""
 
     def __init__(
         self,
@@ -136,13 +136,13 @@ class Endpoint:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             kind = response.headers.get("content-type", "no content type")
-            found = f"{kind}: {self._clean(response.text)[:80]}"
-            raise _TryAgain(f"answered something else than a chat completion ({found})") from error
+            start = f"{kind}: {self._clean(response.text)[:80]}"
+            raise _TryAgain(f"answered something else than a chat completion ({start})") from error
         return content if isinstance(content, str) else ""
 
     def _failure(self, response: httpx.Response) -> Exception:
-        code, said = response.status_code, self._clean(_complaint(response))
-        answered = f"answered {code}" + (f" ({said[:200]})" if said else "")
+        code, complaint = response.status_code, self._clean(_complaint(response))
+        answered = f"answered {code}" + (f" ({complaint[:200]})" if complaint else "")
         if (code in (408, 409, 425, 429) or code >= 500) and "insufficient_quota" not in response.text:
             return _TryAgain(answered, _retry_after(response.headers.get("retry-after", "")))
         key = f"the key in ${self.key_env}" if self._key else f"${self.key_env}, which is not set: this server wants a key"

@@ -98,9 +98,9 @@ def read_jsonl(path: Path, what: str = "file", *, may_be_empty: bool = False) ->
         DataError: naming file and line, if a line is not a JSON object or the file holds no line at all.
     """
     seen = False
-    for found in parse_jsonl(read_text(path, what), str(path)):
+    for numbered in parse_jsonl(read_text(path, what), str(path)):
         seen = True
-        yield found
+        yield numbered
     if not seen and not may_be_empty:
         raise DataError(f"{what} {path} is empty; expected one JSON object a line")
 

@@ -100,7 +100,7 @@ class KeyedLog:
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log that another process writes or wrote: a last line that is not whole does not count, and the file stays as it is.
+    """Rows of a log that another process writes or wrote: an incomplete last line is ignored, and the file is not changed.
 
     Raises:
         DataError: if it holds something other than JSON lines.
@@ -117,7 +117,7 @@ def _mend(path: Path, start: bytes) -> None:
     data = path.read_bytes()
     at = data.rfind(b"\n") + 1
     tail = data[at:]
-    if not tail.strip() or not _only_rows(data[:at]):  # what is not ours stays as it is; reading it names the line
+    if not tail.strip() or not _only_rows(data[:at]):  # a file that is not ours is left alone; reading it reports the line
         return
     try:
         whole = isinstance(json.loads(tail), dict)

@@ -1,4 +1,4 @@
-"""Several processes of one command, as `torchrun` starts them: who does what, who waits for whom, and what is said when one dies.
+"""Several processes of one command, as started by `torchrun`: who does what, who waits for whom, and what is reported when one dies.
 
 Work is cut into numbered pieces that mean the same whoever does them. A process claims the next piece from a common counter and keeps
 what it found in a file of its own (`part`), written as a single process writes its progress; process 0 merges the files in the order of
@@ -85,11 +85,11 @@ def part(path: Path, number: int) -> Path:
 
 def parts(path: Path) -> dict[int, Path]:
     """The shares that are on disk: process -> file, `path` itself included."""
-    found = {0: path} if path.is_file() else {}
+    by_rank = {0: path} if path.is_file() else {}
     for other in path.parent.glob(f"{glob.escape(path.name)}.rank*"):
         if match := re.fullmatch(re.escape(path.name) + r"\.rank(\d+)", other.name):
-            found[int(match[1])] = other
-    return dict(sorted(found.items()))
+            by_rank[int(match[1])] = other
+    return dict(sorted(by_rank.items()))
 
 
 class Crew:

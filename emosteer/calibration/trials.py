@@ -14,6 +14,7 @@ from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE
 from emosteer.generation.decoding import Decoding
+from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS
 from emosteer.models.model import Model
@@ -22,9 +23,6 @@ from emosteer.scenarios.words import stem_pattern
 from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.resumable import Row
 from emosteer.writing.settings import BATCH_SIZE
-
-#: Nats per token that an empty reply counts for: it is a broken one.
-EMPTY = 10.0
 
 
 @dataclass(frozen=True)
@@ -135,4 +133,4 @@ class Trials:
 
 def _nats(reply: Row) -> float:
     """Nats per token of a reply alone under the unsteered model."""
-    return EMPTY if reply["nll"] is None else float(reply["nll"])
+    return EMPTY_NLL if reply["nll"] is None else float(reply["nll"])

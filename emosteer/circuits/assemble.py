@@ -1,6 +1,6 @@
 """Directions and scores -> Circuit: sublayer importance, the budget over sublayers, and how faithful the result is.
 
-METHOD section 5. Everything is measured on emotion-free prompts at t*, by really injecting and reading the last raw residual.
+docs/METHOD.md section 5. Everything is measured on emotion-free prompts at t*, by really injecting and reading the last raw residual.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def auto_units(
 ) -> list[Unit]:
     """The smallest set of top-ranked heads that keeps a stated share of the effect of all heads; neurons only on request.
 
-    FINDINGS: at reply positions the heads carry the cause, injecting every neuron's contrast alone does nothing.
+    At reply positions the heads carry the cause (docs/CIRCUITS.md): injecting every neuron's contrast alone does nothing.
     """
     neurons = round((settings.neuron_share or 0) * model.shape.n_layers * model.shape.d_mlp)
     extra = top_units(scores.neurons[emotion], neurons, Neuron)

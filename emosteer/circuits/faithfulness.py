@@ -1,4 +1,4 @@
-"""How much of the whole model's effect a circuit stands for, measured by really injecting it (METHOD section 5)."""
+"""How much of the whole model's effect a circuit stands for, measured by really injecting it (docs/METHOD.md section 5)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, softplus
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
 from emosteer.circuits.settings import GainSettings
-from emosteer.directions.activations import Row, make_batch
+from emosteer.directions.activations import TokenRow, make_batch
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
@@ -137,7 +137,7 @@ def _costs(
     window, longest = model.window, 1 + max(positions)
     if window is not None and longest > window:  # the mask is taken as it is, so that a reply would see further back than it does alone
         raise DataError(f"{group.key}: {longest} tokens do not fit the sliding window of {model.name} ({window}); use --gain-steps 0")
-    row = Row(tuple(ids), tuple(positions), tuple(owner), ((len(prompt) - 1,),))
+    row = TokenRow(tuple(ids), tuple(positions), tuple(owner), ((len(prompt) - 1,),))
     batch = make_batch(model, [row])
     hidden = model.run(
         batch.ids, _edits(gains, written, len(prompt) - 1, vector), attention_mask=batch.mask, position_ids=batch.positions, bridge=False

@@ -15,7 +15,7 @@ from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, followed_by, with_command
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
+from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 from emosteer.writing.settings import BATCH_SIZE
@@ -41,7 +41,7 @@ def calibrate(
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
     skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
-    judge: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
+    judge: Annotated[str, typer.Option("--judge", help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,

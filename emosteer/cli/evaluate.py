@@ -27,7 +27,7 @@ from emosteer.cli.options import (
 )
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
+from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
 from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
@@ -91,7 +91,7 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
     ] = None,
-    judge: Annotated[str, typer.Option(help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
+    judge: Annotated[str, typer.Option(help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,

@@ -14,7 +14,7 @@ import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.cli.options import DeviceOption
-from emosteer.judges.registry import EMBEDDED, FORMS, KEY_ENV, PARALLEL
+from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
 
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Texts judged before their rows are written; a kill costs no more.
 CHUNK = 256
-Row = dict[str, Any]
+JudgedRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Line:
 
 def judge(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
-    spec: Annotated[str, typer.Option("--judge", help=f"{FORMS}.", metavar="SPEC")] = EMBEDDED,
+    spec: Annotated[str, typer.Option("--judge", help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
@@ -140,12 +140,12 @@ def _lines(file: str, field: str) -> list[Line]:
 
 def _judged(
     lines: Sequence[Line],
-    known: dict[str, Row],
+    known: dict[str, JudgedRow],
     judge: EmotionJudge,
     check: Callable[[Sequence[str]], Sequence[Soundness]],
     run: str,
     chunk: int,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[JudgedRow]]:
     """Judges every text that is not known, each once; yields the rows of a chunk at a time and puts them into `known`, by text."""
     from emosteer.base.progress import bar, note
 
@@ -163,7 +163,7 @@ def _judged(
             yield rows
 
 
-def _row(line: Line, opinion: Opinion, soundness: Soundness, run: str) -> Row:
+def _row(line: Line, opinion: Opinion, soundness: Soundness, run: str) -> JudgedRow:
     from emosteer.scenarios.scenarios import EMOTIONS
 
     shares = opinion.probabilities
@@ -205,7 +205,7 @@ def _opened(out: Path, run: str, fresh: bool) -> JsonlLog:
     return log
 
 
-def _settle(out: Path, found: Sequence[Row]) -> None:
+def _settle(out: Path, found: Sequence[JudgedRow]) -> None:
     """Puts the finished file into the order of the input, without what it does not hold any more."""
     from emosteer.base.files import read_jsonl, write_jsonl
 
@@ -213,11 +213,11 @@ def _settle(out: Path, found: Sequence[Row]) -> None:
         write_jsonl(out, list(found))
 
 
-def _printer(lines: Sequence[Line]) -> Callable[[dict[str, Row]], None]:
+def _printer(lines: Sequence[Line]) -> Callable[[dict[str, JudgedRow]], None]:
     """Prints rows in the order of the input, each as soon as it and all before it are there."""
     printed = 0
 
-    def show(known: dict[str, Row]) -> None:
+    def show(known: dict[str, JudgedRow]) -> None:
         nonlocal printed
         while printed < len(lines) and lines[printed].sha256 in known:
             line = lines[printed]
@@ -227,7 +227,7 @@ def _printer(lines: Sequence[Line]) -> Callable[[dict[str, Row]], None]:
     return show
 
 
-def _summary(name: str, lines: Sequence[Line], found: Sequence[Row], out: Path | None) -> None:
+def _summary(name: str, lines: Sequence[Line], found: Sequence[JudgedRow], out: Path | None) -> None:
     from emosteer.base.tables import print_table
     from emosteer.judges.protocol import LABELS
 
@@ -246,7 +246,7 @@ def _summary(name: str, lines: Sequence[Line], found: Sequence[Row], out: Path |
     _agreement(lines, found)
 
 
-def _agreement(lines: Sequence[Line], found: Sequence[Row]) -> None:
+def _agreement(lines: Sequence[Line], found: Sequence[JudgedRow]) -> None:
     """Agreement with the labels that the input carries, and which was taken for which."""
     from emosteer.base.tables import print_table
     from emosteer.judges.protocol import LABELS, NEUTRAL

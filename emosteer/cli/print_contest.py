@@ -7,12 +7,12 @@ from typing import Any
 
 from emosteer.base.tables import print_table
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 #: Ratios further apart than this are said to differ.
 NEAR = 0.02
 
 
-def print_evaluation(found: Row, file: str) -> None:
+def print_evaluation(found: Fields, file: str) -> None:
     """The tables of `evaluate`. file: where the evaluation is."""
     test, dev = found["test"], found["dev"]
     written = f"{test['n_groups']} scenario-events of {test['file']}, each for every emotion"
@@ -32,14 +32,14 @@ def print_evaluation(found: Row, file: str) -> None:
         print(equal_sentence(line))
 
 
-def _rule(budget: Row) -> str:
+def _rule(budget: Fields) -> str:
     return (
         f"the highest mean P(target) with ratio up to {budget['ratio']:g}, naming up to {budget['names']:.0%} (or the least) "
         f"and {budget['sound']:.0%} sound, all emotions together, and {budget['each_sound']:.0%} sound for each"
     )
 
 
-def _print_results(results: Sequence[Row]) -> None:
+def _print_results(results: Sequence[Fields]) -> None:
     shares = ("accuracy", "match")
     plain = ("names", "sound", "repetition", "unfinished", "on_topic")
     rows = []
@@ -60,7 +60,7 @@ def _print_results(results: Sequence[Row]) -> None:
     print_table(("method", *shares, "ratio", "median", *plain, "kept", "n", "missing"), rows)
 
 
-def _print_emotions(found: Row) -> None:
+def _print_emotions(found: Fields) -> None:
     for name, kinds in (("by_emotion", found["emotions"]), ("by_valence", list(found["results"][0]["by_valence"]))):
         rows = [
             (r["method"], *(f"{_share(r[name][k]['accuracy'])} @{_number(r[name][k]['ratio']['value'])}" for k in kinds))
@@ -69,7 +69,7 @@ def _print_emotions(found: Row) -> None:
         print_table(("accuracy @ratio", *kinds), rows)
 
 
-def _print_comparisons(comparisons: Sequence[Row]) -> None:
+def _print_comparisons(comparisons: Sequence[Fields]) -> None:
     pairs = dict.fromkeys((row["a"], row["b"]) for row in comparisons)
     known = {(row["a"], row["b"], row["metric"]): row for row in comparisons}
     rows = []
@@ -81,7 +81,7 @@ def _print_comparisons(comparisons: Sequence[Row]) -> None:
         print_table(("difference", "accuracy", "match", "ratio", "kept", "n"), rows)
 
 
-def equal_sentence(line: Row) -> str:
+def equal_sentence(line: Fields) -> str:
     """One comparison at equal perplexity ratio, in words."""
     apart = abs(line["ratio_a"] - line["ratio_b"]) > NEAR
     near = "no dose comes nearer" if apart else "equal"
@@ -93,21 +93,21 @@ def equal_sentence(line: Row) -> str:
     )
 
 
-def _share(value: Row, interval: bool = False) -> str:
+def _share(value: Fields, interval: bool = False) -> str:
     if value["value"] is None:
         return "-"
     text = f"{100 * value['value']:.1f}"
     return text + (f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if interval and value["low"] is not None else "")
 
 
-def _points(row: Row) -> str:
+def _points(row: Fields) -> str:
     d = row["difference"]
     if d["value"] is None or d["low"] is None:
         return "-"
     return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] p {row['p']:.2g}"
 
 
-def _plain(row: Row) -> str:
+def _plain(row: Fields) -> str:
     d = row["difference"]
     if d["value"] is None or d["low"] is None:
         return "-"

@@ -42,12 +42,12 @@ class Sample:
 
     @property
     def cost_alone(self) -> int:
-        """Tokens that a forward pass computes where every emotion is a sequence of its own."""
+        """Tokens that a forward pass computes when every emotion is a separate sequence."""
         return sum(map(len, self.prompts)) + sum(map(len, self.replies))
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One sequence of a batch: token ids, their positions, the segment each belongs to (0 = prompt), and for every
     state that is read the positions to average over."""
 
@@ -82,18 +82,18 @@ def tokenize_group(
 def read_positions(prompt: int, reply: int) -> tuple[int, ...]:
     """Positions that write a reply's tokens: the last prompt position and every reply position but the last.
 
-    With no reply it is t*, the last prompt position alone (METHOD section 3). Positions are absolute.
+    With no reply it is t*, the last prompt position alone (docs/METHOD.md section 3). Positions are absolute.
     """
     return tuple(range(prompt - 1, prompt + max(reply - 1, 0)))
 
 
-def rows_of(sample: Sample, packed: bool = True) -> list[Row]:
+def rows_of(sample: Sample, packed: bool = True) -> list[TokenRow]:
     """The sequences of a group: one that holds all emotions where they share a prompt, else one per emotion."""
     if not (packed and sample.packs):
         rows = []
         for prompt, reply in zip(sample.prompts, sample.replies, strict=True):
             size = len(prompt) + len(reply)
-            rows.append(Row(prompt + reply, tuple(range(size)), (0,) * size, (read_positions(len(prompt), len(reply)),)))
+            rows.append(TokenRow(prompt + reply, tuple(range(size)), (0,) * size, (read_positions(len(prompt), len(reply)),)))
         return rows
     prompt = sample.prompts[0]
     ids, positions, segments, reads = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
@@ -103,7 +103,7 @@ def rows_of(sample: Sample, packed: bool = True) -> list[Row]:
         ids += reply
         positions += range(len(prompt), len(prompt) + len(reply))
         segments += [index + 1] * len(reply)
-    return [Row(tuple(ids), tuple(positions), tuple(segments), tuple(reads))]
+    return [TokenRow(tuple(ids), tuple(positions), tuple(segments), tuple(reads))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Batch:
         return (self.weights > 0).any(1)
 
 
-def make_batch(model: Model, rows: Sequence[Row]) -> Batch:
+def make_batch(model: Model, rows: Sequence[TokenRow]) -> Batch:
     """Pads rows on the right and builds the mask that keeps the segments of a row apart.
 
     Rows of one segment get a plain padding mask instead: models take an additive mask as it is, sliding-window layers too, which

@@ -51,8 +51,8 @@ class Plan:
     def strata_of(self, sample: Sample) -> list[str]:
         """The strata that a group counts in with its true labels."""
         half = HALVES[stable_share(f"half/{sample.key.scenario}", self.seed) < 0.5]
-        own = [HELDOUT if sample.key.scenario in self.heldout else half, f"valence:{sample.key.valence}"]
-        return own + ([f"theme:{sample.theme}"] if sample.theme in self.themes else [])
+        strata = [HELDOUT if sample.key.scenario in self.heldout else half, f"valence:{sample.key.valence}"]
+        return strata + ([f"theme:{sample.theme}"] if sample.theme in self.themes else [])
 
     def shuffle(self, sample: Sample) -> list[int]:
         """A permutation of the emotions for the control, drawn per group."""
@@ -151,14 +151,14 @@ class Contrasts:
     def _add_strata(self, sample: Sample, delta: Tensor) -> None:
         """Adds one group's contrasts [emotion, site, d_model] to its strata, and to its half's control with the labels shuffled."""
         strata = self.plan.strata
-        own = self.plan.strata_of(sample)
-        for name in own:
+        counted = self.plan.strata_of(sample)
+        for name in counted:
             self._add("resid", delta, strata.index(name))
         order = self.plan.shuffle(sample)
-        controls = [strata.index(SHUFFLED[HALVES.index(name)]) for name in own if name in HALVES]
+        controls = [strata.index(SHUFFLED[HALVES.index(name)]) for name in counted if name in HALVES]
         for index in controls:
             self._add("resid", delta[order], index)
-        for index in (*map(strata.index, own), *controls):
+        for index in (*map(strata.index, counted), *controls):
             self.sums["count"][index] += 1
 
     def _classify(self, samples: Sequence[Sample], delta: Tensor) -> None:

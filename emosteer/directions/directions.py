@@ -118,20 +118,20 @@ class Directions:
         return cls.from_artifact(artifacts.load(path, KIND))
 
     @classmethod
-    def from_artifact(cls, found: artifacts.Artifact) -> Directions:
+    def from_artifact(cls, artifact: artifacts.Artifact) -> Directions:
         """Makes the value from a loaded artefact of kind "directions".
 
         Raises:
             ArtifactError: if a part is missing.
         """
         try:
-            return cls._from_parts(found)
+            return cls._from_parts(artifact)
         except KeyError as error:
-            raise ArtifactError(f"{found.path} lacks {error}; make it again") from error
+            raise ArtifactError(f"{artifact.path} lacks {error}; make it again") from error
 
     @classmethod
-    def _from_parts(cls, found: artifacts.Artifact) -> Directions:
-        fields, tensors = found.fields, found.tensors
+    def _from_parts(cls, artifact: artifacts.Artifact) -> Directions:
+        fields, tensors = artifact.fields, artifact.tensors
         names = Evidence.__dataclass_fields__
         evidence = Evidence(**{n: tensors[f"evidence.{n}"] for n in names}) if "evidence.halves" in tensors else None
         return cls(
@@ -150,7 +150,7 @@ class Directions:
             n_groups=fields["n_groups"],
             n_heldout=fields["n_heldout"],
             dropped=fields["dropped"],
-            provenance=found.provenance,
+            provenance=artifact.provenance,
         )
 
 
@@ -207,7 +207,7 @@ def _evidence(contrasts: Contrasts, counts: Mapping[str, float]) -> Evidence:
     )
 
 
-#: Adjacent layers whose directions agree more than this are one stable band (METHOD section 5).
+#: Adjacent layers whose directions agree more than this are one stable band (docs/METHOD.md section 5).
 BAND_COSINE = 0.9
 
 

@@ -1,4 +1,4 @@
-"""The stage `extract`: scenarios and an elicitation -> Directions. Interruptible at any moment; a rerun goes on.
+"""The stage `extract`: scenarios and an elicitation -> Directions. Interruptible at any moment; a rerun resumes.
 
 Several processes may share the batches (see `workers`): each sums those that it claims and keeps the sums in its own file, and process 0
 merges the files. Sums are kept so precisely (see `contrast`) that the result is the same, whoever added what.
@@ -147,7 +147,7 @@ def _run(
     settings: Settings,
     on_batch: Callable[[int], None] | None,
 ) -> None:
-    """Claims and sums batches until none is left. todo: their numbers."""
+    """Claims and sums batches until none is left. todo: the batches' numbers."""
     sites = [*residual_sites(model.shape.n_layers), *(Site(layer, kind) for layer in range(model.shape.n_layers) for kind in (Z, MLP_POST))]
 
     def compute(samples: list[Sample]) -> tuple[list[Sample], dict[Site, Tensor]]:
@@ -194,7 +194,7 @@ class Share:
             _write_checkpoint(self.file, self.fingerprint, self.contrasts, sorted(self.done))
 
     def resume(self, fresh: bool, batches: Sequence[Sequence[Sample]]) -> None:
-        """Goes on from the parts on disk. Process 0 takes over those of processes that are no more."""
+        """Resumes from the parts on disk. Process 0 takes over those of processes that no longer exist."""
         if self.checkpoint is None:
             return
         total = sum(map(len, batches))
@@ -203,9 +203,9 @@ class Share:
             finish_checkpoint(self.checkpoint)
         self.crew.meet()
         assert self.file is not None
-        if found := self._read(self.file):
-            self.contrasts.restore(found.tensors)
-            self.done = set(found.fields["batches"])
+        if saved := self._read(self.file):
+            self.contrasts.restore(saved.tensors)
+            self.done = set(saved.fields["batches"])
         orphans = [path for number, path in parts(self.checkpoint).items() if number >= self.crew.world]
         if self.crew.lead and orphans:
             self._adopt(orphans)
@@ -243,9 +243,9 @@ class Share:
         have = set(self.done)
         for number, path in parts(self.checkpoint).items():
             if number:
-                found = self._loaded(path)
-                self.contrasts.merge(found.tensors)
-                have |= set(found.fields["batches"])
+                saved = self._loaded(path)
+                self.contrasts.merge(saved.tensors)
+                have |= set(saved.fields["batches"])
         if len(have) != n_batches:
             raise EmosteerError(
                 f"expected {n_batches} batches in {self.checkpoint} and its parts, found {len(have)}: do all processes see the same disk? "
@@ -254,35 +254,35 @@ class Share:
 
     def _adopt(self, orphans: Sequence[Path]) -> None:
         for path in orphans:
-            found = self._read(path)
-            batches = set(found.fields["batches"]) if found else set()
-            if found and not batches & self.done:
-                self.contrasts.merge(found.tensors)
+            saved = self._read(path)
+            batches = set(saved.fields["batches"]) if saved else set()
+            if saved and not batches & self.done:
+                self.contrasts.merge(saved.tensors)
                 self.done |= batches
         self.save()
         for path in orphans:  # a process that dies before this finds them in its own part, and drops them
             path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> artifacts.Artifact | None:
-        """A part of this very extraction; None, with a word, if it is missing or another's."""
+        """A part of this very extraction; None, with a note, if it is missing or belongs to another."""
         if not path.exists():
             return None
         try:
-            found = artifacts.load(path, CHECKPOINT)
+            saved = artifacts.load(path, CHECKPOINT)
         except ArtifactError as error:
             note(f"starting over: {error}")
             return None
-        if found.fields.get("fingerprint") != self.fingerprint or "batches" not in found.fields:
+        if saved.fields.get("fingerprint") != self.fingerprint or "batches" not in saved.fields:
             note(f"starting over: {path} is from other settings, data or weights")
             return None
-        return found
+        return saved
 
     def _loaded(self, path: Path) -> artifacts.Artifact:
         """A part that must be there."""
-        found = artifacts.load(path, CHECKPOINT)
-        if found.fields.get("fingerprint") != self.fingerprint:
+        saved = artifacts.load(path, CHECKPOINT)
+        if saved.fields.get("fingerprint") != self.fingerprint:
             raise ArtifactError(f"{path} was changed by another run; run one command per artefact, then this one again")
-        return found
+        return saved
 
     def _batches(self, path: Path) -> list[int]:
         fields = artifacts.load_fields(path, CHECKPOINT) or {}

@@ -30,7 +30,7 @@ COMPARED = ("accuracy", "match", "probability", "ratio", "names", "sound", "unfi
 
 Strengths = Mapping[str, float | None]
 #: What was tried on the development split: (method, dose) -> table; the dose is None where there is nothing to choose.
-Trials = dict[tuple[str, float | None], Table]
+DoseTables = dict[tuple[str, float | None], Table]
 
 
 # ---- the development split -------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ Trials = dict[tuple[str, float | None], Table]
 
 def develop(
     contest: ContestWriter, jury: Jury, groups: Sequence[Group], defaults: Mapping[str, Strengths], settings: EvaluationSettings
-) -> Trials:
+) -> DoseTables:
     """Writes and judges every method at every setting, random controls on fewer scenario-events."""
     wanted: dict[tuple[str, float | None], list[Cell]] = {}
     for method in settings.methods:
@@ -73,7 +73,7 @@ class Chosen:
     unfit: dict[str, list[str]]
 
 
-def chosen_doses(trials: Trials, emotions: Sequence[str], settings: EvaluationSettings) -> Chosen:
+def chosen_doses(trials: DoseTables, emotions: Sequence[str], settings: EvaluationSettings) -> Chosen:
     """The rule, for every method. A control takes the doses of what it controls."""
     base = trials[NONE, None]
     plain = {emotion: DosePoint.of(base, base, e) for e, emotion in enumerate(emotions)}
@@ -91,7 +91,7 @@ def chosen_doses(trials: Trials, emotions: Sequence[str], settings: EvaluationSe
     return found
 
 
-def frontier(trials: Trials, emotions: Sequence[str]) -> list[Row]:
+def frontier(trials: DoseTables, emotions: Sequence[str]) -> list[Row]:
     """Accuracy against perplexity ratio: one line per method, dose and emotion, and one for all emotions together."""
     lines = []
     for (method, dose), table in trials.items():
@@ -101,7 +101,7 @@ def frontier(trials: Trials, emotions: Sequence[str]) -> list[Row]:
 
 
 def equal_ratio(
-    trials: Trials, doses: Mapping[str, Mapping[str, float | None]], rivals: Sequence[tuple[str, str]], settings: EvaluationSettings
+    trials: DoseTables, doses: Mapping[str, Mapping[str, float | None]], rivals: Sequence[tuple[str, str]], settings: EvaluationSettings
 ) -> list[Row]:
     """Two methods at the same fluency: `b` as chosen, `a` at the dose whose perplexity ratio is nearest to it. Development split.
 
@@ -128,7 +128,7 @@ def equal_ratio(
     return found
 
 
-def as_chosen(trials: Trials, method: str, doses: Strengths) -> Table:
+def as_chosen(trials: DoseTables, method: str, doses: Strengths) -> Table:
     """A method's development table with each emotion at its chosen dose."""
     parts = [trials[method, dose] for dose in doses.values()]
     return {name: torch.stack([part[name][:, e] for e, part in enumerate(parts)], 1) for name in parts[0]}

@@ -11,26 +11,19 @@ import torch
 from torch import Tensor
 
 from emosteer.circuits.methods import NONE
+from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Encoder
+from emosteer.judges.soundness import repetition
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import name_pattern, stem_pattern
 from emosteer.writing.contest_writer import Cell
 from emosteer.writing.resumable import Row
 
-#: Nats per token that an empty reply counts for: it is a broken one.
-EMPTY = 10.0
 #: A reply is on topic if it is nearer to its own prompt than to at least this share of as many other prompts.
 ON_TOPIC_SHARE, ON_TOPIC_OTHERS = 0.9, 10
 
 Table = dict[str, Tensor]
-
-
-def repetition(text: str) -> float:
-    """Share of the text's word 3-grams that occur in it before."""
-    words = re.findall(r"\w+", text.lower())
-    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def judged_rows(cells: Sequence[Cell], replies: Sequence[Row], jury: Jury, what: str) -> list[Row]:
@@ -87,11 +80,11 @@ def measure(row: Mapping[str, Any], target: str, emotions: Sequence[str]) -> dic
         judged["probability"] = share
     return {
         **judged,
-        "nll": EMPTY if row["nll"] is None else row["nll"],
+        "nll": EMPTY_NLL if row["nll"] is None else row["nll"],
         "names": float(bool(stem_pattern(target).search(text))),
         "synonyms": float(bool(name_pattern(target).search(text))),
         "sound": float(row["sound"]),
-        "repetition": repetition(text),
+        "repetition": repetition(re.findall(r"\w+", text.lower())),
         "unfinished": float(row["finish_reason"] == "length"),
         "n_tokens": float(row["n_tokens"]),
     }

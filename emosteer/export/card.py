@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what was done, with what, and what is left to whoever shares it."""
+"""The model card of an exported folder: what was done, with what, and what whoever shares it has to fill in."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from emosteer.base.errors import EmosteerError, ModelError, UsageError
 from emosteer.base.files import write_error
 from emosteer.base.progress import bar, note
 from emosteer.export.card import card
-from emosteer.export.forms import FORMS, llama_form, read_config
+from emosteer.export.forms import ARCHITECTURES, llama_form, read_config
 from emosteer.export.tensors import CODES, PRECISIONS, Planned, Stored, pieces, shards, stored_tensors, write_shard
 from emosteer.export.vectors import LAYERS, WRITERS, ExportRequest, compiled
 from emosteer.models.architecture import LLAMA
@@ -42,7 +42,7 @@ _NORMS = (LLAMA.attn_norm, LLAMA.mlp_norm)
 _EMBEDDING = f"{LLAMA.body}.{LLAMA.embedding}.weight"
 _FINAL_NORM = f"{LLAMA.body}.{LLAMA.final_norm}.weight"
 _UNEMBEDDING = f"{LLAMA.unembedding}.weight"
-#: Buffers that old checkpoints carry and every engine computes anew.
+#: Buffers that old checkpoints contain and every engine recomputes.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|self_attn\.(masked_)?bias$")
 
 
@@ -86,7 +86,7 @@ def export_checkpoint(
         "schema": 1,
         "kind": "checkpoint",
         **steering.facts(),
-        "architecture": FORMS[config.model_type],
+        "architecture": ARCHITECTURES[config.model_type],
         "dtype": form["dtype"],
         "bias_rounding": biases.rounding,
         "bytes": sum(tensor.size for tensor in plan),
@@ -163,8 +163,8 @@ def bias_values(stored: Mapping[str, Stored], vectors: Mapping[Site, Tensor], pr
     error = largest = 0.0
     for site, vector in vectors.items():
         stem = f"{LAYERS}.{site.layer}.{WRITERS[site.kind]}"
-        own = stored.get(f"{stem}.bias")
-        value = vector if own is None else vector + torch.cat([piece.float() for piece in pieces(own)])
+        stored_bias = stored.get(f"{stem}.bias")
+        value = vector if stored_bias is None else vector + torch.cat([piece.float() for piece in pieces(stored_bias)])
         dtype = getattr(torch, _dtype(stored[f"{stem}.weight"], precision))
         error = max(error, (value.to(dtype).float() - value).abs().max().item())
         largest = max(largest, value.abs().max().item())
@@ -260,11 +260,11 @@ def copy_plain_files(source: Path, target: Path, config: Any) -> None:
     from transformers import AutoTokenizer
 
     settings = target / "tokenizer_config.json"
-    found = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    tokenizer_config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
     name = type(AutoTokenizer.from_pretrained(source, local_files_only=True)).__name__
     if name == "TokenizersBackend":  # the general class, which transformers 4 knows by another name
-        name = found.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    _write_json(settings, {**found, "tokenizer_class": name})
+        name = tokenizer_config.get("tokenizer_class") or "PreTrainedTokenizerFast"
+    _write_json(settings, {**tokenizer_config, "tokenizer_class": name})
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from emosteer.base.errors import ModelError, first_line
 
 #: Model types that are a Llama but for biases and names: type -> class.
-FORMS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
 CARRIERS = "Llama, Qwen2/2.5 and Mistral (without sliding-window attention)"
 _FIELDS = (
     "vocab_size",
@@ -58,8 +58,8 @@ def llama_form(config: Any, precision: str) -> dict[str, Any]:
     Raises:
         ModelError: listing the architectures that can carry biases, if this one cannot.
     """
-    names = getattr(config, "architectures", None) or [FORMS.get(config.model_type)]
-    if FORMS.get(config.model_type) != names[0]:
+    names = getattr(config, "architectures", None) or [ARCHITECTURES.get(config.model_type)]
+    if ARCHITECTURES.get(config.model_type) != names[0]:
         raise ModelError(f"{names[0] or config.model_type} has no place for the biases; a checkpoint can be made of {CARRIERS}")
     if sliding(config):
         raise ModelError(f"this model attends in sliding windows, which the Llama form has not; a checkpoint can be made of {CARRIERS}")

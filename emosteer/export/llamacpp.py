@@ -166,8 +166,8 @@ def _biases(tensors: Mapping[str, Any], vectors: Mapping[Site, Tensor]) -> dict[
             value = np.zeros(int(weight.shape[1]), np.float32)
             if (vector := vectors.get(Site(layer, kind))) is not None:
                 value = value + vector.numpy()
-            if (own := tensors.get(name)) is not None:
-                value = value + dequantize(own.data, own.tensor_type)
+            if (stored_bias := tensors.get(name)) is not None:
+                value = value + dequantize(stored_bias.data, stored_bias.tensor_type)
             biases[name] = value
     return biases
 
@@ -187,7 +187,7 @@ def _copy_metadata(reader: Any, writer: Any, old: str) -> None:
 
 
 def _copy_tensors(reader: Any, writer: Any, biases: Mapping[str, np.ndarray[Any, Any]], old: str) -> None:
-    """One tensor after the other, as stored; nothing is quantised anew."""
+    """One tensor after the other, as stored; nothing is requantised."""
     heads = {"attn_q": _number(reader, f"{old}.attention.head_count"), "attn_k": _number(reader, f"{old}.attention.head_count_kv")}
     heads["attn_k"] = heads["attn_k"] or heads["attn_q"]
     kept = [tensor for tensor in reader.tensors if tensor.name not in biases]

@@ -49,7 +49,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises:
         ModelError: if a file is damaged, or a tensor is neither float32, float16 nor bfloat16 (quantised weights).
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         start, header = _header(file)
         for name, entry in header.items():
@@ -60,8 +60,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     f"expected weights in float32, float16 or bfloat16, found {name} in {entry['dtype']} in {file}; "
                     "export from the unquantised model"
                 )
-            found[name] = Stored(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-    return found
+            tensors[name] = Stored(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+    return tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -136,7 +136,7 @@ class Planned:
 
 
 def shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
-    """Splits a plan, in its order, into files of at most `limit` bytes; a longer tensor gets a file of its own."""
+    """Splits a plan, in its order, into files of at most `limit` bytes; a longer tensor gets its own file."""
     files: list[list[Planned]] = [[]]
     size = 0
     for tensor in plan:
@@ -149,7 +149,7 @@ def shards(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
 
 
 def write_shard(path: Path, tensors: Sequence[Planned], advance: Callable[[float], None]) -> None:
-    """Writes one safetensors file tensor by tensor; `advance` is told the bytes written.
+    """Writes one safetensors file tensor by tensor; `advance` is called with the bytes written.
 
     Raises:
         ModelError: if values do not fit into the precision. OSError: if the disk is full.

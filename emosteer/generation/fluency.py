@@ -9,6 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from emosteer.models.model import Model
 
+#: Nats per token that an empty reply counts for: it is a broken one.
+EMPTY_NLL = 10.0
+
 
 @torch.no_grad()
 def reply_nll(model: Model, texts: Sequence[str], batch_size: int = 32) -> list[float]:

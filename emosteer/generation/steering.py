@@ -1,4 +1,4 @@
-"""Circuit or Directions -> SteeringPlan: constant vectors per layer and row (METHOD section 6).
+"""Circuit or Directions -> SteeringPlan: constant vectors per layer and row (docs/METHOD.md section 6).
 
 The modulation `z[h] += s * delta_bar[h]`, `mlp_post[n] += s * delta_bar[n]` adds the same amount at every position, hence a
 whole circuit equals two constant vectors per layer, written where `W_O` and `W_down` write. Strength is the multiplier s.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
-from emosteer.models.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_POST, Site, Z
+from emosteer.models.sites import ATTN_OUT, MLP_OUT, RESID_POST, Site
 
 STEERED_KINDS = (ATTN_OUT, MLP_OUT, RESID_POST)
 
@@ -59,25 +59,6 @@ def compile_units(model: Model, z_delta: Tensor, mlp_delta: Tensor) -> dict[Site
         if mlp.any():
             vectors[Site(layer, MLP_OUT)] = mlp.to(model.device).float() @ model.w_down(layer).float()
     return vectors
-
-
-def unit_edits(z_delta: Tensor, mlp_delta: Tensor) -> dict[Site, Edit]:
-    """The same modulation at unit level: `z` and `mlp_post` shifted by constants. The slow form that `compile_units` equals.
-
-    Args:
-        z_delta: [layer, n_heads * d_head] or [row, layer, ...]; mlp_delta alike.
-    """
-
-    def shift(delta: Tensor) -> Edit:
-        value = delta[:, None] if delta.dim() == 2 else delta
-        return lambda activation: activation + value.to(activation)
-
-    edits: dict[Site, Edit] = {}
-    for layer in range(z_delta.shape[-2]):
-        for kind, delta in ((Z, z_delta[..., layer, :]), (MLP_POST, mlp_delta[..., layer, :])):
-            if delta.any():
-                edits[Site(layer, kind)] = shift(delta)
-    return edits
 
 
 def residual_vectors(vectors: Tensor, rms: Tensor, layers: Sequence[int]) -> dict[Site, Tensor]:

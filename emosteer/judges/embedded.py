@@ -60,15 +60,15 @@ class SentenceEncoder:
     @torch.no_grad()
     def _run(self, texts: Sequence[str], read: Callable[[tuple[Tensor, ...], Tensor], Tensor], batch_size: int = 64) -> Tensor:
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # little padding
-        found: list[Tensor | None] = [None] * len(texts)
+        rows: list[Tensor | None] = [None] * len(texts)
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            some = [texts[i] if texts[i].strip() else "." for i in index]
-            tokens = self.tokenizer(some, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            batch = [texts[i] if texts[i].strip() else "." for i in index]
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             layers = self.model(**tokens, output_hidden_states=True).hidden_states
             for i, row in zip(index, read(layers, tokens["attention_mask"][..., None].float()), strict=True):
-                found[i] = row
-        return torch.stack([row for row in found if row is not None]) if texts else torch.zeros(0, 0)
+                rows[i] = row
+        return torch.stack([row for row in rows if row is not None]) if texts else torch.zeros(0, 0)
 
 
 def _layer_statistics(layers: tuple[Tensor, ...], weight: Tensor) -> Tensor:
@@ -155,11 +155,11 @@ class EmbeddedJudge:
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One opinion per text; never missing."""
         rows = self.probabilities(texts).tolist()
-        found = [Opinion({label: round(p, 6) for label, p in zip(self.labels, row, strict=True)}) for row in rows]
-        for index, opinion in enumerate(found):
+        opinions = [Opinion({label: round(p, 6) for label, p in zip(self.labels, row, strict=True)}) for row in rows]
+        for index, opinion in enumerate(opinions):
             if done is not None:
                 done(index, opinion)
-        return found
+        return opinions
 
 
 def save_heads(path: Path, heads: dict[str, LinearHead], card: dict[str, Any], provenance: Provenance) -> None:
@@ -176,18 +176,13 @@ def load_heads(path: Path) -> dict[str, LinearHead]:
     Raises:
         ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
     """
-    found = artifacts.load(path, KIND)
+    artifact = artifacts.load(path, KIND)
     try:
-        if found.fields["encoder"] != ENCODER:
-            raise ArtifactError(f"{path} reads the encoder {found.fields['encoder']}, expected {ENCODER}; run `make judge`")
+        if artifact.fields["encoder"] != ENCODER:
+            raise ArtifactError(f"{path} reads the encoder {artifact.fields['encoder']}, expected {ENCODER}; run `make judge`")
         return {
-            name: LinearHead(tuple(labels), *(found.tensors[f"{name}.{part}"].float() for part in ("mean", "scale", "weight", "bias")))
-            for name, labels in found.fields["labels"].items()
+            name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in ("mean", "scale", "weight", "bias")))
+            for name, labels in artifact.fields["labels"].items()
         }
     except (KeyError, AttributeError) as error:
         raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error
-
-
-def load_card(path: Path = ASSET) -> dict[str, Any]:
-    """What was measured when the heads were fitted."""
-    return dict(artifacts.load(path, KIND).fields["card"])

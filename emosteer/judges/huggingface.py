@@ -92,19 +92,19 @@ class Mapped:
         ours, so that a label with many names has no head start; where none means neutral, neutral is that nothing is there.
         """
         logits = logits.double()
-        found = torch.zeros(len(logits), len(LABELS), dtype=torch.float64)
+        shares = torch.zeros(len(logits), len(LABELS), dtype=torch.float64)
         if self.multi_label:
             present = logits.sigmoid().clamp(min=1e-12)
             for label, columns in self.columns.items():
-                found[:, LABELS.index(label)] = present[:, list(columns)].amax(1)
+                shares[:, LABELS.index(label)] = present[:, list(columns)].amax(1)
             if NEUTRAL not in self.columns:
-                found[:, LABELS.index(NEUTRAL)] = (1 - found).prod(1)
+                shares[:, LABELS.index(NEUTRAL)] = (1 - shares).prod(1)
         else:
             used = sorted(column for columns in self.columns.values() for column in columns)
             share = logits[:, used].softmax(1)
             for label, columns in self.columns.items():
-                found[:, LABELS.index(label)] = share[:, [used.index(column) for column in columns]].sum(1)
-        return found / found.sum(1, keepdim=True)
+                shares[:, LABELS.index(label)] = share[:, [used.index(column) for column in columns]].sum(1)
+        return shares / shares.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +132,16 @@ class HfJudge:
             raise ModelError(
                 f"expected a text-classification model as hub id (org/name) or folder, found '{reference}'; is it ./{reference}?"
             )
-        found = resolve(reference, progress=note)
-        config, tokenizer, model = _loaded(found, target)
+        classifier = resolve(reference, progress=note)
+        config, tokenizer, model = _loaded(classifier, target)
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-        mapped = Mapped.of(labels, config.problem_type == "multi_label_classification", found.name)
+        mapped = Mapped.of(labels, config.problem_type == "multi_label_classification", classifier.name)
         for line in mapped.notes:
             note(line)
-        digests = _digests(found)
-        key = sha256_text(repr([found.sha256, digests, sorted(mapped.columns.items()), LONGEST]))[:16]
-        weights = frozenset([found.sha256, *(digest for name, digest in digests if name.endswith(".safetensors"))])
-        return cls(f"hf:{found.name}", key, mapped.notes, weights, mapped, model, tokenizer)
+        digests = _digests(classifier)
+        key = sha256_text(repr([classifier.sha256, digests, sorted(mapped.columns.items()), LONGEST]))[:16]
+        weights = frozenset([classifier.sha256, *(digest for name, digest in digests if name.endswith(".safetensors"))])
+        return cls(f"hf:{classifier.name}", key, mapped.notes, weights, mapped, model, tokenizer)
 
     @torch.no_grad()
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
@@ -150,11 +150,11 @@ class HfJudge:
         Raises:
             OutOfMemory: if not even one text fits.
         """
-        found: list[Opinion] = [Opinion(None, "not judged")] * len(texts)
+        opinions: list[Opinion] = [Opinion(None, "not judged")] * len(texts)
 
         def compute(index: list[int]) -> list[tuple[int, list[float]]]:
-            some = [texts[i] or " " for i in index]
-            tokens = self.tokenizer(some, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+            batch = [texts[i] or " " for i in index]
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
             logits = self.model(**{name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}).logits
             return list(zip(index, self.mapped.shares(logits.float().cpu()).tolist(), strict=True))
 
@@ -163,10 +163,10 @@ class HfJudge:
             for part in halve_on_oom(order[start : start + BATCH], compute, note, "texts"):
                 for i, shares in part:
                     sane = all(math.isfinite(share) for share in shares)
-                    found[i] = Opinion(dict(zip(LABELS, shares, strict=True))) if sane else Opinion(None, f"{self.name} gave no numbers")
+                    opinions[i] = Opinion(dict(zip(LABELS, shares, strict=True))) if sane else Opinion(None, f"{self.name} gave no numbers")
                     if done is not None:
-                        done(i, found[i])
-        return found
+                        done(i, opinions[i])
+        return opinions
 
     @property
     def longest(self) -> int:
@@ -187,7 +187,7 @@ def refuse_same_weights(judge: object, model_sha256: str) -> None:
         )
 
 
-def _loaded(found: Weights, device: torch.device) -> tuple[Any, Any, Any]:
+def _loaded(classifier: Weights, device: torch.device) -> tuple[Any, Any, Any]:
     """(config, tokenizer, model), with every weight of the model out of the files."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -198,19 +198,21 @@ def _loaded(found: Weights, device: torch.device) -> tuple[Any, Any, Any]:
     hf_logging.disable_progress_bar()
     local = {"local_files_only": True}
     try:
-        config: Any = AutoConfig.from_pretrained(found.path, trust_remote_code=False, **local)
-        tokenizer: Any = AutoTokenizer.from_pretrained(found.path, trust_remote_code=False, **local)
+        config: Any = AutoConfig.from_pretrained(classifier.path, trust_remote_code=False, **local)
+        tokenizer: Any = AutoTokenizer.from_pretrained(classifier.path, trust_remote_code=False, **local)
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **local}
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            found.path, use_safetensors=True, trust_remote_code=False, **options
+            classifier.path, use_safetensors=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"cannot load {found.name} as a text classifier: {first_line(error)}") from error
+        raise ModelError(f"cannot load {classifier.name} as a text classifier: {first_line(error)}") from error
     if lost := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         # transformers would fill them with random numbers
-        raise ModelError(f"{found.name} is no text-classification model: its weights lack {lost[0]}; choose one that was trained as such")
+        raise ModelError(
+            f"{classifier.name} is no text-classification model: its weights lack {lost[0]}; choose one that was trained as such"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
@@ -218,8 +220,8 @@ def _loaded(found: Weights, device: torch.device) -> tuple[Any, Any, Any]:
     return config, tokenizer, model.to(device).eval()
 
 
-def _digests(found: Weights) -> list[tuple[str, str]]:
+def _digests(classifier: Weights) -> list[tuple[str, str]]:
     """(name, sha256) of every file that shapes an opinion."""
-    weights = [(file.name, remembered_sha256(file, silent)) for file in sorted(found.path.glob("*.safetensors"))]
-    small = sorted(file for pattern in ("*.json", "*.txt", "*.model") for file in found.path.glob(pattern))
+    weights = [(file.name, remembered_sha256(file, silent)) for file in sorted(classifier.path.glob("*.safetensors"))]
+    small = sorted(file for pattern in ("*.json", "*.txt", "*.model") for file in classifier.path.glob(pattern))
     return weights + [(file.name, sha256_file(file)) for file in small]

@@ -39,7 +39,7 @@ class Jury:
         Args:
             what: for the progress bar.
         """
-        found: dict[str, Opinion] = {"": Opinion({label: float(label == NEUTRAL) for label in LABELS})}
+        opinions: dict[str, Opinion] = {"": Opinion({label: float(label == NEUTRAL) for label in LABELS})}
         unique = [text for text in dict.fromkeys(texts) if text]
         with bar(f"{what} (opinions)", len(unique)) as advance:
             for start in range(0, len(unique), CHUNK):
@@ -48,12 +48,12 @@ class Jury:
                 failed = self._ask(missing if self.paid else chunk) if missing else {}
                 for text in chunk:
                     row = self.kept.rows.get(self._key(self.judge.key, text))
-                    found[text] = Opinion(row["probabilities"]) if row else failed[text]
+                    opinions[text] = Opinion(row["probabilities"]) if row else failed[text]
                 advance(len(chunk))
-        lost = [opinion.problem for opinion in found.values() if opinion.probabilities is None]
+        lost = [opinion.problem for opinion in opinions.values() if opinion.probabilities is None]
         if lost:
             note(f"{what}: {len(lost)} of {len(unique)} opinions are missing ({lost[0] or 'no reason given'}); the same command asks again")
-        return found
+        return opinions
 
     def verdicts(self, texts: Sequence[str], what: str) -> dict[str, Soundness]:
         """Text -> whether it is sound."""
@@ -62,23 +62,23 @@ class Jury:
             for start in range(0, len(unique), CHUNK):
                 chunk = unique[start : start + CHUNK]
                 if any(self._key(name, text) not in self.kept.rows for text in chunk):
-                    found = dict(zip(chunk, self.soundness.check(chunk), strict=True))
-                    self.kept.add({self._key(name, t): {"soundness": name, **vars(verdict)} for t, verdict in found.items()})
+                    checked = dict(zip(chunk, self.soundness.check(chunk), strict=True))
+                    self.kept.add({self._key(name, t): {"soundness": name, **vars(verdict)} for t, verdict in checked.items()})
                 advance(len(chunk))
         rows = {text: self.kept.rows[self._key(name, text)] for text in unique}
         return {text: Soundness(row["sound"], tuple(row["reasons"]), row["score"]) for text, row in rows.items()}
 
     def _ask(self, texts: Sequence[str]) -> dict[str, Opinion]:
-        """Asks, keeps what is said, and returns what failed."""
+        """Asks, keeps the opinions, and returns those that failed."""
 
-        def keep(said: Mapping[str, Opinion]) -> None:
-            known = {text: opinion.probabilities for text, opinion in said.items() if opinion.probabilities is not None}
+        def keep(answers: Mapping[str, Opinion]) -> None:
+            known = {text: opinion.probabilities for text, opinion in answers.items() if opinion.probabilities is not None}
             self.kept.add({self._key(self.judge.key, t): {"judge": self.judge.key, "probabilities": rounded(p)} for t, p in known.items()})
 
         opinions = self.judge.opinions(texts, (lambda index, opinion: keep({texts[index]: opinion})) if self.paid else None)
-        said = dict(zip(texts, opinions, strict=True))
-        keep(said)
-        return {text: opinion for text, opinion in said.items() if opinion.probabilities is None}
+        answers = dict(zip(texts, opinions, strict=True))
+        keep(answers)
+        return {text: opinion for text, opinion in answers.items() if opinion.probabilities is None}
 
     @staticmethod
     def _key(who: str, text: str) -> str:

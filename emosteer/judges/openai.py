@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: blind question and yes/no question, in parallel, cached, retried. No torch here."""
+"""A judge behind an OpenAI-compatible endpoint, asked in parallel, cached, retried. No torch here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog
 from emosteer.base.progress import note
 from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion
-from emosteer.judges.questions import PROMPT_VERSION, Question, blind, match
+from emosteer.judges.questions import PROMPT_VERSION, Question, blind
 
 ANSWER_TOKENS = 2_048
 
@@ -71,7 +71,7 @@ class OpenAIJudge:
         if self._log is not None:
             self._log.close()
 
-    # ---- the two questions -----------------------------------------------------------------------------------------
+    # ---- the question ----------------------------------------------------------------------------------------------
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One blind opinion per text, in order; a call that failed is one without probabilities. An empty text is neutral, unasked.
@@ -79,36 +79,19 @@ class OpenAIJudge:
         Raises:
             EmosteerError: if the cache cannot be written.
         """
-        found = [Opinion({label: float(label == NEUTRAL) for label in LABELS})] * len(texts)
+        opinions = [Opinion({label: float(label == NEUTRAL) for label in LABELS})] * len(texts)
 
         def heard(index: int, answer: Any, problem: str) -> None:
-            found[index] = Opinion(answer, problem)
+            opinions[index] = Opinion(answer, problem)
             if done is not None:
-                done(index, found[index])
+                done(index, opinions[index])
 
         asked = {index: blind(text) for index, text in enumerate(texts) if text.strip()}
         if done is not None:
             for index in sorted(set(range(len(texts))) - set(asked)):
-                done(index, found[index])
+                done(index, opinions[index])
         self._ask_all(asked, heard)
-        return found
-
-    def matches(self, texts: Sequence[str], emotions: Sequence[str]) -> list[bool | None]:
-        """The yes/no question, told the emotion: does each text express its one? None where the call failed; an empty text does not.
-
-        Raises:
-            UsageError: if there are not as many emotions as texts. EmosteerError: if the cache cannot be written.
-        """
-        if len(texts) != len(emotions):
-            raise UsageError(f"expected one emotion per text, found {len(emotions)} for {len(texts)} texts")
-        found: list[bool | None] = [False] * len(texts)
-
-        def heard(index: int, answer: Any, problem: str) -> None:
-            found[index] = answer
-
-        pairs = enumerate(zip(texts, emotions, strict=True))
-        self._ask_all({index: match(text, emotion) for index, (text, emotion) in pairs if text.strip()}, heard)
-        return found
+        return opinions
 
     # ---- asking ----------------------------------------------------------------------------------------------------
 
@@ -186,14 +169,14 @@ class OpenAIJudge:
                 self._failed(problem)
                 return None, self._given_up or problem
             try:
-                found = question.parse(answer)
+                parsed = question.parse(answer)
             except ValueError as error:
                 problem = f"{self.endpoint.model} gave no usable answer, {self.attempts} times (last: {error})"
                 self._failed(problem)
                 continue
             with self._lock:
                 self._in_a_row = 0
-            return found, ""
+            return parsed, ""
         return None, problem
 
     def _pause(self, message: str) -> None:
@@ -230,7 +213,7 @@ class OpenAIJudge:
 
 
 def _answers(log: JsonlLog) -> dict[str, Any]:
-    """What a cache holds, by key.
+    """What a cache holds, by key; booleans answer a yes/no question that earlier versions could ask.
 
     Raises:
         DataError: if a line is no answer of a judge.

@@ -44,7 +44,7 @@ class EmotionJudge(Protocol):
     def key(self) -> str: ...
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
-        """One opinion per text, in order; `done` is told of each as it is there, so that nothing paid for is lost."""
+        """One opinion per text, in order; `done` is called with each as it arrives, so that nothing paid for is lost."""
         ...
 
 

@@ -78,7 +78,7 @@ def _listed(forms: list[str]) -> str:
     return f"{', '.join(forms[:-1])} or {forms[-1]}" if len(forms) > 1 else forms[0]
 
 
-FORMS = _listed([kind.form for kind in KINDS.values()])
+JUDGE_FORMS = _listed([kind.form for kind in KINDS.values()])
 
 
 @dataclass(frozen=True)
@@ -133,4 +133,4 @@ def make_judge(
         return KINDS[wanted.kind].make(wanted.reference or "", JudgeOptions(base_url, key_env, cache, parallel, device))
     bare_id = "/" in spec and wanted.reference is None
     hint = f" (did you mean 'hf:{spec}'?)" if bare_id else suggest(wanted.kind, tuple(KINDS))
-    raise UsageError(f"unknown judge '{spec}'{hint}; expected {FORMS}")
+    raise UsageError(f"unknown judge '{spec}'{hint}; expected {JUDGE_FORMS}")

@@ -31,17 +31,21 @@ LONGEST_RUN, REPEATED = 4, 0.4
 _THRICE = re.compile(r"(?<!\S)(\S+(?: \S+){1,5})(?: \1(?!\S)){2,}")
 
 
-def repeated_share(text: str, n: int = 3) -> float:
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case; an apostrophe inside a word is part of it."""
+    return re.findall(r"\w+(?:'\w+)?", text.lower())
+
+
+def repetition(words: Sequence[str], n: int = 3) -> float:
     """The share of word n-grams that occur earlier in the same text: 0 for text without loops."""
-    words = re.findall(r"\w+(?:'\w+)?", text.lower())
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repeats(text: str) -> bool:
     """Whether anything at all is said twice: a word twice in a row, or a pair of words again."""
-    words = re.findall(r"\w+(?:'\w+)?", text.lower())
-    return any(a == b for a, b in zip(words, words[1:], strict=False)) or repeated_share(text, 2) > 0.08
+    words = words_of(text)
+    return any(a == b for a, b in zip(words, words[1:], strict=False)) or repetition(words, 2) > 0.08
 
 
 def unfinished(text: str) -> bool:
@@ -54,20 +58,20 @@ def plain_faults(text: str) -> list[str]:
     """What is wrong with a text by rule alone: nothing there, one thing over and over, hardly any letters."""
     if not re.search(r"\w", text):
         return ["empty"]
-    found = []
-    words = re.findall(r"\w+(?:'\w+)?", text.lower())
+    faults = []
+    words = words_of(text)
     runs, longest = 1, 1
     for before, word in zip(words, words[1:], strict=False):
         runs = runs + 1 if word == before else 1
         longest = max(longest, runs)
     counts = Counter(words)
     half = len(words) >= 12 and counts.most_common(1)[0][1] > len(words) / 2
-    if longest > LONGEST_RUN or repeated_share(text) > REPEATED or half or _THRICE.search(" ".join(words)):
-        found.append("repetition")
+    if longest > LONGEST_RUN or repetition(words) > REPEATED or half or _THRICE.search(" ".join(words)):
+        faults.append("repetition")
     visible = [character for character in text if not character.isspace()]
     if sum(character.isalnum() for character in visible) < 0.6 * len(visible) and len(visible) > 12:
-        found.append("symbols")
-    return found
+        faults.append("symbols")
+    return faults
 
 
 def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
@@ -76,7 +80,7 @@ def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> lis
     Args:
         features: [text, feature], of the encoder.
     """
-    found, sound = [], head.labels.index(SOUND)
+    verdicts, sound = [], head.labels.index(SOUND)
     for text, row in zip(texts, head.probabilities(features), strict=True):
         broken = 1 - row[sound].item()
         reasons = plain_faults(text)
@@ -87,8 +91,8 @@ def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> lis
             # dry official prose looks a little like a loop to the head; a loop can be counted, so it has to be there
             reasons = [fault] if fault != "repetition" or repeats(text) else []
         remarks = ["unfinished"] if unfinished(text) else []
-        found.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
-    return found
+        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
+    return verdicts
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,16 +57,16 @@ def read_examples(paths: Sequence[Path]) -> list[Example]:
     Raises:
         DataError: naming file and line, if a label is unknown, a text empty, or a text is there twice.
     """
-    found: dict[str, Example] = {}
+    by_text: dict[str, Example] = {}
     for path in paths:
         for number, row in read_jsonl(path, "judge texts"):
             label, text = row.get("label"), row.get("text")
             if label not in LABELS or not (isinstance(text, str) and text.strip()):
                 raise DataError(f"{path}:{number}: expected 'label' to be one of {', '.join(LABELS)} and 'text' a text that is not empty")
-            if text in found:
+            if text in by_text:
                 raise DataError(f"{path}:{number}: this text is there twice; a held-out text must not be fitted on")
-            found[text] = Example(label, str(row.get("register", "")), text)
-    return list(found.values())
+            by_text[text] = Example(label, str(row.get("register", "")), text)
+    return list(by_text.values())
 
 
 # ---- broken texts ----------------------------------------------------------------------------------------------------------------
@@ -164,12 +164,12 @@ def still_sound(texts: Sequence[str], rng: random.Random) -> list[str]:
 def soundness_examples(texts: Sequence[str], foreign: Sequence[str], seed: int) -> list[tuple[str, str]]:
     """(label, text) for the soundness head, from sound English texts and texts in other languages."""
     rng = random.Random(seed)
-    found = [(SOUND, text) for text in texts]
-    found += [(SOUND, text) for text in still_sound(texts, rng)]
+    examples = [(SOUND, text) for text in texts]
+    examples += [(SOUND, text) for text in still_sound(texts, rng)]
     for fault in BREAKERS:
         made = ((fault, broken(text, fault, rng)) for text in texts if rng.random() < SHARE_BROKEN)
-        found += [(label, text) for label, text in made if text is not None]
-    return found + [("language", text) for text in foreign]
+        examples += [(label, text) for label, text in made if text is not None]
+    return examples + [("language", text) for text in foreign]
 
 
 # ---- fitting and measuring -------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def measure_emotions(head: LinearHead, features: Tensor, answers: Tensor, regist
         "macro_f1": round(f1.mean().item(), 4),
         "expected_calibration_error": round(gap, 4),
         "confusion": {label: dict(zip(LABELS, row.tolist(), strict=True)) for label, row in zip(LABELS, confusion, strict=True)},
-        "by_register": {name: {"n": len(some), "accuracy": round(some.mean().item(), 4)} for name, some in by.items()},
+        "by_register": {name: {"n": len(hits_of), "accuracy": round(hits_of.mean().item(), 4)} for name, hits_of in by.items()},
     }
 
 
@@ -206,9 +206,9 @@ def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tup
     verdicts = verdicts_of(head, features, [text for _, text in examples])
     unsound = [not verdict.sound for verdict in verdicts]
     total = Counter(label for label, _ in examples)
-    found = Counter(label for (label, _), bad in zip(examples, unsound, strict=True) if bad)
+    called = Counter(label for (label, _), bad in zip(examples, unsound, strict=True) if bad)
     return {
-        label: {"n": total[label], "called_unsound": round(found[label] / total[label], 4)} for label in (SOUND, *FAULTS) if total[label]
+        label: {"n": total[label], "called_unsound": round(called[label] / total[label], 4)} for label in (SOUND, *FAULTS) if total[label]
     }
 
 
@@ -235,7 +235,7 @@ def train(paths: Sequence[Path], foreign_path: Path, out: Path) -> dict[str, Any
         )
         for part in (False, True)
     }
-    shown = {part: encoder.features([text for _, text in some]) for part, some in split.items()}
+    shown = {part: encoder.features([text for _, text in labelled]) for part, labelled in split.items()}
     names = (SOUND, *FAULTS)
     soundness = fit_head(shown[False], torch.tensor([names.index(label) for label, _ in split[False]]), names)
     card["soundness"] = measure_soundness(soundness, shown[True], split[True])

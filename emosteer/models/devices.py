@@ -15,25 +15,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists. "auto" gives each process of `torchrun` a GPU of its own.
+    """Turns "auto", "cpu", "cuda" or "cuda:N" into a device that exists. "auto" gives each process of `torchrun` its own GPU.
 
     Raises:
         UsageError: if the name is unknown or the device is not there.
     """
     if device == "auto":
-        own = local_rank()
-        if own is not None and torch.cuda.is_available():  # more processes than GPUs: they share
-            return torch.device("cuda", own % torch.cuda.device_count())
+        rank = local_rank()
+        if rank is not None and torch.cuda.is_available():  # more processes than GPUs: they share
+            return torch.device("cuda", rank % torch.cuda.device_count())
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        target = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"unknown device '{device}'; expected auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
+    if target.type not in ("cpu", "cuda"):
         raise UsageError(f"device '{device}' is not supported; expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; try --device auto")
-    return found
+    return target
 
 
 def check_device_map(name: str, device: str) -> str:

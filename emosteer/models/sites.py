@@ -66,22 +66,10 @@ def parse_site(text: str) -> Site:
     Raises:
         UsageError: if the text is not a site.
     """
-    found = re.fullmatch(r"L(\d+)\.(\w+)", text)
-    if not found or found[2] not in KINDS:
+    match = re.fullmatch(r"L(\d+)\.(\w+)", text)
+    if not match or match[2] not in KINDS:
         raise UsageError(f"expected a site such as 'L3.resid_mid', found {text!r}")
-    return Site(int(found[1]), found[2])
-
-
-def parse_unit(text: str) -> Unit:
-    """Reads ``L3H7`` or ``L3N1024`` back into a Head or a Neuron.
-
-    Raises:
-        UsageError: if the text is neither.
-    """
-    found = re.fullmatch(r"L(\d+)([HN])(\d+)", text)
-    if not found:
-        raise UsageError(f"expected a head such as 'L3H7' or a neuron such as 'L3N1024', found {text!r}")
-    return (Head if found[2] == "H" else Neuron)(int(found[1]), int(found[3]))
+    return Site(int(match[1]), match[2])
 
 
 def residual_sites(n_layers: int) -> tuple[Site, ...]:

@@ -48,9 +48,9 @@ def stop_ids(tokenizer: Any, declared: int | Sequence[int] | None) -> frozenset[
     Args:
         declared: `eos_token_id` of the model's generation settings.
     """
-    found: set[Any] = set()
+    ids: set[Any] = set()
     for item in (declared, tokenizer.eos_token_id):
         if item is not None:
-            found.update(item if isinstance(item, (list, tuple)) else [item])
+            ids.update(item if isinstance(item, (list, tuple)) else [item])
     vocabulary = tokenizer.get_vocab()
-    return frozenset(found | {vocabulary[token] for token in _END_OF_TURN if token in vocabulary})
+    return frozenset(ids | {vocabulary[token] for token in _END_OF_TURN if token in vocabulary})

@@ -12,7 +12,7 @@ from emosteer.circuits.circuit import Circuit, overlap
 from emosteer.directions.directions import Directions
 from emosteer.report import plots
 from emosteer.report.direction_figures import emotion_similarity
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Key, Panel
 from emosteer.report.panels import square
 from emosteer.report.plots import Spec, Steps, Style
 from emosteer.report.wording import finite, number, percent, plural, words
@@ -57,12 +57,12 @@ def _drawn_panel(circuit: Circuit, e: int, heads: Tensor, neurons: Tensor, tops:
     rows: list[dict[str, Any]] = []
     for layer, head in circuit.heads[e].nonzero().tolist():
         size = heads[layer, head].item()
-        said = plots.tip(f"L{layer}H{head} adds {number(size, 3)}")
-        rows.append({"layer": layer, "lane": head, "kind": "head", "size": size / tops[0], "tip": said})
+        tip = plots.tip(f"L{layer}H{head} adds {number(size, 3)}")
+        rows.append({"layer": layer, "lane": head, "kind": "head", "size": size / tops[0], "tip": tip})
     for layer, count in sorted(counts.items()):
         size = neurons[layer].item()
-        said = plots.tip(f"layer {layer}: {plural(count, 'neuron')}, together {number(size, 3)}")
-        rows.append({"layer": layer, "lane": lane, "kind": "neurons", "size": size / tops[1], "tip": said})
+        tip = plots.tip(f"layer {layer}: {plural(count, 'neuron')}, together {number(size, 3)}")
+        rows.append({"layer": layer, "lane": lane, "kind": "neurons", "size": size / tops[1], "tip": tip})
     alt_text = _drawn_words(circuit, e, heads, counts)
     title = f"{circuit.emotions[e].capitalize()}: {plural(int(circuit.heads[e].sum()), 'head')}"
     title += f", {plural(sum(counts.values()), 'neuron')}" if counts else ""
@@ -90,52 +90,54 @@ def _drawn_words(circuit: Circuit, e: int, heads: Tensor, counts: Mapping[int, i
     n_heads, flat = heads.shape[1], heads.flatten()
     strongest = [i for i in flat.argsort(descending=True).tolist()[:3] if flat[i] > 0]
     layers = circuit.heads[e].any(1).nonzero().flatten().tolist()
-    said = f"The circuit of {circuit.emotions[e]}: {plural(int(circuit.heads[e].sum()), 'head')}"
-    said += f" in layers {layers[0]} to {layers[-1]}" if layers else ""
-    said += f" and {plural(sum(counts.values()), 'neuron')} in {plural(len(counts), 'layer')}" if counts else ""
-    return said + (f"; the strongest are {words([f'L{i // n_heads}H{i % n_heads}' for i in strongest])}." if strongest else ".")
+    sentence = f"The circuit of {circuit.emotions[e]}: {plural(int(circuit.heads[e].sum()), 'head')}"
+    sentence += f" in layers {layers[0]} to {layers[-1]}" if layers else ""
+    sentence += f" and {plural(sum(counts.values()), 'neuron')} in {plural(len(counts), 'layer')}" if counts else ""
+    return sentence + (f"; the strongest are {words([f'L{i // n_heads}H{i % n_heads}' for i in strongest])}." if strongest else ".")
 
 
-def _unit_table(circuit: Circuit, heads: Tensor) -> Table:
-    rows: list[list[Cell]] = []
+def _unit_table(circuit: Circuit, heads: Tensor) -> FigureTable:
+    rows: list[list[CellValue]] = []
     left = 0
     neurons = list(zip(circuit.neuron_index.tolist(), circuit.neuron_delta.tolist(), strict=True))
     for e, emotion in enumerate(circuit.emotions):
         total = heads[e].square().sum().item() or 1.0
-        found = [("head", heads[e, layer, head].item(), f"L{layer}H{head}") for layer, head in circuit.heads[e].nonzero().tolist()]
-        found += [("neuron", abs(delta), f"L{layer}N{index}") for (who, layer, index), delta in neurons if who == e]
-        found.sort(key=lambda unit: (unit[0], -unit[1], unit[2]))
-        left += max(0, len(found) - LISTED)
-        for kind, size, name in found[:LISTED]:
+        units = [("head", heads[e, layer, head].item(), f"L{layer}H{head}") for layer, head in circuit.heads[e].nonzero().tolist()]
+        units += [("neuron", abs(delta), f"L{layer}N{index}") for (who, layer, index), delta in neurons if who == e]
+        units.sort(key=lambda unit: (unit[0], -unit[1], unit[2]))
+        left += max(0, len(units) - LISTED)
+        for kind, size, name in units[:LISTED]:
             rows.append([name, emotion, kind, number(size, 3), percent(size**2 / total) if kind == "head" else None])
     more = f"; {left:,} weaker units are left out" if left else ""
-    return Table(f"What each unit adds at strength 1{more}", ("Unit", "Emotion", "Kind", "Length", "Share of all heads' square"), rows)
+    return FigureTable(
+        f"What each unit adds at strength 1{more}", ("Unit", "Emotion", "Kind", "Length", "Share of all heads' square"), rows
+    )
 
 
 # ---- faithfulness and overlap --------------------------------------------------------------------------------------------
 
 
-def faithfulness(circuit: Circuit) -> Table | None:
-    """Size, strength and how well the circuit stands for the whole model; None where that was not measured."""
-    found = circuit.metrics.get("emotions")
-    if not isinstance(found, Mapping):
+def faithfulness(circuit: Circuit) -> FigureTable | None:
+    """Size, strength and faithfulness of the circuit; None where that was not measured."""
+    measured = circuit.metrics.get("emotions")
+    if not isinstance(measured, Mapping):
         return None
     total = circuit.heads[0].numel()
-    rows: list[list[Cell]] = []
+    rows: list[list[CellValue]] = []
     for e, emotion in enumerate(circuit.emotions):
-        row = found.get(emotion, {})
+        row = measured.get(emotion, {})
         n_heads, n_neurons = int(circuit.heads[e].sum()), int((circuit.neuron_index[:, 0] == e).sum())
         shares = [percent(finite(row.get(name)), 0) for name in ("faithfulness", "left", "random_mean", "random_max")]
         size = f"{n_heads} ({percent(n_heads / total, 0)})"
         rows.append([emotion.capitalize(), size, n_neurons, number(circuit.strength[e].item(), 2), *shares])
     head = ("Emotion", "Heads", "Neurons", "Default strength", "Effect kept", "Effect of the rest", "Random circuits", "Best random")
-    return Table("Effect on the final score, as shares of what injecting every unit does", head, rows)
+    return FigureTable("Effect on the final score, as shares of what injecting every unit does", head, rows)
 
 
 def shared(circuit: Circuit, directions: Directions | None) -> Figure:
     """Units that emotions have in common, beside how alike their directions are."""
-    found = overlap(circuit)
-    values = [[found[a][b] for b in circuit.emotions] for a in circuit.emotions]
+    jaccard = overlap(circuit)
+    values = [[jaccard[a][b] for b in circuit.emotions] for a in circuit.emotions]
     panel, table = square(circuit.emotions, values, Steps.sequential(1.0), "Units in common (Jaccard)")
     panels, tables = [panel], [table]
     sources: tuple[str, ...] = SOURCES

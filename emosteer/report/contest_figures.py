@@ -8,7 +8,7 @@ from typing import Any
 from emosteer.circuits.methods import METHODS, STEERED
 from emosteer.report import plots
 from emosteer.report.contest_tables import equal_table, extra_table, frontier_table, pair, results_table, strength_table
-from emosteer.report.figures import Figure, Panel, Table
+from emosteer.report.figures import Figure, FigureTable, Panel
 from emosteer.report.measured import Measured
 from emosteer.report.plots import PANEL, WIDE, Spec, Steps, Style
 from emosteer.report.wording import (
@@ -64,9 +64,9 @@ def frontier(contest: Measured) -> Figure:
 def _point(row: Mapping[str, Any]) -> dict[str, Any]:
     dose = finite(row.get("setting"))
     strength = f", dose {number(dose)}" if dose is not None else ""
-    said = f"{label(row['method'])}{strength}: {percent(row['accuracy'])} at ratio {number(row['ratio'])}"
+    tip = f"{label(row['method'])}{strength}: {percent(row['accuracy'])} at ratio {number(row['ratio'])}"
     name = label(row["method"])
-    return {"method": name, "ratio": row["ratio"], "accuracy": row["accuracy"], "order": dose or 0.0, "tip": plots.tip(said)}
+    return {"method": name, "ratio": row["ratio"], "accuracy": row["accuracy"], "order": dose or 0.0, "tip": plots.tip(tip)}
 
 
 def _frontier_chart(contest: Measured, points: Sequence[Mapping[str, Any]], width: int, height: int) -> Spec:
@@ -102,13 +102,15 @@ def _frontier_chart(contest: Measured, points: Sequence[Mapping[str, Any]], widt
 
 def _frontier_words(contest: Measured, rows: Sequence[Mapping[str, Any]]) -> str:
     limit = contest.budget("ratio")
-    said = []
+    best_points = []
     for method in ordered({row["method"] for row in rows}):
         within = [row for row in rows if row["method"] == method and (limit is None or row["ratio"] <= limit)]
         best = max(within, key=lambda row: row["accuracy"], default=None)
-        said.append(f"{label(method)} {percent(best['accuracy'])} at ratio {number(best['ratio'])}" if best else f"{label(method)} never")
+        best_points.append(
+            f"{label(method)} {percent(best['accuracy'])} at ratio {number(best['ratio'])}" if best else f"{label(method)} never"
+        )
     bound = f" within the budget of {number(limit)}" if limit else ""
-    return f"Line chart of accuracy against perplexity ratio. Best point of each method{bound}: {'; '.join(said)}."
+    return f"Line chart of accuracy against perplexity ratio. Best point of each method{bound}: {'; '.join(best_points)}."
 
 
 # ---- results on the test split -----------------------------------------------------------------------------------------
@@ -142,33 +144,33 @@ def outcome(contest: Measured) -> Figure:
 
 
 def interval_panel(
-    title: str, found: Mapping[str, Interval], share: bool, at: float | None, domain: tuple[float, float] | None = None
+    title: str, intervals: Mapping[str, Interval], share: bool, at: float | None, domain: tuple[float, float] | None = None
 ) -> Panel:
     """Methods below each other, each a point with its interval. share: percentages; at: a reference line."""
     form = percent_range if share else number_range
-    rows = [interval_row(label(m), m, i, f"{label(m)}: {form(i)}") for m, i in found.items() if i.value is not None]
+    rows = [interval_row(label(m), m, i, f"{label(m)}: {form(i)}") for m, i in intervals.items() if i.value is not None]
     alt_text = f"{title}. " + ("; ".join(row["tip"][1:] for row in rows) or "Nothing was measured") + "."
     if not rows:
         return Panel(title, "", alt_text)
-    chart = plots.dots(rows, {m: style(m) for m in found}, percent=share, at=at, domain=domain)
+    chart = plots.dots(rows, {m: style(m) for m in intervals}, percent=share, at=at, domain=domain)
     return Panel(title, plots.svg(chart, alt_text), alt_text)
 
 
-def interval_row(name: str, series: str, found: Interval, said: str) -> dict[str, Any]:
+def interval_row(name: str, series: str, interval: Interval, tip: str) -> dict[str, Any]:
     """A row of `plots.dots`; without an interval, its ends are the value."""
-    low, high = (found.value if end is None else end for end in (found.low, found.high))
-    return {"label": name, "series": series, "value": found.value, "low": low, "high": high, "tip": plots.tip(said)}
+    low, high = (interval.value if end is None else end for end in (interval.low, interval.high))
+    return {"label": name, "series": series, "value": interval.value, "low": low, "high": high, "tip": plots.tip(tip)}
 
 
 def differences(contest: Measured) -> Figure | None:
-    """Paired differences of accuracy; None where none was computed."""
+    """Paired differences of accuracy; None if there are none."""
     known = [row for row in contest.raw["comparisons"] if Interval.of(row.get("difference")).value is not None]
     shown = [row for row in known if row.get("metric") == "accuracy"]
     if not shown:
         return None
     sides = {a: [row for row in shown if row["a"] == a] for a in ordered({row["a"] for row in shown})}
     panels = [_difference_panel(label(a), rows) for a, rows in sides.items()]
-    table = Table("Paired differences, by metric", ("Pair", "Metric", "Difference", "p", "Pairs"), [pair(row) for row in known])
+    table = FigureTable("Paired differences, by metric", ("Pair", "Metric", "Difference", "p", "Pairs"), [pair(row) for row in known])
     caption = (
         "Both methods answer the same prompts, so their difference is taken prompt by prompt, with its 95 % interval. An interval that "
         "misses zero, the dashed line, is a difference that was shown."
@@ -177,10 +179,10 @@ def differences(contest: Measured) -> Figure | None:
 
 
 def _difference_panel(name: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
-    found = [(row["b"], Interval.of(row["difference"])) for row in rows]
-    drawn = [interval_row(label(b), b, i, f"{name} minus {label(b)}: {points_range(i)}") for b, i in found]
+    pairs = [(row["b"], Interval.of(row["difference"])) for row in rows]
+    drawn = [interval_row(label(b), b, i, f"{name} minus {label(b)}: {points_range(i)}") for b, i in pairs]
     alt_text = f"Differences of accuracy. {'; '.join(row['tip'][1:] for row in drawn)}."
-    chart = plots.dots(drawn, {b: style(b) for b, _ in found}, at=0.0)
+    chart = plots.dots(drawn, {b: style(b) for b, _ in pairs}, at=0.0)
     return Panel(f"{name} minus \u2026", plots.svg(chart, alt_text), alt_text)
 
 
@@ -201,7 +203,7 @@ def by_part(contest: Measured, by: str, title: str) -> Figure:
         ("names", "Naming", percent_range),
     ):
         rows = [[label(m), *(form(contest.part(m, by, name, metric)) for name in names)] for m in methods]
-        tables.append(Table(f"{heading} by {title}", ("Method", *(name.capitalize() for name in names)), rows))
+        tables.append(FigureTable(f"{heading} by {title}", ("Method", *(name.capitalize() for name in names)), rows))
     what = "the emotion asked for" if by == "by_emotion" else "how the prompt's event turned out"
     caption = f"Test replies split by {what}, with 95 % intervals; the dashed line is chance."
     return Figure(by.replace("_", "-"), f"Accuracy by {title}", caption, panels, tables, SOURCES)
@@ -247,8 +249,8 @@ def _confusion_panel(contest: Measured, method: str, steps: Steps) -> Panel:
     for target in targets:
         for seen in judged:
             share = finite(table[target].get(seen)) or 0.0
-            said = plots.tip(f"{target} asked for, {seen} seen: {percent(share)}")
-            rows.append({"x": shortened(seen), "y": target, "value": share, "text": f"{100 * share:.0f}", "tip": said})
+            tip = plots.tip(f"{target} asked for, {seen} seen: {percent(share)}")
+            rows.append({"x": shortened(seen), "y": target, "value": share, "text": f"{100 * share:.0f}", "tip": tip})
     right = words([f"{target} {percent(finite(table[target].get(target)) or 0.0, 0)}" for target in targets])
     alt_text = f"Confusion of {label(method)}. Share seen as asked for: {right}."
     chart = plots.heat(
@@ -257,7 +259,7 @@ def _confusion_panel(contest: Measured, method: str, steps: Steps) -> Panel:
     return Panel(label(method), plots.svg(chart, alt_text), alt_text)
 
 
-def _confusion_table(contest: Measured, method: str) -> Table:
+def _confusion_table(contest: Measured, method: str) -> FigureTable:
     (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
     rows = [[target, *(percent(finite(table[target].get(seen)) or 0.0) for seen in judged)] for target in targets]
-    return Table(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)
+    return FigureTable(f"{label(method)}: asked for (rows), seen (columns)", ("Asked for", *(name.capitalize() for name in judged)), rows)

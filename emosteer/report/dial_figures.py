@@ -8,7 +8,7 @@ from typing import Any
 
 from emosteer.circuits.circuit import Circuit
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Key, Panel
 from emosteer.report.plots import Spec, Style, var
 from emosteer.report.wording import finite, number, percent
 
@@ -40,27 +40,27 @@ def spots(row: Mapping[str, Any], axis: str = "strength", broke: bool = False) -
         return finite(values[index]) if index < len(values) else None
 
     names = ("judged", "error", "fitted", "ratio", "sound", "names")
-    found = [
+    measured = [
         Spot(at=finite(at) or 0.0, broke=broke, **{name: value(name, i) for name in names}) for i, at in enumerate(row.get(axis) or ())
     ]
-    return sorted(found, key=lambda spot: spot.at)
+    return sorted(measured, key=lambda spot: spot.at)
 
 
 def calibration(circuit: Circuit) -> Figure | None:
     """Judged intensity and cost over strength, one panel per emotion; None where the circuit has no calibration."""
-    found = circuit.metrics.get("calibration") or {}
-    rows = {emotion: (found.get("emotions") or {}).get(emotion) or {} for emotion in circuit.emotions}
+    calibrated = circuit.metrics.get("calibration") or {}
+    rows = {emotion: (calibrated.get("emotions") or {}).get(emotion) or {} for emotion in circuit.emotions}
     curves = {emotion: spots(row) + spots(row.get("broke") or {}, broke=True) for emotion, row in rows.items() if row.get("strength")}
     if not curves:
         return None
-    limit = finite((found.get("cap") or {}).get("ratio"))
-    panels = [_panel(emotion, some, limit, _highest(curves, limit)) for emotion, some in curves.items()]
+    limit = finite((calibrated.get("cap") or {}).get("ratio"))
+    panels = [_panel(emotion, curve, limit, _highest(curves, limit)) for emotion, curve in curves.items()]
     caption = (
         "Above: the judge's mean probability of the emotion over strength, with 95 % intervals, and the rising curve fitted to it, which "
         "turns --intensity into a strength. Below: the perplexity ratio, its limit dashed. Crosses: strengths that the text did not bear, "
         "or that were given up so that all emotions together keep to the perplexity budget."
     )
-    caption += f" Rule: {found['rule']}." if found.get("rule") else ""
+    caption += f" Rule: {calibrated['rule']}." if calibrated.get("rule") else ""
     keys = [Key("series-1", "judged", "dot"), Key("series-2", "fitted", "dash"), Key("series-3", "perplexity ratio", "line")]
     return Figure("calibration", "Strength, judged intensity and cost", caption, panels, [_table(curves)], ("circuit",), keys)
 
@@ -68,28 +68,28 @@ def calibration(circuit: Circuit) -> Figure | None:
 def _highest(curves: Mapping[str, Sequence[Spot]], limit: float | None) -> float:
     """The end of the ratio axis: broken text may lie beyond, far enough to flatten everything else."""
     shown = 1.5 * (limit or 2.0)
-    return max([1.05, limit or 1.0, *(min(spot.ratio or 1.0, shown) for some in curves.values() for spot in some)])
+    return max([1.05, limit or 1.0, *(min(spot.ratio or 1.0, shown) for curve in curves.values() for spot in curve)])
 
 
-def _table(curves: Mapping[str, Sequence[Spot]]) -> Table:
-    rows: list[list[Cell]] = []
-    for emotion, some in curves.items():
-        for s in some:
+def _table(curves: Mapping[str, Sequence[Spot]]) -> FigureTable:
+    rows: list[list[CellValue]] = []
+    for emotion, curve in curves.items():
+        for s in curve:
             numbers = [number(s.judged), number(s.fitted), number(s.ratio), percent(s.sound), percent(s.names)]
             rows.append([f"{emotion} {number(s.at, 2)}", "broke" if s.broke else "held", *numbers])
     head = ("Emotion and strength", "The text", "Judged P(target)", "Fitted", "Perplexity ratio", "Sound", "Names")
-    return Table("Calibration points", head, rows)
+    return FigureTable("Calibration points", head, rows)
 
 
-def _panel(emotion: str, some: Sequence[Spot], limit: float | None, top: float) -> Panel:
-    held = [spot for spot in some if not spot.broke]
+def _panel(emotion: str, curve: Sequence[Spot], limit: float | None, top: float) -> Panel:
+    held = [spot for spot in curve if not spot.broke]
     first, last = held[0], held[-1]
     alt_text = (
         f"{emotion}: judged probability {number(first.judged)} at strength {number(first.at, 1)} and {number(last.judged)} at "
         f"{number(last.at, 1)}, the strongest that the text bears; the perplexity ratio there is {number(last.ratio)}."
     )
-    ends = (0.0, max(spot.at for spot in some) * 1.03 or 1.0)
-    judged, cost = [_row(s, s.judged, "judged") for s in some], [_row(s, s.ratio, "ratio") for s in some]
+    ends = (0.0, max(spot.at for spot in curve) * 1.03 or 1.0)
+    judged, cost = [_row(s, s.judged, "judged") for s in curve], [_row(s, s.ratio, "ratio") for s in curve]
     x = plots.quantity("at", domain=ends, hidden=True, tickCount=6)
     y = plots.quantity("y", "Judged", domain=(0, 1), tickCount=4, minExtent=34)
     fitted = [{"at": s.at, "y": s.fitted} for s in held if s.fitted is not None]
@@ -107,8 +107,8 @@ def _panel(emotion: str, some: Sequence[Spot], limit: float | None, top: float) 
 
 
 def _row(spot: Spot, y: float | None, name: str) -> dict[str, Any]:
-    said = plots.tip(f"strength {number(spot.at, 2)}: {name} {number(y)}{', the text broke' if spot.broke else ''}")
-    return {"at": spot.at, "y": y, "broke": spot.broke, "tip": said, **(_spread(y, spot.error) if name == "judged" else {})}
+    tip = plots.tip(f"strength {number(spot.at, 2)}: {name} {number(y)}{', the text broke' if spot.broke else ''}")
+    return {"at": spot.at, "y": y, "broke": spot.broke, "tip": tip, **(_spread(y, spot.error) if name == "judged" else {})}
 
 
 def _spread(value: float | None, error: float | None) -> dict[str, float]:
@@ -136,10 +136,10 @@ ON_OTHERS = {"judged": Style("series-1")}
 def checked(check: Mapping[str, Any]) -> Figure:
     """Judged intensity over the dial on prompts that it was not fitted on."""
     curves = {emotion: spots(row, "intensity") for emotion, row in check["emotions"].items() if isinstance(row, Mapping)}
-    panels = [_checked_panel(emotion, some) for emotion, some in curves.items() if any(spot.judged is not None for spot in some)]
-    cells: list[list[Cell]] = []
-    for emotion, some in curves.items():
-        for s in some:
+    panels = [_checked_panel(emotion, curve) for emotion, curve in curves.items() if any(spot.judged is not None for spot in curve)]
+    cells: list[list[CellValue]] = []
+    for emotion, curve in curves.items():
+        for s in curve:
             numbers = [number(s.judged), number(s.error, 3), number(s.ratio), percent(s.sound), percent(s.names)]
             cells.append([f"{emotion} {number(s.at, 0)}", *numbers])
     head = ("Emotion and intensity", "Judged P(target)", "Standard error", "Perplexity ratio", "Sound", "Names")
@@ -147,18 +147,18 @@ def checked(check: Mapping[str, Any]) -> Figure:
     caption = (
         f"Replies to {size or '?'} other scenario-events at several positions of the dial, judged blind; the band is the 95 % interval."
     )
-    tables = [Table("The dial on other prompts", head, cells)]
+    tables = [FigureTable("The dial on other prompts", head, cells)]
     return Figure("dial-check", "The dial on prompts that it was not fitted on", caption, panels, tables, ("check",))
 
 
-def _checked_panel(emotion: str, some: Sequence[Spot]) -> Panel:
+def _checked_panel(emotion: str, curve: Sequence[Spot]) -> Panel:
     rows = []
-    for s in some:
+    for s in curve:
         if s.judged is not None:
-            said = plots.tip(f"intensity {number(s.at, 0)}: {number(s.judged)}, ratio {number(s.ratio)}")
-            rows.append({"x": s.at, "y": s.judged, "series": "judged", "tip": said, **_spread(s.judged, s.error or 0.0)})
-    said = ", ".join(f"{number(s.judged)} at {number(s.at, 0)}" for s in some)
-    ratios = [s.ratio for s in some if s.ratio is not None]
-    alt_text = f"{emotion}: judged probability {said}." + (f" The perplexity ratio is at most {number(max(ratios))}." if ratios else "")
+            tip = plots.tip(f"intensity {number(s.at, 0)}: {number(s.judged)}, ratio {number(s.ratio)}")
+            rows.append({"x": s.at, "y": s.judged, "series": "judged", "tip": tip, **_spread(s.judged, s.error or 0.0)})
+    values = ", ".join(f"{number(s.judged)} at {number(s.at, 0)}" for s in curve)
+    ratios = [s.ratio for s in curve if s.ratio is not None]
+    alt_text = f"{emotion}: judged probability {values}." + (f" The perplexity ratio is at most {number(max(ratios))}." if ratios else "")
     x, y = plots.quantity("x", "Intensity asked for", domain=(0, 100)), plots.quantity("y", "Judged", domain=(0, 1))
     return Panel(emotion.capitalize(), plots.svg(plots.lines(rows, ON_OTHERS, x, y, marks=True, height=180), alt_text), alt_text)

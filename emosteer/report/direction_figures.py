@@ -9,7 +9,7 @@ from torch import Tensor
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys, square
 from emosteer.report.plots import PANEL, WIDE, Steps, Style
 from emosteer.report.wording import number, percent
@@ -26,15 +26,18 @@ HOLDING = {
 Series = Mapping[str, Sequence[float]]
 
 
-def evidence(found: Directions) -> list[Figure]:
+def evidence(directions: Directions) -> list[Figure]:
     """Naming on held-out groups, and stability; nothing where no evidence was measured."""
-    if found.evidence is None:
+    if directions.evidence is None:
         return []
-    post = [i for i, site in enumerate(found.sites) if site.kind == RESID_POST]
-    e = found.evidence
+    post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
+    e = directions.evidence
     naming = {"held-out": e.accuracy[post].mean(1).tolist(), SHUFFLED: e.accuracy_shuffled[post].mean(1).tolist()}
     parts = {"halves of the data": e.halves, "valences": e.valences, "themes": e.themes, SHUFFLED: e.halves_shuffled}
-    return [_naming(found, naming, e.accuracy[post]), _holding({name: values[:, post].mean(0).tolist() for name, values in parts.items()})]
+    return [
+        _naming(directions, naming, e.accuracy[post]),
+        _holding({name: values[:, post].mean(0).tolist() for name, values in parts.items()}),
+    ]
 
 
 def _panel(title: str, series: Series, styles: Mapping[str, Style], alt_text: str, y: plots.Spec, rules: Sequence[float] = ()) -> Panel:
@@ -46,38 +49,38 @@ def _panel(title: str, series: Series, styles: Mapping[str, Style], alt_text: st
     return Panel(title, drawings[0], alt_text, drawings[1])
 
 
-def _naming(found: Directions, series: Series, by_emotion: Tensor) -> Figure:
+def _naming(directions: Directions, series: Series, by_emotion: Tensor) -> Figure:
     held, shuffled = series["held-out"], series[SHUFFLED]
     best = max(range(len(held)), key=held.__getitem__)
-    chance = 1 / len(found.emotions)
+    chance = 1 / len(directions.emotions)
     alt_text = (
         f"Lines over layers. The emotion of held-out groups is named right in {percent(held[0])} of cases at layer 0, at most "
         f"{percent(held[best])} at layer {best}, {percent(held[-1])} at the last; with shuffled labels at most {percent(max(shuffled))}."
     )
     y = plots.quantity("y", "Accuracy", domain=(0, 1), percent=True)
     panel = _panel("Naming the emotion of held-out replies", series, NAMING, alt_text, y, [chance])
-    rows: list[list[Cell]] = [
+    rows: list[list[CellValue]] = [
         [layer, percent(held[layer]), percent(shuffled[layer]), *(percent(share) for share in by_emotion[layer].tolist())]
         for layer in range(len(held))
     ]
-    head = ("Layer", "Mean", "Labels shuffled", *(emotion.capitalize() for emotion in found.emotions))
+    head = ("Layer", "Mean", "Labels shuffled", *(emotion.capitalize() for emotion in directions.emotions))
     caption = (
-        f"{found.n_heldout} scenario-events that the directions did not see; the emotion with the largest projection is taken. The dashed "
-        f"level line is chance, {percent(chance)}."
+        f"{directions.n_heldout} scenario-events that the directions did not see; the emotion with the largest projection is taken. The "
+        f"dashed level line is chance, {percent(chance)}."
     )
-    table = Table("Held-out naming per layer, mean and by emotion", head, rows)
+    table = FigureTable("Held-out naming per layer, mean and by emotion", head, rows)
     return Figure("naming", "Do the directions carry the emotion?", caption, [panel], [table], SOURCES, keys(NAMING))
 
 
 def _holding(series: Series) -> Figure:
     means = {name: sum(values) / len(values) for name, values in series.items()}
-    said = ", ".join(f"{number(mean)} ({name})" for name, mean in means.items())
-    alt_text = f"Lines over layers. Mean cosine between directions of parts of the data: {said}."
+    cosines = ", ".join(f"{number(mean)} ({name})" for name, mean in means.items())
+    alt_text = f"Lines over layers. Mean cosine between directions of parts of the data: {cosines}."
     y = plots.quantity("y", "Cosine", domain=(min(0.0, *map(min, series.values())), 1.0))
     panel = _panel("Cosine between directions of parts of the data", series, HOLDING, alt_text, y)
     n_layers = len(next(iter(series.values())))
-    rows: list[list[Cell]] = [[layer, *(number(values[layer], 3) for values in series.values())] for layer in range(n_layers)]
-    table = Table("Cosines per layer, mean over emotions", ("Layer", *(name.capitalize() for name in series)), rows)
+    rows: list[list[CellValue]] = [[layer, *(number(values[layer], 3) for values in series.values())] for layer in range(n_layers)]
+    table = FigureTable("Cosines per layer, mean over emotions", ("Layer", *(name.capitalize() for name in series)), rows)
     caption = (
         "A direction that carries the emotion and not the context stays the same when it is taken from other scenarios, themes or "
         "valences. With shuffled labels nothing is left to agree on."
@@ -85,9 +88,9 @@ def _holding(series: Series) -> Figure:
     return Figure("holding", "Do they hold across themes and valences?", caption, [panel], [table], SOURCES, keys(HOLDING))
 
 
-def layer_similarity(found: Directions) -> Figure:
+def layer_similarity(directions: Directions) -> Figure:
     """Cosine of a direction between every pair of layers, mean over emotions."""
-    vectors = found.at(RESID_POST).float()
+    vectors = directions.at(RESID_POST).float()
     cosines = (vectors @ vectors.transpose(1, 2)).mean(0).tolist()
     n = len(cosines)
     steps = Steps.sequential(1.0)
@@ -104,13 +107,15 @@ def layer_similarity(found: Directions) -> Figure:
     written = plots.every(range(n), 7)
     x, y = plots.category("x", "Layer", values=written), plots.category("y", "Layer", values=written)
     panel = Panel("Cosine between the layers' directions", plots.svg(plots.heat(rows, steps, x, y, height=PANEL), alt_text), alt_text)
-    table = Table("Mean cosine between layers", ("Layer", *map(str, range(n))), [[a, *map(number, row)] for a, row in enumerate(cosines)])
+    table = FigureTable(
+        "Mean cosine between layers", ("Layer", *map(str, range(n))), [[a, *map(number, row)] for a, row in enumerate(cosines)]
+    )
     caption = "Mean over emotions. A block of high cosines means that the model keeps one direction through those layers."
     return Figure("layers", "Do they hold across layers?", caption, [panel], [table], SOURCES, steps.key(".2f"), "Cosine")
 
 
-def emotion_similarity(found: Directions, band: Sequence[int]) -> tuple[Panel, Table]:
+def emotion_similarity(directions: Directions, band: Sequence[int]) -> tuple[Panel, FigureTable]:
     """Cosine between the directions of two emotions, mean over a band of layers."""
-    vectors = found.at(RESID_POST)[:, list(band)].float()
+    vectors = directions.at(RESID_POST)[:, list(band)].float()
     cosines = (vectors[:, None] * vectors[None]).sum(-1).mean(-1)
-    return square(found.emotions, cosines.tolist(), Steps.diverging(1.0), "Cosine between directions")
+    return square(directions.emotions, cosines.tolist(), Steps.diverging(1.0), "Cosine between directions")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-Cell = str | int | float | None
+CellValue = str | int | float | None
 
 
 @dataclass(frozen=True)
-class Table:
+class FigureTable:
     """A data table. rows: the first cell heads the row; cells are written as they are, floats with three digits."""
 
     caption: str
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[CellValue]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Figure:
     title: str
     caption: str
     panels: Sequence[Panel]
-    tables: Sequence[Table]
+    tables: Sequence[FigureTable]
     sources: Sequence[str]
     keys: Sequence[Key] = ()
     key_title: str = ""
@@ -71,7 +71,7 @@ class Section:
     title: str
     intro: str = ""
     figures: Sequence[Figure] = field(default_factory=tuple)
-    tables: Sequence[Table] = field(default_factory=tuple)
-    after: Sequence[Table] = field(default_factory=tuple)
+    tables: Sequence[FigureTable] = field(default_factory=tuple)
+    after: Sequence[FigureTable] = field(default_factory=tuple)
     absent: Sequence[Absent] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)

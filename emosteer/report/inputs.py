@@ -49,9 +49,9 @@ class Inputs:
     @property
     def emotions(self) -> tuple[str, ...]:
         """The emotions, from whichever artefact is there."""
-        for found in (self.contest, self.circuit, self.directions, self.scores):
-            if found is not None:
-                return tuple(found.emotions)
+        for artefact in (self.contest, self.circuit, self.directions, self.scores):
+            if artefact is not None:
+                return tuple(artefact.emotions)
         return ()
 
     def lacks(self, name: str) -> list[Absent]:
@@ -82,7 +82,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ArtifactError: if a file is damaged or there is none at all.
     """
     name = places.folder.name
-    found: dict[str, Any] = {}
+    present: dict[str, Any] = {}
     for kind, path, load in (
         ("directions", places.directions, Directions.load),
         ("scores", places.scores, Scores.load),
@@ -91,17 +91,17 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
     ):
         if path is not None and path.is_file():
-            found[kind] = (path, load(path))
+            present[kind] = (path, load(path))
     replies = places.folder / "evaluation" / "test-replies.jsonl"
     if replies.is_file():
-        found["replies"] = (replies, [row for _, row in read_jsonl(replies, "file of test replies", may_be_empty=True)])
-    reference = model or _name(found) or name
-    if not set(found) - {"circuit"} and (not found or found["circuit"][0] != places.circuit):
+        present["replies"] = (replies, [row for _, row in read_jsonl(replies, "file of test replies", may_be_empty=True)])
+    reference = model or _name(present) or name
+    if not set(present) - {"circuit"} and (not present or present["circuit"][0] != places.circuit):
         raise ArtifactError(f"expected artefacts of {reference} in {places.folder}, found none; {commands.first_steps(reference)}")
-    value = {kind: item for kind, (_, item) in found.items()}
-    sources = {kind: _source(kind, path, item, places, reference) for kind, (path, item) in found.items()}
+    value = {kind: item for kind, (_, item) in present.items()}
+    sources = {kind: _source(kind, path, item, places, reference) for kind, (path, item) in present.items()}
     return Inputs(
-        model=_name(found) or name,
+        model=_name(present) or name,
         directions=value.get("directions"),
         scores=value.get("scores"),
         circuit=value.get("circuit"),
@@ -126,21 +126,21 @@ def _read_check(path: Path) -> dict[str, Any]:
         ArtifactError: if it is none.
     """
     try:
-        found = json.loads(read_text(path, "check of the calibration"))
+        check = json.loads(read_text(path, "check of the calibration"))
     except ValueError as error:
         raise ArtifactError(f"expected {path} to be JSON, found {error}; make it again with `emosteer calibrate --check`") from error
-    if not isinstance(found, dict) or found.get("kind") != "calibration-check" or not isinstance(found.get("emotions"), dict):
+    if not isinstance(check, dict) or check.get("kind") != "calibration-check" or not isinstance(check.get("emotions"), dict):
         raise ArtifactError(
             f"expected {path} to be a calibration check, found something else; make it again with `emosteer calibrate --check`"
         )
-    return found
+    return check
 
 
-def _name(found: Mapping[str, tuple[Path, Any]]) -> str | None:
+def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
     for kind in ("circuit", "directions", "scores"):
-        if kind in found:
-            return str(found[kind][1].provenance.model)
-    return str(found["evaluation"][1].raw["model"]) if "evaluation" in found else None
+        if kind in present:
+            return str(present[kind][1].provenance.model)
+    return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
 
 
 def _absent(value: Mapping[str, Any], reference: str) -> list[Absent]:
@@ -181,23 +181,23 @@ def _source(kind: str, path: Path, item: Any, places: Places, reference: str) ->
     return Source(title, file, sha256_file(path), commands.made_by(kind, item, reference), _facts(item.provenance))
 
 
-def _facts(found: Provenance) -> dict[str, str]:
-    plain = {k: v for k, v in found.params.items() if not isinstance(v, (dict, list)) and v is not None}
+def _facts(provenance: Provenance) -> dict[str, str]:
+    plain = {k: v for k, v in provenance.params.items() if not isinstance(v, (dict, list)) and v is not None}
     facts = {
-        "method": found.method,
-        "model": f"{found.model}, weights {found.model_sha256}",
-        "chat template": found.template_sha256,
-        "data": ", ".join(f"{name} {sha}" for name, sha in found.data.items()),
-        "parents": ", ".join(f"{name} {sha}" for name, sha in found.parents.items()),
-        "seed": str(found.seed),
+        "method": provenance.method,
+        "model": f"{provenance.model}, weights {provenance.model_sha256}",
+        "chat template": provenance.template_sha256,
+        "data": ", ".join(f"{name} {sha}" for name, sha in provenance.data.items()),
+        "parents": ", ".join(f"{name} {sha}" for name, sha in provenance.parents.items()),
+        "seed": str(provenance.seed),
         "settings": ", ".join(f"{k} {v}" for k, v in plain.items()),
-        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
     return {name: text for name, text in facts.items() if text}
 
 
-def _contest_facts(found: Measured) -> dict[str, str]:
-    raw = found.raw
+def _contest_facts(contest: Measured) -> dict[str, str]:
+    raw = contest.raw
     judge, decoding = raw.get("judge") or {}, raw.get("decoding") or {}
     parts = {split: raw.get(split) or {} for split in ("dev", "test")}
     splits = [f"{name}: {p.get('n_groups')} scenario-events, {p.get('file')} {p.get('sha256')}" for name, p in parts.items() if p]
@@ -218,25 +218,25 @@ def _contest_facts(found: Measured) -> dict[str, str]:
 
 def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
     """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
-    said = []
+    warnings = []
     weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit") if kind in value}
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
         weights["evaluation"] = value["evaluation"].raw["model_sha256"]
     if len(set(weights.values())) > 1:
         parts = ", ".join(f"{kind} {sha[:12]}" for kind, sha in weights.items())
-        said.append(f"The artefacts were made with different model weights ({parts}); figures from them must not be compared.")
+        warnings.append(f"The artefacts were made with different model weights ({parts}); figures from them must not be compared.")
     for kind, were, them in (("scores", "were", "them"), ("circuit", "was", "it")):
         parent = value[kind].provenance.parents.get("directions") if kind in value else None
         if parent and "directions" in sources and parent != sources["directions"].sha256:
             again = commands.maker(kind, value[kind].provenance.model)
-            said.append(
+            warnings.append(
                 f"The {kind} {were} made from other directions ({parent[:12]}) than those shown here; `{again}` makes {them} again."
             )
     if "circuit" in value:
         # a circuit that was calibrated after it was evaluated is still the same circuit
-        own = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
+        circuit_hashes = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
         for kind, what in (("evaluation", "evaluation"), ("check", "check of the intensity dial")):
             used = (value[kind].raw if kind == "evaluation" else value[kind]).get("circuit_sha256") if kind in value else None
-            if used and used not in own:
-                said.append(f"The {what} used another circuit ({used[:12]}) than the one shown here ({own[0][:12]}).")
-    return said
+            if used and used not in circuit_hashes:
+                warnings.append(f"The {what} used another circuit ({used[:12]}) than the one shown here ({circuit_hashes[0][:12]}).")
+    return warnings

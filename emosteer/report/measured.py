@@ -60,8 +60,8 @@ class Measured:
     @property
     def best_prompt(self) -> str | None:
         """The prompt that did best on the development split."""
-        found = self.raw.get("best_prompt")
-        return found if isinstance(found, str) else None
+        prompt = self.raw.get("best_prompt")
+        return prompt if isinstance(prompt, str) else None
 
     def budget(self, name: str) -> float | None:
         """A limit that settings were chosen under: "ratio" or "names"."""
@@ -78,16 +78,16 @@ class Measured:
 
     def parts(self, by: str) -> list[str]:
         """The emotions or valences that any method has results for."""
-        found = [name for row in self.results.values() for name in (row.get(by) or {})]
-        return list(dict.fromkeys([*(e for e in self.emotions if e in found), *found]))
+        names = [name for row in self.results.values() for name in (row.get(by) or {})]
+        return list(dict.fromkeys([*(e for e in self.emotions if e in names), *names]))
 
     def difference(self, a: str, b: str, metric: str = "accuracy") -> tuple[Interval, float | None]:
         """Paired difference a - b with its interval, and its p; empty where they were not compared."""
         for row in self.raw["comparisons"]:
             if row.get("metric") != metric or {row.get("a"), row.get("b")} != {a, b}:
                 continue
-            found = Interval.of(row.get("difference"))
-            return (found if row["a"] == a else found.negated()), finite(row.get("p"))
+            interval = Interval.of(row.get("difference"))
+            return (interval if row["a"] == a else interval.negated()), finite(row.get("p"))
         return Interval(None), None
 
     def frontier(self) -> list[Mapping[str, Any]]:
@@ -102,5 +102,5 @@ class Measured:
 
     def size(self, split: str) -> int | None:
         """Scenario-events of a split."""
-        found = (self.raw.get(split) or {}).get("n_groups")
-        return found if isinstance(found, int) else None
+        n_groups = (self.raw.get(split) or {}).get("n_groups")
+        return n_groups if isinstance(n_groups, int) else None

@@ -18,7 +18,7 @@ from emosteer import __version__
 from emosteer.base.errors import EmosteerError
 from emosteer.base.files import write_text
 from emosteer.circuits.places import Places
-from emosteer.report.figures import Cell, Table
+from emosteer.report.figures import CellValue, FigureTable
 from emosteer.report.inputs import Inputs, read_inputs
 from emosteer.report.replies import Browser, browser, clean
 from emosteer.report.sections import sections
@@ -112,12 +112,12 @@ def _json(value: Any, **_: Any) -> str:
 _NUMBER = re.compile(r"^[+\u2212<]?\s?[\d.,]|^\u2013?$")
 
 
-def numeric(table: Table) -> list[bool]:
+def numeric(table: FigureTable) -> list[bool]:
     """Which columns hold numbers, and are therefore aligned at the right."""
     return [all(_NUMBER.match(cell(row[i])) for row in table.rows) if i else False for i in range(len(table.head))]
 
 
-def cell(value: Cell) -> str:
+def cell(value: CellValue) -> str:
     """A table cell's text."""
     if value is None:
         return ""

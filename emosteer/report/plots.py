@@ -17,15 +17,15 @@ import vl_convert
 from emosteer.report.figures import Key
 
 PANEL, WIDE = 340, 760
-Row = Mapping[str, Any]
+Datum = Mapping[str, Any]
 Spec = dict[str, Any]
-#: Descriptions that start with this sign become tooltips; Vega writes descriptions of its own, which do not.
+#: Descriptions that start with this sign become tooltips; Vega's own descriptions do not.
 _TIP = "\u00a7"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a series looks. It is told apart without its colour too: by a shape and a dash."""
+    """How a series looks. Shape and dash distinguish it without its colour, too."""
 
     paint: str
     shape: str = "circle"
@@ -75,20 +75,20 @@ class Steps:
         """The key: the range of each step."""
         text = [format(edge, form).replace("-", "\u2212") for edge in self.edges]
         between = [f"{a} to {b}" for a, b in zip(text, text[1:], strict=False)]
-        said = [f"below {text[0]}", *between, f"{text[-1]} or more"]
-        return [Key(paint, words) for paint, words in zip(self.paints, said, strict=True)]
+        ranges = [f"below {text[0]}", *between, f"{text[-1]} or more"]
+        return [Key(paint, words) for paint, words in zip(self.paints, ranges, strict=True)]
 
 
 # ---- parts of a chart --------------------------------------------------------------------------------------------------
 
 
-def mark(kind: str, encoding: Spec, rows: Sequence[Row] | None = None, **look: Any) -> Spec:
+def mark(kind: str, encoding: Spec, rows: Sequence[Datum] | None = None, **look: Any) -> Spec:
     """One layer. rows: its own data, else the chart's."""
-    own = {} if rows is None else {"data": {"values": [dict(row) for row in rows]}}
-    return {"mark": {"type": kind, **look}, "encoding": encoding, **own}
+    data = {} if rows is None else {"data": {"values": [dict(row) for row in rows]}}
+    return {"mark": {"type": kind, **look}, "encoding": encoding, **data}
 
 
-def chart(rows: Sequence[Row], layers: Sequence[Spec], height: int, width: int = PANEL) -> Spec:
+def chart(rows: Sequence[Datum], layers: Sequence[Spec], height: int, width: int = PANEL) -> Spec:
     """Layers over the same data. The width is that of the whole drawing, axes included."""
     fit = {"type": "fit", "contains": "padding"}
     return {"data": {"values": [dict(row) for row in rows]}, "layer": list(layers), "width": width, "height": height, "autosize": fit}
@@ -142,7 +142,7 @@ def rule(axis: str, at: float, dash: Sequence[int] = (3, 3)) -> Spec:
 
 
 def dots(
-    rows: Sequence[Row],
+    rows: Sequence[Datum],
     styles: Mapping[str, Style],
     *,
     percent: bool = True,
@@ -165,7 +165,7 @@ def dots(
 
 
 def lines(
-    rows: Sequence[Row],
+    rows: Sequence[Datum],
     styles: Mapping[str, Style],
     x: Spec,
     y: Spec,
@@ -192,7 +192,7 @@ def lines(
     return chart(rows, layers, height, width)
 
 
-def heat(rows: Sequence[Row], steps: Steps, x: Spec, y: Spec, *, height: int, numbers: bool = False) -> Spec:
+def heat(rows: Sequence[Datum], steps: Steps, x: Spec, y: Spec, *, height: int, numbers: bool = False) -> Spec:
     """Cells coloured by step.
 
     Args:
@@ -293,5 +293,5 @@ def _is_empty(path: ElementTree.Element) -> bool:
     return unseen or path.get("d", "") in ("", "M0,0h0v0h0Z")
 
 
-def _shorter(found: re.Match[str]) -> str:
-    return f"{float(found.group()):.2f}".rstrip("0").rstrip(".")
+def _shorter(number: re.Match[str]) -> str:
+    return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")

@@ -81,20 +81,20 @@ class _Lists:
     def pack(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         """Rows as [emotion, method, text, judged or -1, P(target) or P per emotion, sound, reasons, strength, tokens]; match is left to
         the reader, who knows which emotion an unsteered reply is held against."""
-        found = [self._row(row) for row in rows]
-        return sorted(found, key=lambda row: (row[0], row[1]))
+        packed = [self._row(row) for row in rows]
+        return sorted(packed, key=lambda row: (row[0], row[1]))
 
     def _row(self, row: Mapping[str, Any]) -> list[Any]:
         emotion, judged, shares = _text(row, "emotion"), _judged(row), row.get("probabilities")
         wanted = [emotion] if emotion in self.emotions[: self.asked] else self.emotions[: self.asked]
-        found = [finite(shares.get(name)) for name in wanted] if isinstance(shares, Mapping) else []
+        probabilities = [finite(shares.get(name)) for name in wanted] if isinstance(shares, Mapping) else []
         sound = row.get("sound")
         return [
             self.emotions.index(emotion),
             self.methods.index(_text(row, "method")),
             clean(_text(row, "text")),
             self.judged.index(judged[0]) if judged else -1,
-            [None if share is None else rounded(share) for share in found],
+            [None if share is None else rounded(share) for share in probabilities],
             int(sound) if isinstance(sound, bool) else None,
             ", ".join(str(reason) for reason in row.get("reasons") or ()),
             finite(row.get("strength")),
@@ -109,13 +109,13 @@ def rounded(share: float) -> float:
 
 
 def _judged(row: Mapping[str, Any]) -> list[str]:
-    found = row.get("judged")
-    return [found] if isinstance(found, str) else []
+    judged = row.get("judged")
+    return [judged] if isinstance(judged, str) else []
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
-    found = row.get(name)
-    return clean(found) if isinstance(found, str) else ""
+    text = row.get(name)
+    return clean(text) if isinstance(text, str) else ""
 
 
 def clean(text: str) -> str:

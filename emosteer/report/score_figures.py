@@ -10,7 +10,7 @@ from torch import Tensor
 from emosteer.attribution.scores import Scores
 from emosteer.circuits.circuit import Circuit
 from emosteer.report import plots
-from emosteer.report.figures import Cell, Figure, Key, Panel, Table
+from emosteer.report.figures import CellValue, Figure, FigureTable, Key, Panel
 from emosteer.report.panels import keys
 from emosteer.report.plots import Steps, Style
 from emosteer.report.wording import finite, number, percent, plural, words
@@ -20,7 +20,7 @@ SOURCES = ("scores",)
 MAX_CELLS = 9000
 #: Neurons drawn per emotion, best first.
 DRAWN_NEURONS = 150
-FORMS = {
+FORM_NAMES = {
     "contrast": "mean contrastive contribution to the emotion's direction at the unit's own layer",
     "raw": "raw contribution to the emotion's direction at the unit's own layer",
     "effect": "first-order effect of injecting the unit's contrast on the final score",
@@ -58,7 +58,7 @@ def head_map(scores: Scores, circuit: Circuit | None) -> Figure:
     else:
         anywhere = circuit.heads.any(0) if circuit is not None else torch.zeros_like(table[0], dtype=torch.bool)
         panels = [_head_panel(table.amax(0), anywhere, "largest score of any emotion", steps)]
-    caption = f"Score: {FORMS.get(form, form)}.{' Outlined heads are in the circuit.' if circuit is not None else ''}"
+    caption = f"Score: {FORM_NAMES.get(form, form)}.{' Outlined heads are in the circuit.' if circuit is not None else ''}"
     tables = _head_tables(table, scores.emotions)
     return Figure("heads", "Which heads write the emotion", caption, panels, tables, _sources(circuit), steps.key(), "Score")
 
@@ -76,8 +76,8 @@ def _head_panel(table: Tensor, inside: Tensor, title: str, steps: Steps) -> Pane
     for head in reversed(range(n_heads)):
         for layer in range(n_layers):
             value = values[layer][head]
-            said = plots.tip(f"L{layer}H{head}: {number(value)}")
-            rows.append({"x": layer, "y": head, "value": value, "marked": marked[layer][head], "tip": said})
+            tip = plots.tip(f"L{layer}H{head}: {number(value)}")
+            rows.append({"x": layer, "y": head, "value": value, "marked": marked[layer][head], "tip": tip})
     best = table.flatten().topk(min(3, table.numel())).indices.tolist()
     named = words([f"L{i // n_heads}H{i % n_heads} {number(values[i // n_heads][i % n_heads])}" for i in best])
     late = table[n_layers // 2 :].clamp_min(0).sum() / table.clamp_min(0).sum().clamp_min(1e-9)
@@ -91,16 +91,18 @@ def _head_panel(table: Tensor, inside: Tensor, title: str, steps: Steps) -> Pane
     return Panel(title.capitalize(), plots.svg(chart, alt_text), alt_text)
 
 
-def _head_tables(table: Tensor, emotions: Sequence[str]) -> list[Table]:
+def _head_tables(table: Tensor, emotions: Sequence[str]) -> list[FigureTable]:
     """Every score, or the best hundred of each emotion where that would be too much for a page."""
     n_heads = table.shape[2]
     if table.numel() > MAX_CELLS:
         best = [(e, i) for e in range(len(emotions)) for i in table[e].flatten().topk(100).indices.tolist()]
-        rows: list[list[Cell]] = [[f"L{i // n_heads}H{i % n_heads}", emotions[e], number(table[e].flatten()[i].item(), 3)] for e, i in best]
-        return [Table("The hundred best heads of each emotion", ("Head", "Emotion", "Score"), rows)]
+        rows: list[list[CellValue]] = [
+            [f"L{i // n_heads}H{i % n_heads}", emotions[e], number(table[e].flatten()[i].item(), 3)] for e, i in best
+        ]
+        return [FigureTable("The hundred best heads of each emotion", ("Head", "Emotion", "Score"), rows)]
     head = ("Layer", *(f"H{h}" for h in range(n_heads)))
     return [
-        Table(f"Head scores, {emotion}", head, [[f"L{layer}", *map(number, row)] for layer, row in enumerate(table[e].tolist())])
+        FigureTable(f"Head scores, {emotion}", head, [[f"L{layer}", *map(number, row)] for layer, row in enumerate(table[e].tolist())])
         for e, emotion in enumerate(emotions)
     ]
 
@@ -120,21 +122,21 @@ def neuron_map(scores: Scores, circuit: Circuit | None) -> Figure:
     panels = [_neuron_panel(table[e], emotion, chosen[e]) for e, emotion in enumerate(scores.emotions)]
     colours = [Key("series-2", "neuron", "dot"), Key("series-1", "neuron of the circuit", "dot")] if any(chosen) else []
     shown = min(DRAWN_NEURONS, table[0].numel())
-    caption = f"The {shown} neurons with the highest scores of each emotion. Score: {FORMS.get(form, form)}."
+    caption = f"The {shown} neurons with the highest scores of each emotion. Score: {FORM_NAMES.get(form, form)}."
     tables = [_neuron_table(table, scores.emotions)]
     return Figure("neurons", "Which neurons write the emotion", caption, panels, tables, _sources(circuit), colours)
 
 
-def _neuron_table(table: Tensor, emotions: Sequence[str]) -> Table:
+def _neuron_table(table: Tensor, emotions: Sequence[str]) -> FigureTable:
     share = max(1, round(0.01 * table[0].numel()))
     n_layers, width = table.shape[1:]
-    rows: list[list[Cell]] = []
+    rows: list[list[CellValue]] = []
     for e, emotion in enumerate(emotions):
         best = torch.bincount(table[e].flatten().topk(share).indices // width, minlength=n_layers).tolist()
         strongest = table[e].max(1)
         for layer, (index, score) in enumerate(zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)):
             rows.append([f"L{layer}", emotion, best[layer], f"N{index}", number(score, 3)])
-    return Table("Neurons by layer", ("Layer", "Emotion", f"Of the best {share:,} (1 %)", "Strongest neuron", "Its score"), rows)
+    return FigureTable("Neurons by layer", ("Layer", "Emotion", f"Of the best {share:,} (1 %)", "Strongest neuron", "Its score"), rows)
 
 
 def _neuron_panel(table: Tensor, emotion: str, chosen: set[tuple[int, int]]) -> Panel:
@@ -175,7 +177,7 @@ def importance(values: Tensor, emotions: Sequence[str], source: str) -> Figure:
     values = values.float()
     n_layers = values.shape[1]
     panels: list[Panel] = []
-    rows: list[list[Cell]] = []
+    rows: list[list[CellValue]] = []
     x = plots.quantity("x", "Layer", domain=(0, max(1, n_layers - 1)), format="d", grid=False)
     for e, emotion in enumerate(emotions):
         series = {name: values[e, :, i].tolist() for i, name in enumerate(SUBLAYERS)}
@@ -188,26 +190,26 @@ def importance(values: Tensor, emotions: Sequence[str], source: str) -> Figure:
     caption = (
         "Change of the final score per unit of dose along the emotion's direction at the output of the attention or the MLP of a layer."
     )
-    table = Table("Sublayer importance", ("Layer", "Emotion", "Attention", "MLP"), rows)
+    table = FigureTable("Sublayer importance", ("Layer", "Emotion", "Attention", "MLP"), rows)
     return Figure("importance", "Which sublayers matter", caption, panels, [table], (source,), keys(SUBLAYERS))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------------
 
 
-def checks(scores: Scores) -> Table | None:
+def checks(scores: Scores) -> FigureTable | None:
     """What was checked by really intervening."""
-    rows: list[list[Cell]] = []
+    rows: list[list[CellValue]] = []
     for kind in ("heads", "neurons"):
-        found = scores.verification.get(kind)
-        if isinstance(found, Mapping):
-            middle, near = finite(found.get("median_relative_error")), finite(found.get("share_within_1e-4"))
+        check = scores.verification.get(kind)
+        if isinstance(check, Mapping):
+            middle, near = finite(check.get("median_relative_error")), finite(check.get("share_within_1e-4"))
             error = f"relative error {middle:.1e} (median)" if middle is not None else "not kept in this version's form"
             error += f", {percent(near)} within 1e-4" if near is not None else ""
-            rows.append([f"One-pass contribution against real ablation, {kind}", plural(found.get("units", 0), kind[:-1]), error])
+            rows.append([f"One-pass contribution against real ablation, {kind}", plural(check.get("units", 0), kind[:-1]), error])
     if scores.patches:
         both, random = (number(finite(scores.patches.get(name))) for name in ("correlation", "correlation_random"))
         title = f"Attribution patching against true patches ({scores.patches.get('emotion')})"
         size = plural(len(scores.patches.get("units", ())), "unit")
         rows.append([title, size, f"correlation {both}, on random units alone {random}"])
-    return Table("Scores checked by intervening", ("Check", "On", "Found"), rows) if rows else None
+    return FigureTable("Scores checked by intervening", ("Check", "On", "Found"), rows) if rows else None

@@ -1,4 +1,4 @@
-"""Which figures stand where on the page, and what is said where there is nothing to draw."""
+"""Which figures go where on the page, and what is written where there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -81,53 +81,53 @@ def _replies(inputs: Inputs) -> Section:
 
 
 def _directions(inputs: Inputs) -> Section:
-    title, found = "The directions", inputs.directions
-    if found is None:
+    title, directions = "The directions", inputs.directions
+    if directions is None:
         return Section("directions", title, absent=inputs.lacks("directions"))
     intro = (
         f"Each emotion's direction is the mean difference between replies that express it and the same scenarios' other replies, over "
-        f"{plural(found.n_groups, 'scenario-event')} ({found.elicitation} elicitation), at every layer."
+        f"{plural(directions.n_groups, 'scenario-event')} ({directions.elicitation} elicitation), at every layer."
     )
-    figures = [*direction_figures.evidence(found), direction_figures.layer_similarity(found)]
-    notes = [] if found.evidence else ["No evidence was measured for these directions: too few scenarios were held out."]
+    figures = [*direction_figures.evidence(directions), direction_figures.layer_similarity(directions)]
+    notes = [] if directions.evidence else ["No evidence was measured for these directions: too few scenarios were held out."]
     return Section("directions", title, intro, figures, notes=notes)
 
 
 def _units(inputs: Inputs) -> Section:
-    title, found = "Heads, neurons and sublayers", inputs.scores
-    if found is None:
+    title, scores = "Heads, neurons and sublayers", inputs.scores
+    if scores is None:
         absent = inputs.lacks("scores")
         if inputs.circuit is None:
             return Section("units", title, absent=absent)
         drawn = [score_figures.importance(inputs.circuit.importance, inputs.circuit.emotions, "circuit")]
         return Section("units", title, "", drawn, absent=absent)
     figures = [
-        score_figures.head_map(found, inputs.circuit),
-        score_figures.neuron_map(found, inputs.circuit),
-        score_figures.importance(found.importance, found.emotions, "scores"),
+        score_figures.head_map(scores, inputs.circuit),
+        score_figures.neuron_map(scores, inputs.circuit),
+        score_figures.importance(scores.importance, scores.emotions, "scores"),
     ]
-    checks = score_figures.checks(found)
+    checks = score_figures.checks(scores)
     return Section("units", title, "", figures, after=[checks] if checks else [])
 
 
 def _cause(inputs: Inputs) -> Section:
-    title, found = "Ablation and enhancement", inputs.scores
-    if found is None or not found.curves:
+    title, scores = "Ablation and enhancement", inputs.scores
+    if scores is None or not scores.curves:
         return Section("cause", title, absent=inputs.lacks("scores") or inputs.lacks("curves"))
-    return Section("cause", title, "", [curve_figures.curves(found.curves)])
+    return Section("cause", title, "", [curve_figures.curves(scores.curves)])
 
 
 def _circuit(inputs: Inputs) -> Section:
-    title, found = "The circuit", inputs.circuit
-    if found is None:
+    title, circuit = "The circuit", inputs.circuit
+    if circuit is None:
         return Section("circuit", title, absent=inputs.lacks("circuit"))
-    heads = [int(found.heads[e].sum()) for e in range(len(found.emotions))]
-    total, neurons = found.heads[0].numel(), len(found.neuron_index)
+    heads = [int(circuit.heads[e].sum()) for e in range(len(circuit.emotions))]
+    total, neurons = circuit.heads[0].numel(), len(circuit.neuron_index)
     size = f"{min(heads)}" if min(heads) == max(heads) else f"{min(heads)} to {max(heads)}"
     intro = (
         f"{size} of {total} heads for each emotion ({percent(max(heads) / total, 0)}{'' if min(heads) == max(heads) else ' at most'}) and "
-        f"{plural(neurons, 'neuron') if neurons else 'no neurons'}{' in all' if neurons else ''}. Made as: {found.provenance.method}."
+        f"{plural(neurons, 'neuron') if neurons else 'no neurons'}{' in all' if neurons else ''}. Made as: {circuit.provenance.method}."
     )
-    table = circuit_figures.faithfulness(found)
-    figures = [circuit_figures.drawn(found), circuit_figures.shared(found, inputs.directions)]
+    table = circuit_figures.faithfulness(circuit)
+    figures = [circuit_figures.drawn(circuit), circuit_figures.shared(circuit, inputs.directions)]
     return Section("circuit", title, intro, figures, [table] if table else [])

@@ -107,13 +107,13 @@ def _works(contest: Measured) -> Finding:
 
 def _emotions(contest: Measured) -> list[Finding]:
     question = "For every emotion?"
-    found = {emotion: contest.part(CIRCUIT, "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
-    known = {emotion: interval.value for emotion, interval in found.items() if interval.value is not None}
+    intervals = {emotion: contest.part(CIRCUIT, "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
+    known = {emotion: interval.value for emotion, interval in intervals.items() if interval.value is not None}
     if not known:
         return []
     worst, best = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-    detail = f"Strongest: {best}, {percent_range(found[best])}. Weakest: {worst}, {percent_range(found[worst])}."
-    lows = {emotion: value if found[emotion].low is None else found[emotion].low for emotion, value in known.items()}
+    detail = f"Strongest: {best}, {percent_range(intervals[best])}. Weakest: {worst}, {percent_range(intervals[worst])}."
+    lows = {emotion: value if intervals[emotion].low is None else intervals[emotion].low for emotion, value in known.items()}
     weak = [emotion for emotion, low in lows.items() if low is not None and low <= contest.chance]
     half = [emotion for emotion, value in known.items() if value < 0.5]
     if weak:
@@ -146,12 +146,12 @@ def _cost(contest: Measured) -> Finding:
     return Finding(question, answer, "; ".join(parts) + ".", tone)
 
 
-def _within(found: Interval, limit: float | None) -> str | None:
-    if limit is None or found.value is None:
+def _within(interval: Interval, limit: float | None) -> str | None:
+    if limit is None or interval.value is None:
         return None
-    if found.value > limit:
+    if interval.value > limit:
         return BAD
-    return GOOD if found.high is None or found.high <= limit else MIXED
+    return GOOD if interval.high is None or interval.high <= limit else MIXED
 
 
 def _sound(sound: Interval, plain: Interval, contest: Measured) -> str | None:
@@ -181,11 +181,11 @@ def against(contest: Measured, other: str) -> Against:
     ratios = [contest.metric(method, "ratio").value for method in (CIRCUIT, other)]
     costs = f" at perplexity ratios {number(ratios[0])} and {number(ratios[1])}" if None not in ratios else ""
     values = f"{percent(mine.value)} against {percent(theirs.value)}{costs}"
-    found, p = contest.difference(CIRCUIT, other)
-    if found.value is not None and found.low is not None and found.high is not None:
-        side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
+    difference, p = contest.difference(CIRCUIT, other)
+    if difference.value is not None and difference.low is not None and difference.high is not None:
+        side = AHEAD if difference.low > 0 else BEHIND if difference.high < 0 else LEVEL
         sign = f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}" if p is not None else ""
-        return Against(side, f"{values}: {points_range(found)}{sign}.", points_range(Interval(found.value)))
+        return Against(side, f"{values}: {points_range(difference)}{sign}.", points_range(Interval(difference.value)))
     if mine.low is None or mine.high is None or theirs.low is None or theirs.high is None:
         return Against(UNCLEAR, f"{values}; no interval was computed.", "")
     side = AHEAD if mine.low > theirs.high else BEHIND if mine.high < theirs.low else LEVEL
@@ -207,10 +207,10 @@ def _residual(contest: Measured) -> Finding:
 
 
 def _comparison(contest: Measured, question: str, other: str, name: str) -> Finding:
-    found = against(contest, other)
-    by = f", by {found.margin.lstrip(f'+{MINUS}')}" if found.margin else ""
-    answer = {AHEAD: f"Yes{by}", BEHIND: f"No, it is behind{by}", LEVEL: "No difference was shown", UNCLEAR: "Not decided"}[found.side]
-    return Finding(question, answer, f"Against {name}: {found.detail}{_at_equal_ratio(contest, other)}", TONES[found.side])
+    compared = against(contest, other)
+    by = f", by {compared.margin.lstrip(f'+{MINUS}')}" if compared.margin else ""
+    answer = {AHEAD: f"Yes{by}", BEHIND: f"No, it is behind{by}", LEVEL: "No difference was shown", UNCLEAR: "Not decided"}[compared.side]
+    return Finding(question, answer, f"Against {name}: {compared.detail}{_at_equal_ratio(contest, other)}", TONES[compared.side])
 
 
 def _at_equal_ratio(contest: Measured, other: str) -> str:
@@ -225,12 +225,14 @@ def _at_equal_ratio(contest: Measured, other: str) -> str:
 def _content(contest: Measured) -> list[Finding]:
     """Selectivity: how much of the unsteered reply is kept, against residual steering."""
     mine, theirs = contest.metric(CIRCUIT, "kept"), contest.metric(RESIDUAL, "kept")
-    found, _ = contest.difference(CIRCUIT, RESIDUAL, "kept")
-    if mine.value is None or theirs.value is None or found.low is None or found.high is None:
+    difference, _ = contest.difference(CIRCUIT, RESIDUAL, "kept")
+    if mine.value is None or theirs.value is None or difference.low is None or difference.high is None:
         return []
-    side = AHEAD if found.low > 0 else BEHIND if found.high < 0 else LEVEL
+    side = AHEAD if difference.low > 0 else BEHIND if difference.high < 0 else LEVEL
     answer = {AHEAD: "Yes", BEHIND: "No, it keeps less", LEVEL: "No difference was shown"}[side]
-    detail = f"Similarity to the unsteered reply {number_range(mine)} against {number_range(theirs)}, difference {number_range(found, 3)}."
+    detail = (
+        f"Similarity to the unsteered reply {number_range(mine)} against {number_range(theirs)}, difference {number_range(difference, 3)}."
+    )
     topic, plain = contest.metric(CIRCUIT, "on_topic"), contest.metric(NONE, "on_topic")
     if topic.value is not None and plain.value is not None:
         detail += f" On topic: {percent_range(topic)}, unsteered {percent(plain.value)}."
@@ -238,15 +240,15 @@ def _content(contest: Measured) -> list[Finding]:
 
 
 def _controls(contest: Measured) -> Finding:
-    question, found = "Better than random interventions of the same size?", [c for c in CONTROLS if c in contest.results]
-    if not found:
+    question, controls = "Better than random interventions of the same size?", [c for c in CONTROLS if c in contest.results]
+    if not controls:
         return Finding(question, "Not compared", "The evaluation holds no random control.", UNKNOWN)
-    accuracy = {control: contest.metric(control, "accuracy") for control in found}
-    behind = [in_sentence(control) for control in found if against(contest, control).side != AHEAD]
+    accuracy = {control: contest.metric(control, "accuracy") for control in controls}
+    behind = [in_sentence(control) for control in controls if against(contest, control).side != AHEAD]
     floor = max(contest.metric(NONE, "accuracy").value or 0.0, contest.chance) + NEAR
-    moved = [control for control in found if (accuracy[control].value or 0.0) > floor]
-    said = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
-    detail = f"{said[0].upper()}{said[1:]}."
+    moved = [in_sentence(control) for control in controls if (accuracy[control].value or 0.0) > floor]
+    accuracies = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
+    detail = f"{accuracies[0].upper()}{accuracies[1:]}."
     if behind:
         return Finding(question, f"Not shown against {words(behind, 'or')}", detail, BAD)
     if moved:
@@ -289,9 +291,9 @@ def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tu
         where = "on the prompts that it was fitted on"
     else:
         return "", []
-    said = []
+    dials = []
     for emotion, row in rows.items():
-        some = spots(row, axis)
-        judged, ratios = ([v for s in some if (v := getattr(s, name)) is not None] for name in ("judged", "ratio"))
-        said.append((emotion, all(b > a for a, b in zip(judged, judged[1:], strict=False)), max(ratios, default=None)))
-    return where, said
+        curve = spots(row, axis)
+        judged, ratios = ([v for s in curve if (v := getattr(s, name)) is not None] for name in ("judged", "ratio"))
+        dials.append((emotion, all(b > a for a, b in zip(judged, judged[1:], strict=False)), max(ratios, default=None)))
+    return where, dials

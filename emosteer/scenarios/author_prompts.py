@@ -1,4 +1,4 @@
-"""What an author is told: the item and its rules, a theme and a place to start from, and what was wrong with an answer. No torch here."""
+"""Prompts for an author: the item and its rules, a theme and a place to start from, and what was wrong with an answer. No torch here."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def author_scenarios(
     attempts: int = 4,
     on_event: Callable[[AuthorEvent], None] | None = None,
 ) -> AuthorReport:
-    """Has scenarios written until `out` holds `count`, each appended as soon as it is accepted; call it again to go on.
+    """Has scenarios written until `out` holds `count`, each appended as soon as it is accepted; call it again to continue.
 
     Args:
         domain: what the scenarios are about, in a few words.

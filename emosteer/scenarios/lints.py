@@ -43,8 +43,8 @@ def lint_scenario(scenario: Scenario, limits: Limits | None = None) -> list[Prob
         count = len(text.split())
         if not low <= count <= high:
             problems.append(Problem(scenario.id, "length", f"{name} has {count} words, expected {low} to {high}"))
-        if found := feeling_pattern().findall(text):
-            problems.append(Problem(scenario.id, "emotion word", f"{name} holds {', '.join(sorted(set(found)))}"))
+        if emotion_words := feeling_pattern().findall(text):
+            problems.append(Problem(scenario.id, "emotion word", f"{name} holds {', '.join(sorted(set(emotion_words)))}"))
     return problems
 
 
@@ -77,8 +77,8 @@ def lint_bank(bank: Bank, emotions: Sequence[str] = EMOTIONS, limits: Limits | N
             lengths[emotion].append(count)
             if not low <= count <= high:
                 problems.append(Problem(f"{key}/{emotion}", "length", f"{count} words, expected {low} to {high}"))
-            if found := sorted({*name_pattern().findall(text), *name_pattern(emotion).findall(text)}):
-                problems.append(Problem(f"{key}/{emotion}", "emotion word", f"names a feeling: {', '.join(found)}"))
+            if names := sorted({*name_pattern().findall(text), *name_pattern(emotion).findall(text)}):
+                problems.append(Problem(f"{key}/{emotion}", "emotion word", f"names a feeling: {', '.join(names)}"))
     texts = {f"{key}/{emotion}": text for key, replies in bank.items() for emotion, text in replies.items()}
     problems += near_duplicates(texts, limits.reply_overlap, size=4)
     means = {emotion: sum(counts) / len(counts) for emotion, counts in lengths.items()}
@@ -105,17 +105,17 @@ def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> 
         for i, first in enumerate(keys[:200]):  # an n-gram in hundreds of texts is a commonplace, and would cost its square
             for second in keys[i + 1 : 200]:
                 shared[first, second] += 1
-    found = []
+    problems = []
     for (first, second), count in shared.items():
         share = count / min(len(shingles[first]), len(shingles[second]))
         if share > overlap:
             rule = "duplicate" if share == 1 else "near-duplicate"
-            found.append(Problem(second, rule, f"shares {share:.0%} of its word {size}-grams with {first}"))
-    return found
+            problems.append(Problem(second, rule, f"shares {share:.0%} of its word {size}-grams with {first}"))
+    return problems
 
 
 def overlap_between(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
-    """Scenarios of `second` that stand in `first` too, by id or by text: train and test must be disjoint."""
+    """Scenarios of `second` that also occur in `first`, by id or by text: train and test must be disjoint."""
     limits = limits or Limits()
     known = {s.id for s in first}
     problems = [Problem(s.id, "not disjoint", "the same id is in both files") for s in second if s.id in known]

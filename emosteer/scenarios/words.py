@@ -44,5 +44,5 @@ def stem_pattern(emotion: str) -> re.Pattern[str]:
 
 
 def feeling_pattern() -> re.Pattern[str]:
-    """Matches every emotion name and feeling word: none may stand in a scenario or an event."""
+    """Matches every emotion name and feeling word: none may occur in a scenario or an event."""
     return word_pattern(tuple(p for patterns in lexicon()["names"].values() for p in patterns) + tuple(lexicon()["affect"]))

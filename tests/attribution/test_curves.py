@@ -18,9 +18,9 @@ from emosteer.attribution import verification
 from emosteer.attribution.ablate import ablate
 from emosteer.attribution.curves import Condition, TextScore, conditions, curves, units_of
 from emosteer.attribution.gradients import true_patches
-from emosteer.attribution.scores import Scores
+from emosteer.attribution.scores import SCORE_FORMS, Scores
 from emosteer.attribution.settings import ABLATIONS, AblateSettings, CurveSettings
-from emosteer.attribution.unit_scores import UnitScores, ablation_drops, contrast_scores, raw_scores, top_units, unit_mask
+from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units, unit_mask
 from emosteer.attribution.verification import one_pass, sampled_units, verify
 from emosteer.base.errors import ArtifactError, DataError, EmosteerError
 from emosteer.base.jsonl import JsonlLog
@@ -29,7 +29,7 @@ from emosteer.directions.extract import extract
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
-from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z, parse_unit
+from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Bank, Group
 from tests.conftest import build, small_data
@@ -347,7 +347,7 @@ def test_real_drops_are_those_of_the_whole_model_with_a_unit_ablated(case: Case)
     units = sampled_units(case.model, 20, 0)
     v_mid, v_post = case.directions.at(RESID_MID)[1], case.directions.at(RESID_POST)[1]
     found = verification.real_drops(case.model, verification.layer_inputs(case.model, ids), units, v_mid, v_post)
-    contribution, drop = ablation_drops(case.model, ids, -1, units, v_mid, v_post)
+    contribution, drop = reference.ablation_drops(case.model, ids, -1, units, v_mid, v_post)
     torch.testing.assert_close(found.float(), drop, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(one_pass(case.model, ids, units, v_mid, v_post).float(), contribution, atol=1e-5, rtol=1e-4)
     assert drop.abs().max() > 0.1
@@ -386,7 +386,7 @@ def made(case: Case) -> Scores:
 
 
 def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
-    assert set(made.forms) == set(scores.FORMS)
+    assert set(made.forms) == set(SCORE_FORMS)
     for name, wanted in (("contrast", case.scores), ("raw", raw_scores(case.model, case.directions))):
         assert torch.equal(made.forms[name].heads, wanted.heads) and torch.equal(made.forms[name].neurons, wanted.neurons)
     for form in made.forms.values():
@@ -401,7 +401,7 @@ def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
 
 def test_the_truth_in_the_patches_is_real(case: Case, made: Scores) -> None:
     found = made.patches
-    units = [parse_unit(text) for text in found["units"]]
+    units = [reference.parse_unit(text) for text in found["units"]]
     assert len(set(units)) == 12 and found["groups"] == 2
     e = EMOTIONS.index(found["emotion"])
     patch = made.forms["patch"]

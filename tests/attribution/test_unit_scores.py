@@ -10,7 +10,6 @@ from torch import Tensor
 
 from emosteer.attribution.gradients import attribution_patching, other_emotions_mean, score_gradients, true_patches, unpacked_batch
 from emosteer.attribution.unit_scores import (
-    ablation_drops,
     contrast_scores,
     head_contributions,
     neuron_contributions,
@@ -131,7 +130,7 @@ def test_contributions_equal_the_drop_when_every_unit_is_really_ablated(name: st
     units = all_units(model)
     v_mid, v_post = random_directions(model, seed=1), random_directions(model, seed=2)
     for prompt, position in zip(PROMPTS[1:], (-1, 4), strict=True):
-        contribution, drop = ablation_drops(model, torch.tensor([prompt]), position, units, v_mid, v_post)
+        contribution, drop = reference.ablation_drops(model, torch.tensor([prompt]), position, units, v_mid, v_post)
         for some in (slice(0, 12), slice(12, None)):  # heads, neurons
             scale = drop[some].abs().max()
             assert scale > 1e-3

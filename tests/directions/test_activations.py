@@ -1,4 +1,4 @@
-"""States are read where METHOD section 3 says, and packing changes nothing: proved against the plain model, reply by reply."""
+"""States are read where docs/METHOD.md section 3 says, and packing changes nothing: proved against the plain model, reply by reply."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ from emosteer.cli.print_contest import print_evaluation
 from emosteer.evaluation.bootstrap import Draws
 from emosteer.evaluation.doses import DosePoint, best_prompt, choose
 from emosteer.evaluation.evaluate import COMPARED, METRICS, compare, equal_ratio, evaluate, frontier, result_of, rivals_of
-from emosteer.evaluation.metrics import EMPTY, confusion, content_tables, measure, repetition, table_of
+from emosteer.evaluation.metrics import confusion, content_tables, measure, table_of
 from emosteer.evaluation.settings import Budget, EvaluationSettings
+from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.judges import embedded as embedded_judge
 from emosteer.judges import registry as judges
 from emosteer.judges import soundness
@@ -60,7 +61,7 @@ def test_a_missing_opinion_is_no_number_and_an_empty_reply_no_match() -> None:
     found = measure(reply(shares=None), "anger", SIX)
     assert all(math.isnan(found[name]) for name in ("accuracy", "match", "probability")) and found["nll"] == 2.0
     empty = measure(reply(text="", shares={"neutral": 1.0}, nll=None), SIX[0], SIX)
-    assert (empty["accuracy"], empty["match"], empty["probability"], empty["nll"]) == (0.0, 0.0, 0.0, EMPTY)
+    assert (empty["accuracy"], empty["match"], empty["probability"], empty["nll"]) == (0.0, 0.0, 0.0, EMPTY_NLL)
 
 
 def test_naming_is_the_emotions_own_name_and_synonyms_are_wider() -> None:
@@ -74,7 +75,7 @@ def test_naming_is_the_emotions_own_name_and_synonyms_are_wider() -> None:
     ("text", "share"), [("", 0), ("a b", 0), ("a b c d", 0), ("no no no no no", 2 / 3), ("One two three. One, two THREE!", 1 / 4)]
 )
 def test_repetition_counts_three_word_runs_that_were_there_before(text: str, share: float) -> None:
-    assert repetition(text) == pytest.approx(share)
+    assert measure(reply(text), "anger", SIX)["repetition"] == pytest.approx(share)
 
 
 def rows_of(some: Sequence[Group], method: str, make: Callable[[Group, str], Row]) -> list[Row]:

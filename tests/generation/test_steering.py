@@ -13,7 +13,7 @@ from torch import Tensor
 from emosteer.generation import generate as generation
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
-from emosteer.generation.steering import Injector, SteeringPlan, compile_units, plan_for, residual_vectors, unit_edits
+from emosteer.generation.steering import Injector, SteeringPlan, compile_units, plan_for, residual_vectors
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from tests.helpers import reference
@@ -79,18 +79,18 @@ def test_compiled_logits_equal_those_of_unit_edits(family: Model, bridge: bool) 
     base = family.logits(family.run(IDS))
     for strength in (-1.0, 0.5, 3.0):
         rows = strength * z, strength * mlp  # row r is emotion r
-        by_unit = family.logits(family.run(IDS, unit_edits(*rows), bridge=bridge))
+        by_unit = family.logits(family.run(IDS, reference.unit_edits(*rows), bridge=bridge))
         shifts = {site: (lambda x, v=strength * v[:, None]: x + v) for site, v in vectors.items()}
         compiled = family.logits(family.run(IDS, shifts, bridge=bridge))
         scale = by_unit.abs().max()
         assert_forward(compiled, by_unit)
         assert (by_unit - base).abs().max() > 1e-2 * scale
-    shared = family.run(IDS, unit_edits(z[1], mlp[1]), bridge=bridge)  # [layer, ...]: the same for every row
-    torch.testing.assert_close(shared, family.run(IDS, unit_edits(z[[1] * 3], mlp[[1] * 3]), bridge=bridge))
+    shared = family.run(IDS, reference.unit_edits(z[1], mlp[1]), bridge=bridge)  # [layer, ...]: the same for every row
+    torch.testing.assert_close(shared, family.run(IDS, reference.unit_edits(z[[1] * 3], mlp[[1] * 3]), bridge=bridge))
     for row in range(3):  # bare hooks
         with reference.changed(family.hf, unit_changes(z, mlp, row, -1.0)):
             expected = family.hf(input_ids=IDS[[row]], use_cache=False).logits[0]
-        found = family.logits(family.run(IDS, unit_edits(-z, -mlp), bridge=bridge))[row]
+        found = family.logits(family.run(IDS, reference.unit_edits(-z, -mlp), bridge=bridge))[row]
         assert_forward(found, expected)
 
 

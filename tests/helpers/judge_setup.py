@@ -4,6 +4,7 @@ of the same make."""
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from emosteer.base import artifacts
 from emosteer.base.cache_folder import cache_dir
-from emosteer.judges.embedded import ENCODER, SentenceEncoder
+from emosteer.judges.embedded import ASSET, ENCODER, KIND, SentenceEncoder
 from emosteer.models.weights import packages
+
+
+def card_of(path: Path = ASSET) -> dict[str, Any]:
+    """What was measured when a judge's heads were fitted."""
+    return dict(artifacts.load(path, KIND).fields["card"])
 
 
 @cache

@@ -1,15 +1,21 @@
-"""The slow and simple way, for tests to compare with: the plain Hugging Face model, bare torch hooks, no cache, no batch."""
+"""The slow and simple way, for tests to compare with: the plain Hugging Face model, bare torch hooks, no cache, no batch; circuits unit
+by unit; every unit ablated for real."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from emosteer.attribution.unit_scores import UnitScores, head_contributions, neuron_contributions
+from emosteer.models.hooks import Edit
+from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
+from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from tests.helpers.precision import forward_bound
 
 #: (layer, kind) -> function of the activation [batch, pos, width]; kinds as in emosteer.models.sites.
@@ -90,3 +96,62 @@ def greedy(
                 break
             ids.append(token)
     return tuple(ids[len(prompt) :]), trace
+
+
+def unit_edits(z_delta: Tensor, mlp_delta: Tensor) -> dict[Site, Edit]:
+    """The same modulation at unit level: `z` and `mlp_post` shifted by constants. The slow form that `compile_units` equals.
+
+    Args:
+        z_delta: [layer, n_heads * d_head] or [row, layer, ...]; mlp_delta alike.
+    """
+
+    def shift(delta: Tensor) -> Edit:
+        value = delta[:, None] if delta.dim() == 2 else delta
+        return lambda activation: activation + value.to(activation)
+
+    edits: dict[Site, Edit] = {}
+    for layer in range(z_delta.shape[-2]):
+        for kind, delta in ((Z, z_delta[..., layer, :]), (MLP_POST, mlp_delta[..., layer, :])):
+            if delta.any():
+                edits[Site(layer, kind)] = shift(delta)
+    return edits
+
+
+@torch.no_grad()
+def ablation_drops(model: Model, ids: Tensor, position: int, units: Sequence[Unit], v_mid: Tensor, v_post: Tensor) -> tuple[Tensor, Tensor]:
+    """For each unit: its one-pass contribution, and the drop of the projection at its own layer when it is really zero-ablated.
+
+    Args:
+        ids: one prompt [1, pos]; position: where both are read; v_mid, v_post: [layer, d_model].
+
+    Returns:
+        (contribution [unit], drop [unit]).
+    """
+    shape = model.shape
+    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in (Z, MLP_POST, RESID_MID, RESID_POST)]
+    base = {site: value[0, position].float() for site, value in model.read(ids, sites).items()}
+    stacked = {kind: torch.stack([base[Site(layer, kind)] for layer in range(shape.n_layers)]) for kind in (Z, MLP_POST)}
+    tables = UnitScores(
+        head_contributions(model, stacked[Z], v_mid.to(model.device))[None],
+        neuron_contributions(model, stacked[MLP_POST], v_post.to(model.device))[None],
+    )
+    drops = torch.zeros(len(units))
+    by_site: dict[Site, list[int]] = {}
+    for index, unit in enumerate(units):
+        by_site.setdefault(Site(unit.layer, RESID_MID if isinstance(unit, Head) else RESID_POST), []).append(index)
+    for site, members in by_site.items():
+        v = (v_mid if site.kind == RESID_MID else v_post)[site.layer].to(model.device)
+        for start in range(0, len(members), 32):
+            chosen = members[start : start + 32]
+            edits = replace_units(model, [[units[i]] for i in chosen])
+            after = model.read(ids.expand(len(chosen), -1), [site], edits=edits)[site][:, position].float()
+            # the difference is taken before projecting: the residual's massive entries would drown it otherwise
+            drops[chosen] = ((base[site] - after) @ v).cpu()
+    return torch.tensor([tables.of(0, unit) for unit in units]), drops
+
+
+def parse_unit(text: str) -> Unit:
+    """Reads ``L3H7`` or ``L3N1024`` back into a Head or a Neuron."""
+    parts = re.fullmatch(r"L(\d+)([HN])(\d+)", text)
+    assert parts, text
+    return (Head if parts[2] == "H" else Neuron)(int(parts[1]), int(parts[3]))

@@ -28,7 +28,6 @@ from emosteer.judges.embedded import (
     LinearHead,
     SentenceEncoder,
     fit_head,
-    load_card,
     load_heads,
     save_heads,
 )
@@ -36,7 +35,7 @@ from emosteer.judges.protocol import LABELS, Opinion
 from emosteer.judges.soundness import FAULTS, SOUND
 from emosteer.judges.training import FILES, FOREIGN, HELD_OUT, Example, measure_emotions, read_examples, train
 from emosteer.scenarios.scenarios import data_path, read_bank
-from tests.helpers.judge_setup import FILLERS, TELLING, real_encoder, tiny_encoder
+from tests.helpers.judge_setup import FILLERS, TELLING, card_of, real_encoder, tiny_encoder
 from tests.helpers.precision import eps_of, product_bound
 
 PROVENANCE = Provenance(ENCODER, "", "", "by a test")
@@ -165,7 +164,7 @@ def test_heads_come_back_as_they_were_saved(tmp_path: Path) -> None:
         assert back[name].labels == head.labels
         for part in ("mean", "scale", "weight", "bias"):
             assert torch.equal(getattr(back[name], part), getattr(head, part)), (name, part)
-    assert load_card(path) == {"fitted_on": 3, "deep": {"x": [1.5]}}
+    assert card_of(path) == {"fitted_on": 3, "deep": {"x": [1.5]}}
     again = tmp_path / "again.safetensors"
     save_heads(again, made, {"fitted_on": 3, "deep": {"x": [1.5]}}, PROVENANCE)
     assert sha256_file(again) == sha256_file(path), "the same heads, the same bytes"
@@ -354,13 +353,13 @@ def write_texts(path: Path, flipped: bool = False) -> list[Example]:
 def test_training_fits_on_the_kept_and_measures_on_the_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: SentenceEncoder
 ) -> None:
-    monkeypatch.setattr(judge_training, "Encoder", lambda: encoder)
+    monkeypatch.setattr(judge_training, "SentenceEncoder", lambda: encoder)
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("".join(json.dumps({"text": f"[UNK] nada {i}"}) + "\n" for i in range(30)))
     texts = write_texts(tmp_path / "texts.jsonl")
     out = tmp_path / "judge.safetensors"
     card = train([tmp_path / "texts.jsonl"], foreign, out)
-    assert card == load_card(out)
+    assert card == card_of(out)
     kept, held = [e for e in texts if not e.held_out], [e for e in texts if e.held_out]
     assert (card["fitted_on"], card["emotions"]["n"]) == (len(kept), len(held)) and len(held) > 20
     head = load_heads(out)["emotion"]
@@ -396,12 +395,12 @@ def test_the_shipped_judge_was_fitted_on_the_texts_as_they_are(examples: list[Ex
     provenance = artifacts.load(ASSET, KIND).provenance
     here = {path.name: sha256_file(path) for path in (*SHIPPED, data_path(FOREIGN))}
     assert provenance.data == here, "data/judge/ has changed since the judge was fitted: run `make judge`"
-    card = load_card()
+    card = card_of()
     assert card["fitted_on"] == sum(not e.held_out for e in examples) and card["emotions"]["n"] == sum(e.held_out for e in examples)
 
 
 def test_the_shipped_card_is_good_enough_and_agrees_with_itself() -> None:
-    card = load_card()
+    card = card_of()
     emotions, sound = card["emotions"], card["soundness"]
     assert emotions["accuracy"] >= 0.92
     confusion = torch.tensor([[emotions["confusion"][row][column] for column in LABELS] for row in LABELS])
@@ -420,7 +419,7 @@ def test_the_shipped_judge_does_as_its_card_says(examples: list[Example]) -> Non
     found = judge.probabilities([example.text for example in held])
     answers = torch.tensor([LABELS.index(example.label) for example in held])
     share = (found.argmax(-1) == answers).float().mean().item()
-    assert len(held) > 200 and share == pytest.approx(load_card()["emotions"]["accuracy"], abs=0.04)
+    assert len(held) > 200 and share == pytest.approx(card_of()["emotions"]["accuracy"], abs=0.04)
     assert one_hot(found.argmax(-1), 7).sum(0).min() > 10, "every label is used"
 
 

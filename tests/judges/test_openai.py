@@ -18,7 +18,7 @@ import pytest
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.judges.openai import OpenAIJudge
 from emosteer.judges.protocol import LABELS, Opinion
-from emosteer.judges.questions import BLIND, MATCH, parse_blind, parse_match, quoted
+from emosteer.judges.questions import BLIND, PROMPT_VERSION, parse_blind, quoted
 from emosteer.scenarios.scenarios import EMOTIONS
 
 KEY = "sk-very-secret-123"
@@ -115,11 +115,7 @@ def answer(label: str, **more: Any) -> str:
 
 
 def right(text: str, turn: int, body: dict[str, Any]) -> Reply:
-    """A judge that is never wrong: on the yes/no question it knows the claim."""
-    if body["messages"][0]["content"] == MATCH:
-        claim = re.match(r"Claim: the text expresses (\w+)\.", user(body))
-        assert claim
-        return 200, json.dumps({"answer": "yes" if claim[1] == truth(text) else "no"})
+    """A judge that is never wrong."""
     return 200, answer(truth(text))
 
 
@@ -180,21 +176,6 @@ def test_opinions_are_in_order_normalised_and_blind(serve: Serve) -> None:
     assert (server.bodies[0]["temperature"], server.bodies[0]["seed"]) == (0, 0)
 
 
-def test_yes_or_no_is_another_question(serve: Serve) -> None:
-    server = serve()
-    asked = judge(server)
-    some = texts(12)
-    claims = [EMOTIONS[n % 6] for n in range(12)]
-    assert asked.matches(some, claims) == [truth(text) == claim for text, claim in zip(some, claims, strict=True)]
-    assert {body["messages"][0]["content"] for body in server.bodies} == {MATCH}
-    asked.opinions(some)  # known from the yes/no question? no: another question, another answer
-    assert len(server.bodies) == 24 and BLIND != MATCH and "Claim" not in user(server.bodies[-1])
-    assert asked.matches(some, claims) == [truth(text) == claim for text, claim in zip(some, claims, strict=True)]
-    assert len(server.bodies) == 24
-    with pytest.raises(UsageError, match="expected one emotion per text, found 1 for 2 texts"):
-        asked.matches(["a", "b"], ["fear"])
-
-
 def test_equal_texts_are_asked_once_and_empty_ones_never(serve: Serve) -> None:
     server = serve()
     asked = judge(server)
@@ -202,7 +183,6 @@ def test_equal_texts_are_asked_once_and_empty_ones_never(serve: Serve) -> None:
     found = asked.opinions(["reply 1", "", "reply 1", "  \n"], lambda index, opinion: heard.append(index))
     assert [opinion.emotion() for opinion in found] == ["sadness", "neutral", "sadness", "neutral"]
     assert sorted(heard) == [0, 1, 2, 3] and server.asked == {"reply 1": 1}
-    assert asked.matches(["", "reply 1"], ["neutral", "sadness"]) == [False, True]
 
 
 def test_requests_are_parallel(serve: Serve) -> None:
@@ -289,7 +269,6 @@ def test_nonsense_is_asked_again_with_another_seed(serve: Serve) -> None:
     server.brain = lambda text, turn, body: (200, "nonsense")
     [found] = judge(server, attempts=2).opinions(["reply 4"])
     assert found == Opinion(None, "m gave no usable answer, 2 times (last: no JSON object with 'probabilities')")
-    assert judge(server, attempts=2).matches(["reply 4"], ["fear"]) == [None]
 
 
 def test_a_dead_server_is_asked_no_more_after_a_while(serve: Serve, tmp_path: Path) -> None:
@@ -315,7 +294,7 @@ def test_a_dead_server_is_asked_no_more_after_a_while(serve: Serve, tmp_path: Pa
     assert len(notes) == 1 and "the judge stopped after 10 failed requests in a row (last: " in notes[0] and "down" in notes[0]
     assert found[-1].problem == notes[0].removesuffix("; what is left is missing, the same command again asks for it")
     count = len(server.bodies)
-    assert asked.matches(["reply"], ["fear"]) == [None] and len(server.bodies) == count
+    assert asked.opinions(["reply"])[0].probabilities is None and len(server.bodies) == count
     server.brain = right
     assert all(opinion.probabilities for opinion in judge(server, **settings).opinions(texts(400)))
     assert sum(server.asked[text] > 1 for text in texts(20)) == 0
@@ -498,14 +477,9 @@ def test_a_tie_goes_to_the_nearest() -> None:
     assert Opinion(parse_blind(json.dumps({"nearest": "fear", "probabilities": tied}))).emotion() == "fear"
 
 
-def test_yes_and_no() -> None:
-    for text in ('{"answer": "yes"}', "Yes.", "**yes**", '<think>no</think>{"Answer": " YES "}'):
-        assert parse_match(text) is True
-    for text in ('{"answer": "no"}', "no", 'Well: {"answer": "no"}'):
-        assert parse_match(text) is False
-    for text in ("", "maybe", "yes and no", '{"answer": "yes"} {"answer": "no"}', '{"answer": 1}'):
-        with pytest.raises(ValueError):
-            parse_match(text)
+def test_the_version_of_the_question_is_that_of_the_answers_kept_so_far() -> None:
+    """Changes only with the question's words; then every cache asks anew, so it must be meant."""
+    assert PROMPT_VERSION == "bff16e363bda"
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from emosteer.judges.soundness import (
     THRESHOLD,
     SoundnessCheck,
     plain_faults,
-    repeated_share,
     repeats,
+    repetition,
     unfinished,
     verdicts_of,
+    words_of,
 )
 from emosteer.judges.training import BREAKERS, SHARE_BROKEN, broken, soundness_examples, still_sound
 from emosteer.scenarios.scenarios import data_path, read_bank
@@ -94,8 +95,8 @@ def test_the_repeated_share_counts_what_occurred_before() -> None:
     texts = [PLAIN, "a b c a b c a b c", "A b, a B! a b", "one two", "", "again and again and again and again we go"]
     for text in texts:
         for n in (2, 3):
-            assert repeated_share(text, n) == pytest.approx(repeated_by_hand(text, n))
-    assert repeated_share("a b c a b c") == 0.25 and repeated_share("") == 0.0
+            assert repetition(words_of(text), n) == pytest.approx(repeated_by_hand(text, n))
+    assert repetition(words_of("a b c a b c")) == 0.25 and repetition([]) == 0.0
 
 
 def test_anything_said_twice_repeats() -> None:

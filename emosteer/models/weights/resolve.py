@@ -22,10 +22,10 @@ from emosteer.models.weights.gguf import MANIFEST, converted, damage, manifests,
 from emosteer.models.weights.model_folder import folder_sha256, gap
 from emosteer.models.weights.packages import ENCODERS, PACKAGED, Packaged
 
-__all__ = ["ENCODERS", "FORMS", "MANIFEST", "PACKAGED", "KnownModel", "Packaged", "Weights"]
+__all__ = ["ENCODERS", "MODEL_FORMS", "MANIFEST", "PACKAGED", "KnownModel", "Packaged", "Weights"]
 __all__ += ["cache_dir", "known", "packaged_folder", "pull", "resolve"]
 
-FORMS = "a packaged name (smollm2-135m), a hub id (org/name), a folder with config.json or a .gguf file"
+MODEL_FORMS = "a packaged name (smollm2-135m), a hub id (org/name), a folder with config.json or a .gguf file"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
 
@@ -73,7 +73,7 @@ def resolve(reference: str, *, progress: Say | None = None) -> Weights:
 
 
 def gguf_file(reference: str, *, progress: Say | None = None) -> Path | None:
-    """The GGUF file that a reference stands for: itself, the one in a folder, or a packaged model's. None if it stands for none.
+    """The GGUF file that a reference means: itself, the one in a folder, or a packaged model's. None if it means none.
 
     Raises:
         ModelError: if a packaged model cannot be fetched.
@@ -158,17 +158,17 @@ def _row(name: str, source: str, folder: Path, manifest: dict[str, Any]) -> Know
 
 def _from_name(reference: str, names: list[str]) -> Weights:
     """A plain word: the name of a GGUF file converted before, or an error."""
-    found = [(folder, manifest) for folder, manifest in manifests() if manifest["name"] == reference]
-    if len(found) == 1:
-        folder, manifest = found[0]
+    matches = [(folder, manifest) for folder, manifest in manifests() if manifest["name"] == reference]
+    if len(matches) == 1:
+        folder, manifest = matches[0]
         if fault := damage(folder, manifest):
             raise ModelError(f"the converted {reference} is damaged ({fault}); give the path of its GGUF file to convert it again")
         return Weights(reference, folder, manifest["gguf_sha256"], "gguf")
-    if found:
-        raise ModelError(f"{len(found)} converted GGUF files are called '{reference}'; give the path of the one you want")
+    if matches:
+        raise ModelError(f"{len(matches)} converted GGUF files are called '{reference}'; give the path of the one you want")
     names = list(dict.fromkeys([*names, *(manifest["name"] for _, manifest in manifests())]))
     what = "unknown model" if "/" not in reference else "no such file or folder"
-    raise ModelError(f"{what} '{reference}'{suggest(reference, names)}; expected {FORMS}")
+    raise ModelError(f"{what} '{reference}'{suggest(reference, names)}; expected {MODEL_FORMS}")
 
 
 # ---- folders, files and the hub -----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _from_folder(path: Path, say: Say) -> Weights:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _from_gguf(files[0], say)
-        hint = f"it holds {len(files)} GGUF files: name one of them" if files else f"give {FORMS}"
+        hint = f"it holds {len(files)} GGUF files: name one of them" if files else f"give {MODEL_FORMS}"
         raise ModelError(f"expected a model folder with config.json, found none in {path}; {hint}")
     manifest = read_manifest(path)
     if manifest and not damage(path, manifest):  # one of our own conversions: the same weights, so the same hash
@@ -194,7 +194,7 @@ def _from_gguf(path: Path, say: Say) -> Weights:
         raise ModelError(f"GGUF file {path} does not exist; check the path")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError(f"expected a GGUF file, found something else in {path}; give {FORMS}")
+            raise ModelError(f"expected a GGUF file, found something else in {path}; give {MODEL_FORMS}")
     sha256 = remembered_sha256(path, say)
     return Weights(path.stem, converted(lambda _: path, sha256, path.stem, say), sha256, "gguf")
 
