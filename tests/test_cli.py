@@ -287,11 +287,12 @@ def test_strength_zero_writes_what_the_unsteered_model_writes(run: Callable[...,
 
 
 def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emosteer import api as pipeline
+    from emosteer import api
+    from emosteer.scenarios import shipped as shipped_data
 
     shipped = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
-    monkeypatch.setattr(pipeline, "data_path", shipped.__getitem__)
-    monkeypatch.setattr(pipeline, "EMOTIONS", EMOTIONS)
+    monkeypatch.setattr(shipped_data, "data_path", shipped.__getitem__)
+    monkeypatch.setattr(api, "EMOTIONS", EMOTIONS)
     arguments = [
         "generate",
         "the train was late",
@@ -420,6 +421,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 ) -> None:
     out = tmp_path / "replies.jsonl"
     arguments = ["generate", "-m", "./tiny", "--input", "sev.jsonl", "-e", "anger", "--out", str(out), "--max-new-tokens", "4"]
+    arguments += ["--batch-size", "1"]
     real, calls = os.fsync, []
 
     def full(handle: int) -> None:

@@ -246,7 +246,7 @@ def _controls(contest: Measured) -> Finding:
     accuracy = {control: contest.metric(control, "accuracy") for control in controls}
     behind = [in_sentence(control) for control in controls if against(contest, control).side != AHEAD]
     floor = max(contest.metric(NONE, "accuracy").value or 0.0, contest.chance) + NEAR
-    moved = [in_sentence(control) for control in controls if (accuracy[control].value or 0.0) > floor]
+    moved = [control for control in controls if (accuracy[control].value or 0.0) > floor]
     accuracies = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
     detail = f"{accuracies[0].upper()}{accuracies[1:]}."
     if behind:

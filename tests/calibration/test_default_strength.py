@@ -29,7 +29,7 @@ from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.splits import stable_share
 from emosteer.writing import own_replies
-from emosteer.writing.jobs import Job
+from emosteer.writing.jobs import Job, Work
 from emosteer.writing.own_replies import fault, own_bank
 from emosteer.writing.writer import Writer
 from tests.conftest import small_data
@@ -225,14 +225,17 @@ def test_own_bank_keeps_what_has_no_fault(tiny: Model, tmp_path: Path, monkeypat
     }
     seen: list[Job] = []
 
-    def write(self: Writer, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
-        for job in reversed(jobs):
-            seen.append(job)
-            index = next(i for i, group in enumerate(groups) if group.text == job.text)
-            text, finish = replies[index, job.emotion]
-            yield job, Reply(job.id, text, (1,), finish)
+    def work(self: Writer, jobs: Sequence[Job]) -> Work:
+        def write(batch: list[int]) -> Iterator[list[tuple[int, Reply]]]:
+            for i in batch:
+                seen.append(jobs[i])
+                index = next(place for place, group in enumerate(groups) if group.text == jobs[i].text)
+                text, finish = replies[index, jobs[i].emotion]
+                yield [(i, Reply(jobs[i].id, text, (1,), finish))]
 
-    monkeypatch.setattr(Writer, "write", write)
+        return Work([list(reversed(range(len(jobs))))], write)
+
+    monkeypatch.setattr(Writer, "work", work)
     bank, reasons = own_bank(tiny, groups, EMOTIONS, tmp_path / "own.jsonl", INSTRUCTION)
     assert bank == {
         groups[0].key: {"anger": GOOD},

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from emosteer.attribution.gradients import importance_and_effects, prompt_samples
 from emosteer.attribution.unit_scores import UnitScores, top_units, unit_mask
 from emosteer.base.errors import ArtifactError, DataError, UsageError
-from emosteer.circuits import assemble as assembly
+from emosteer.circuits import faithfulness as faithfulness_module
 from emosteer.circuits.assemble import AUTO_SHARES, allocate, assemble, auto_units, paper_units
 from emosteer.circuits.circuit import Circuit, overlap
-from emosteer.circuits.faithfulness import faithfulness, injected_effect
+from emosteer.circuits.faithfulness import NAME_PUSH, faithfulness, injected_effect
 from emosteer.circuits.name_sparing import name_direction, name_tokens, spare_names
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.activations import Sample
@@ -327,7 +327,7 @@ def unit_injection(case: Case, e: int, units: Sequence[Unit], spare: bool = Fals
     masks = unit_mask(case.model, units)
     z, mlp = masks[0] * case.directions.z.mean[e], masks[1] * case.directions.mlp.mean[e]
     if spare:
-        z, mlp = (delta[0] for delta in spare_names(case.model, [case.directions.emotions[e]], z[None], mlp[None], assembly.NAME_PUSH))
+        z, mlp = (delta[0] for delta in spare_names(case.model, [case.directions.emotions[e]], z[None], mlp[None], NAME_PUSH))
     changes = {}
     for layer in range(case.model.shape.n_layers):
         changes[layer, "z"], changes[layer, "mlp_post"] = at_t_star(z[layer]), at_t_star(mlp[layer])
@@ -362,7 +362,7 @@ def test_faithfulness_of_a_part_equals_injections_by_hand(case: Case) -> None:
 
 def test_random_controls_have_the_circuits_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Unit]] = []
-    monkeypatch.setattr(assembly, "unit_mask", lambda model, units: seen.append(list(units)) or unit_mask(model, units))
+    monkeypatch.setattr(faithfulness_module, "unit_mask", lambda model, units: seen.append(list(units)) or unit_mask(model, units))
     units: list[Unit] = [Head(0, 0), Head(1, 1), Head(2, 2), *(Neuron(1, i) for i in range(7))]
 
     def measure(e: int, seed: int) -> tuple[dict[str, Any], list[list[Unit]]]:
@@ -518,7 +518,7 @@ def test_the_circuit_adds_its_units_contrast_and_nothing_else(case: Case) -> Non
 
 def test_sparing_names_is_part_of_the_stage(case: Case, made: Circuit) -> None:
     unspared = assemble(case.model, case.directions, case.groups, replace(PAPER, spare_names=False))
-    z, mlp = spare_names(case.model, EMOTIONS, unspared.z_delta, unspared.mlp_delta(), assembly.NAME_PUSH)
+    z, mlp = spare_names(case.model, EMOTIONS, unspared.z_delta, unspared.mlp_delta(), NAME_PUSH)
     assert torch.equal(made.z_delta, z) and torch.equal(made.mlp_delta(), mlp)
     assert [made.units(e) for e in EMOTIONS] == [unspared.units(e) for e in EMOTIONS]
 

@@ -18,6 +18,7 @@ from emosteer.base.errors import DataError, UsageError
 from emosteer.circuits import assemble as assembly
 from emosteer.circuits import gains
 from emosteer.circuits.assemble import assemble
+from emosteer.circuits.faithfulness import NAME_PUSH
 from emosteer.circuits.gains import Gains, learn_gains, strongest_mask
 from emosteer.circuits.name_sparing import spare_names, without_names
 from emosteer.circuits.settings import CircuitSettings, GainSettings
@@ -432,7 +433,7 @@ def test_measures_are_of_what_the_circuit_really_adds(tiny: Model, directions: D
     for e, emotion in enumerate(EMOTIONS):
         assert set(circuit.units(emotion)) == {Head(1, 2), Head(2, 0), Head(0, 3)}
         found = circuit.metrics["emotions"][emotion]
-        whole = spare_names(tiny, [emotion], directions.z.mean[e : e + 1], torch.zeros(1, 3, 48), assembly.NAME_PUSH)[0][0]
+        whole = spare_names(tiny, [emotion], directions.z.mean[e : e + 1], torch.zeros(1, 3, 48), NAME_PUSH)[0][0]
         whole = whole * length(circuit.z_delta[e]) / length(whole)
         assert found["whole_effect"] == pytest.approx(effect(e, whole), abs=2e-3, rel=1e-3)
         assert found["faithfulness"] * found["whole_effect"] == pytest.approx(effect(e, circuit.z_delta[e]), abs=2e-3, rel=1e-3)

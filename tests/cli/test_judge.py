@@ -133,7 +133,7 @@ def test_stdin_and_field(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_empty_texts_and_half_characters_are_judged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.test_judge_command.TOLD", [*TOLD, ""])
+    monkeypatch.setattr("tests.cli.test_judge.TOLD", [*TOLD, ""])
     write(tmp_path / "f.jsonl", {"text": "fear \ud83d"}, {"text": "anger"})
     code, _, _ = run("f.jsonl", "--json", "--out", "o.jsonl")
     assert code == 0 and [row["emotion"] for row in lines((tmp_path / "o.jsonl").read_text())] == ["fear", "anger"]
@@ -370,6 +370,6 @@ def test_killed_and_run_again_is_the_same_and_pays_nothing_twice(tmp_path: Path,
 
 
 def test_help_loads_nothing_heavy() -> None:
-    heavy = "torch transformers httpx emosteer.judges.registry emosteer.judges.soundness"
+    heavy = "torch transformers httpx emosteer.judges.soundness"
     check = f"import sys, emosteer.cli.judge; print([n for n in '{heavy}'.split() if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"

@@ -492,7 +492,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_module.Model, "load", classmethod(lambda cls, *a, **b: model))
     monkeypatch.setattr(judges, "make_judge", lambda spec, **options: WordJudge())
-    monkeypatch.setattr(embedded_judge, "Encoder", BagEncoder)
+    monkeypatch.setattr(embedded_judge, "SentenceEncoder", BagEncoder)
     monkeypatch.setattr(soundness.SoundnessCheck, "load", classmethod(lambda cls, **options: WordCheck()))
 
     def call(*arguments: str) -> tuple[int, str, str]:

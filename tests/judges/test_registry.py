@@ -11,7 +11,7 @@ from emosteer.base.errors import UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.judges import registry
 from emosteer.judges.jury import make_jury
-from emosteer.judges.registry import FORMS, KINDS, JudgeKind, JudgeOptions, JudgeSpec, make_judge
+from emosteer.judges.registry import JUDGE_FORMS, KINDS, JudgeKind, JudgeOptions, JudgeSpec, make_judge
 from emosteer.judges.soundness import SoundnessCheck
 from tests.helpers.contest_setup import BagEncoder, WordJudge
 
@@ -37,7 +37,7 @@ def test_a_specification_is_taken_apart(text: str, kind: str, reference: str | N
 
 
 def test_the_forms_are_those_of_the_table() -> None:
-    assert FORMS == "embedded, hf:ID_OR_FOLDER or openai:MODEL"
+    assert JUDGE_FORMS == "embedded, hf:ID_OR_FOLDER or openai:MODEL"
     assert all(kind.form.partition(":")[0] == name for name, kind in KINDS.items())
 
 
