@@ -11,8 +11,7 @@ import typer
 from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
-from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
-from emosteer.scenarios.splits import split, spread, unread
+from emosteer.scenarios.shipped import development_groups, unseen_groups
 
 if TYPE_CHECKING:
     from emosteer.calibration.trials import Trials
@@ -62,7 +61,7 @@ def calibrate(
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
-    prompts = _prompts(scenarios, groups, check, skip)
+    prompts = unseen_groups(groups, skip, scenarios) if check else development_groups(groups, scenarios)
     from emosteer.calibration.calibrate import CalibrateSettings, Guard
     from emosteer.generation.generate import Decoding
 
@@ -101,15 +100,6 @@ def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
 
     places = Places.of(name, root)
     return places.folder / "calibration-check.json" if check else circuit or places.circuit
-
-
-def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tuple[list[Group], Path]:
-    """The scenario-events to write to. The check takes test events that nothing was chosen on."""
-    file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
-    found = read_scenarios(file)
-    if check:
-        return unread(groups_of(found), count, skip), file
-    return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 
 def _fit(trials: Trials, settings: Any, path: Path, file: Path, target: Path, as_json: bool) -> None:

@@ -70,7 +70,7 @@ def extract(
         raise UsageError("--replies self belongs to --elicitation reply")
     data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
     from emosteer.base.processes import join
-    from emosteer.directions.extract import Settings, finish_checkpoint
+    from emosteer.directions.extract import Settings, batch_tokens_for, finish_checkpoint
     from emosteer.directions.extract import extract as run
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
@@ -81,8 +81,7 @@ def extract(
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions
-    tokens = batch_tokens or (1024 if loaded.device.type == "cpu" else 16384)
-    settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
+    settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens or batch_tokens_for(loaded), packed)
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)

@@ -50,6 +50,11 @@ class Settings:
     packed: bool = True
 
 
+def batch_tokens_for(model: Model) -> int:
+    """Tokens per forward pass where nobody says how many."""
+    return 1024 if model.device.type == "cpu" else 16384
+
+
 def extract(
     model: Model,
     groups: Sequence[Group],

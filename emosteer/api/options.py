@@ -1,0 +1,73 @@
+"""What the functions take by name beside their data: the fields of the settings classes, each optional. Defaults stand in those classes.
+
+A type checker and an editor know the names from here; tests/test_api.py holds them against the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from emosteer.attribution.curves import CurveSettings
+    from emosteer.calibration.calibrate import Guard
+
+
+class DecodingOptions(TypedDict, total=False):
+    """How tokens are chosen (`Decoding`)."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+class ExtractOptions(TypedDict, total=False):
+    """`directions.extract.Settings`."""
+
+    emotions: Sequence[str]
+    elicitation: str
+    instruction: str
+    holdout: float
+    seed: int
+    batch_tokens: int
+    packed: bool
+
+
+class AblateOptions(TypedDict, total=False):
+    """`attribution.ablate.AblateSettings`."""
+
+    patch_groups: int
+    true_groups: int
+    true_units: int
+    verify_prompts: int
+    verify_neurons: int
+    effect_prompts: int
+    seed: int
+    curves: CurveSettings | None
+
+
+class AssembleOptions(TypedDict, total=False):
+    """`circuits.settings.CircuitSettings`."""
+
+    preset: str
+    ranking: str
+    head_share: float | None
+    neuron_share: float | None
+    share: float
+    spare_names: bool
+    n_prompts: int
+    n_random: int
+    seed: int
+
+
+class CalibrateOptions(TypedDict, total=False):
+    """`calibration.calibrate.CalibrateSettings`."""
+
+    top: float
+    points: int
+    refine: int
+    default_intensity: float
+    guard: Guard
+    ratio: float
