@@ -291,8 +291,9 @@ def _write(
         return
     run = writer.run_key(sha256)
     if len(jobs) == 1 and not as_json:
-        for _ in writer.write(jobs, on_token=lambda piece: typer.echo(piece, nl=False)):
-            typer.echo("")
+        for piece in writer.stream(jobs[0]):
+            typer.echo(piece, nl=False)
+        typer.echo("")
         return
     several = len({job.text for job in jobs}) > 1
     written: dict[str, dict[str, Any]] = {}

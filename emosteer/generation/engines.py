@@ -5,8 +5,7 @@ An engine holds the rows of a batch that are still being written, in their order
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -38,11 +37,8 @@ class Engine(Protocol):
         """Keeps the rows at the given places among those that are there, in that order."""
 
 
-@contextlib.contextmanager
-def engine_for(
-    model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None, steps: int
-) -> Iterator[Engine]:
-    """The fastest engine that does what is asked; hooks it needs are gone when the block ends.
+def engine_for(model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None, steps: int) -> Engine:
+    """The fastest engine that does what is asked.
 
     Args:
         prompts: token ids; steps: how many tokens are written at most.
@@ -53,12 +49,8 @@ def engine_for(
     )
     lean = lean_of(model) if simple else None
     if lean is not None:
-        yield LeanEngine(lean, prompts, plan, steps)
-        return
-    injector = Injector(plan, model.device, model.dtype)
-    edits = _combine(injector.edits(), row_edits.edits() if row_edits else {})
-    with model.hooks(edits, bridge=False):
-        yield HookedEngine(model, prompts, injector, row_edits)
+        return LeanEngine(lean, prompts, plan, steps)
+    return HookedEngine(model, prompts, Injector(plan, model.device, model.dtype), row_edits)
 
 
 class LeanEngine:
@@ -140,11 +132,13 @@ class LeanEngine:
 
 
 class HookedEngine:
-    """The Hugging Face forward pass, prompts padded on the left; what is to be changed is hooked in by the caller."""
+    """The Hugging Face forward pass, prompts padded on the left. What changes it is hooked in for the length of a step: whoever takes
+    the steps may use the model in between."""
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], injector: Injector, row_edits: RowEdits | None) -> None:
         """injector, row_edits: told which rows are still there."""
         self.model, self.injector, self.row_edits = model, injector, row_edits
+        self.edits = _combine(injector.edits(), row_edits.edits() if row_edits else {})
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), model.pad_id)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -161,9 +155,10 @@ class HookedEngine:
         if tokens is not None:
             self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        hidden = self.model.body(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
+        with self.model.hooks(self.edits, bridge=False) as body:
+            hidden = body(
+                input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+            ).last_hidden_state
         return self.model.logits(hidden[:, -1])
 
     def keep(self, kept: Sequence[int]) -> None:

@@ -1,13 +1,14 @@
 """Batched generation under a steering plan: KV cache, a different emotion and strength per row, seeds per row.
 
-The plain model writes; the bridge would be slower. A row's text depends on its prompt, plan, seed and decoding alone: sampling
-noise is drawn per row, so batch size and neighbours do not change it.
+`steps` yields one column of tokens after the other for the whole batch; whatever wants replies consumes it: `generate` for whole ones,
+`streaming.stream` for text as it is written. The plain model writes; the bridge would be slower. A row's text depends on its prompt,
+plan, seed and decoding alone: sampling noise is drawn per row, so batch size and neighbours do not change it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,10 +74,15 @@ class Reply:
         return len(self.ids)
 
 
-OnToken = Callable[[str], None]
+@dataclass(frozen=True)
+class Step:
+    """One column of tokens. tokens: row -> the token it wrote, stop tokens left out; ended: row -> why it wrote its last one
+    ("stop" or "length"). Rows are places in the batch; those that ended earlier are in neither."""
+
+    tokens: Mapping[int, int]
+    ended: Mapping[int, str]
 
 
-@torch.no_grad()
 def generate(
     model: Model,
     requests: Sequence[Request],
@@ -84,14 +90,35 @@ def generate(
     decoding: Decoding | None = None,
     *,
     row_edits: RowEdits | None = None,
-    on_token: OnToken | None = None,
 ) -> list[Reply]:
-    """Writes one batch of replies.
+    """Writes one batch of replies, in the order of the requests. Arguments and errors as for `steps`."""
+    written: list[list[int]] = [[] for _ in requests]
+    reasons: dict[int, str] = {}
+    for step in steps(model, requests, plan, decoding, row_edits=row_edits):
+        for row, token in step.tokens.items():
+            written[row].append(token)
+        reasons |= step.ended
+    return [
+        Reply(request.key, reply_text(model.tokenizer, ids), tuple(ids), reasons[row])
+        for row, (request, ids) in enumerate(zip(requests, written, strict=True))
+    ]
+
+
+@torch.no_grad()
+def steps(
+    model: Model,
+    requests: Sequence[Request],
+    plan: SteeringPlan | None = None,
+    decoding: Decoding | None = None,
+    *,
+    row_edits: RowEdits | None = None,
+) -> Generator[Step, None, None]:
+    """Writes one batch, token by token. Between two steps the model is as it was: nothing is hooked into it, and other generations may
+    run. Closing the generator early gives back the memory of the batch.
 
     Args:
         plan: what is added per row; None adds nothing.
         row_edits: unit edits on top (ablation and enhancement curves).
-        on_token: for a batch of one, receives each piece of text as it is written.
 
     Raises:
         DataError: if a prompt with its reply does not fit the model's context.
@@ -101,24 +128,19 @@ def generate(
     if plan.n_rows != len(requests):
         raise ValueError(f"the plan has {plan.n_rows} rows, the batch {len(requests)}")
     if not requests:
-        return []
+        return
     check_lengths(requests, decoding, model.shape.context, model.name)
     batch = _Batch(model, requests, decoding)
-    stream = _Stream(model, on_token) if on_token and len(requests) == 1 else None
-    with engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens) as engine:
-        tokens = None
-        for _ in range(decoding.max_new_tokens):
-            tokens, kept = batch.take(engine.step(tokens))
-            if stream:
-                stream.push(batch.written[0])
-            if not kept:
-                break
-            if len(kept) < len(tokens):
-                tokens = batch.keep(kept, tokens)
+    engine = engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens)
+    tokens: Tensor | None = None
+    while batch.alive:
+        tokens, step = batch.take(engine.step(tokens))
+        yield step
+        kept = [place for place, row in enumerate(batch.alive) if row not in step.ended]
+        if len(kept) < len(batch.alive):
+            tokens = batch.keep(kept, tokens)
+            if kept:
                 engine.keep(kept)
-    if stream:
-        stream.flush(batch.written[0])
-    return batch.replies()
 
 
 def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int, name: str) -> None:
@@ -139,10 +161,10 @@ def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int,
 
 
 class _Batch:
-    """The replies of one batch while they are written. Rows that end leave the batch, so that the others go on faster."""
+    """What chooses the tokens of a batch. Rows that end leave it, so that the others go on faster. alive: the rows still there."""
 
     def __init__(self, model: Model, requests: Sequence[Request], decoding: Decoding) -> None:
-        self.model, self.requests, self.decoding = model, requests, decoding
+        self.stop_ids, self.decoding = model.stop_ids, decoding
         device = model.device
         width = max(len(request.ids) for request in requests)
         # What each row has seen: its prompt, filled up with its first token, and room for its reply.
@@ -150,39 +172,32 @@ class _Batch:
         self.seen = torch.tensor(seen, device=device)
         self.noise = _noise(requests, decoding).to(device) if decoding.temperature > 0 else None
         self.alive = list(range(len(requests)))
-        self.written: list[list[int]] = [[] for _ in requests]
-        self.reason = ["length"] * len(requests)
-        self.width, self.steps = width, 0
+        self.width, self.n_steps = width, 0
 
-    def take(self, logits: Tensor) -> tuple[Tensor, list[int]]:
-        """Chooses one token for every row that is alive. Returns the tokens [row] and which of the rows go on."""
-        noise = None if self.noise is None else self.noise[:, self.steps]
-        end = self.width + self.steps
+    def take(self, logits: Tensor) -> tuple[Tensor, Step]:
+        """Chooses one token for every row that is alive. Returns the tokens [row], stop tokens included, and the step."""
+        noise = None if self.noise is None else self.noise[:, self.n_steps]
+        end = self.width + self.n_steps
         tokens = choose(logits.float(), self.seen[:, :end], noise, self.decoding)
         self.seen[:, end] = tokens
-        self.steps += 1
-        kept = []
-        for place, (row, token) in enumerate(zip(self.alive, tokens.tolist(), strict=True)):
-            if token in self.model.stop_ids:
-                self.reason[row] = "stop"
+        self.n_steps += 1
+        written, ended = {}, {}
+        for row, token in zip(self.alive, tokens.tolist(), strict=True):
+            if token in self.stop_ids:
+                ended[row] = "stop"
             else:
-                self.written[row].append(token)
-                kept.append(place)
-        return tokens, kept
+                written[row] = token
+                if self.n_steps == self.decoding.max_new_tokens:
+                    ended[row] = "length"
+        return tokens, Step(written, ended)
 
     def keep(self, kept: Sequence[int], tokens: Tensor) -> Tensor:
-        """Lets the rows go that have ended; returns the tokens of the others."""
-        index = torch.tensor(kept, device=tokens.device)
+        """Lets the rows go that have ended; returns the tokens of the others. kept: places among those alive."""
+        index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
         self.alive, self.seen = [self.alive[place] for place in kept], self.seen[index]
         if self.noise is not None:
             self.noise = self.noise[index]
         return tokens[index]
-
-    def replies(self) -> list[Reply]:
-        return [
-            Reply(request.key, reply_text(self.model.tokenizer, ids), tuple(ids), reason)
-            for request, ids, reason in zip(self.requests, self.written, self.reason, strict=True)
-        ]
 
 
 def choose(logits: Tensor, seen: Tensor, noise: Tensor | None, decoding: Decoding) -> Tensor:
@@ -238,26 +253,6 @@ def seed_of(seed: int, key: str) -> int:
     """A row's own seed, 63 bits: whatever the batch, the neighbours and the engine."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-class _Stream:
-    """Turns growing token lists into text pieces that join to the reply's text; incomplete last characters are held back."""
-
-    def __init__(self, model: Model, on_token: OnToken) -> None:
-        self.tokenizer, self.on_token, self.sent = model.tokenizer, on_token, ""
-
-    def push(self, ids: Sequence[int]) -> None:
-        text = reply_text(self.tokenizer, ids)  # white space at the end waits: the reply's text may end before it
-        if not text.endswith("\ufffd"):
-            self._send(text)
-
-    def flush(self, ids: Sequence[int]) -> None:
-        self._send(reply_text(self.tokenizer, ids))
-
-    def _send(self, text: str) -> None:
-        if len(text) > len(self.sent):
-            self.on_token(text[len(self.sent) :])
-            self.sent = text
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:

@@ -37,15 +37,18 @@ def halve_on_oom(
         if not is_out_of_memory(error):
             raise
         if len(items) == 1:
-            raise OutOfMemory(
-                "out of memory with a single item in the batch; try --dtype bfloat16, a smaller model or --device cpu"
-            ) from error
+            raise single_item_too_large() from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(items) // 2
     warn(f"out of memory: the batch of {len(items)} {what} is halved")
     yield from halve_on_oom(items[:middle], compute, warn, what)
     yield from halve_on_oom(items[middle:], compute, warn, what)
+
+
+def single_item_too_large() -> OutOfMemory:
+    """What is said where there is nothing left to halve."""
+    return OutOfMemory("out of memory with a single item in the batch; try --dtype bfloat16, a smaller model or --device cpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,12 @@ class VllmWriter:
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
-    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]:
-        """Writes all jobs, one checkpoint after the other; yields each reply as it ends. `on_token` gets a reply whole.
+    def stream(self, job: Job) -> Iterator[str]:
+        """The text of one job's reply, in one piece. Errors as for `write`."""
+        yield from (reply.text for _, reply in self.write([job]))
+
+    def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Writes all jobs, one checkpoint after the other; yields each reply as it ends.
 
         Raises:
             DataError: if a prompt does not fit the model's context. EmosteerError: if vLLM is not there or fails.
@@ -167,10 +171,7 @@ class VllmWriter:
         for kind, members in groups.items():
             folder, what = (self.served.weights.path, "no steering") if kind is None else (self.checkpoint(*kind), kind[0])
             for place, reply in run(python, self.task(folder, [requests[i] for i in members], longest), what):
-                found = self._reply(requests[members[place]], reply)
-                if on_token:
-                    on_token(found.text)
-                yield jobs[members[place]], found
+                yield jobs[members[place]], self._reply(requests[members[place]], reply)
 
     def _steered(self, job: Job) -> bool:
         return self.circuit is not None and job.method == "circuit"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,7 +82,9 @@ class ReplyWriter(Protocol):
 
     def run_key(self, circuit_sha256: str = "") -> str: ...
 
-    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]: ...
+    def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]: ...
+
+    def stream(self, job: Job) -> Iterator[str]: ...
 
 
 def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:

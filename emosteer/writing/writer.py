@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
 from emosteer.generation.generate import Decoding, Reply, Request, batches, generate
-from emosteer.models.memory import halve_on_oom
+from emosteer.generation.streaming import stream
+from emosteer.models.memory import halve_on_oom, is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.writing.jobs import Job, plan_of, request_of
@@ -52,31 +53,45 @@ class Writer:
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
-    def write(self, jobs: Sequence[Job], on_token: Callable[[str], None] | None = None) -> Iterator[tuple[Job, Reply]]:
-        """Writes all jobs, in batches of similar length; yields each as its batch ends. `on_token` streams a single job."""
+    def stream(self, job: Job) -> Iterator[str]:
+        """The text of one job's reply, in pieces as it is written.
+
+        Raises:
+            OutOfMemory: if it does not fit in memory.
+        """
+        plan = plan_of([job], self.circuit, self._vectors(), self.positions)
+        try:
+            yield from (piece.text for piece in stream(self.model, self.requests([job]), plan, self.decoding))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise single_item_too_large() from error
+            raise
+
+    def write(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Writes all jobs, in batches of similar length; yields each as its batch ends."""
         requests = self.requests(jobs)
-        for done in self.write_batches(jobs, requests, batches(requests, self.batch_size), on_token):
+        for done in self.write_batches(jobs, requests, batches(requests, self.batch_size)):
             yield from ((jobs[i], reply) for i, reply in done)
 
     def requests(self, jobs: Sequence[Job]) -> list[Request]:
         """The jobs' prompts."""
         return [request_of(self.model, job, self.instruction, self.elicitation) for job in jobs]
 
+    def _vectors(self) -> dict[Site, Tensor]:
+        """What the method adds at strength 1: site -> [emotion, d_model]; nothing where it does not steer."""
+        if self.circuit is None or self.method not in ("circuit", "residual"):
+            return {}
+        return self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
+
     def write_batches(
-        self,
-        jobs: Sequence[Job],
-        requests: Sequence[Request],
-        wanted: Iterable[list[int]],
-        on_token: Callable[[str], None] | None = None,
+        self, jobs: Sequence[Job], requests: Sequence[Request], wanted: Iterable[list[int]]
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Writes some batches (indices of jobs); yields each with its replies (its halves, where it does not fit in memory)."""
-        vectors: dict[Site, Tensor] = {}
-        if self.circuit is not None and self.method in ("circuit", "residual"):
-            vectors = self.circuit.steering(self.model) if self.method == "circuit" else self.circuit.residual()
+        vectors = self._vectors()
 
         def compute(index: list[int]) -> list[tuple[int, Reply]]:
             plan = plan_of([jobs[i] for i in index], self.circuit, vectors, self.positions)
-            return list(zip(index, generate(self.model, [requests[i] for i in index], plan, self.decoding, on_token=on_token), strict=True))
+            return list(zip(index, generate(self.model, [requests[i] for i in index], plan, self.decoding), strict=True))
 
         for index in wanted:
             yield from halve_on_oom(index, compute, note, "replies")

@@ -222,7 +222,7 @@ def test_own_bank_keeps_what_has_no_fault(tiny: Model, tmp_path: Path, monkeypat
     }
     seen: list[Job] = []
 
-    def write(self: Writer, jobs: Sequence[Job], on_token: Any = None) -> Iterator[tuple[Job, Reply]]:
+    def write(self: Writer, jobs: Sequence[Job]) -> Iterator[tuple[Job, Reply]]:
         for job in reversed(jobs):
             seen.append(job)
             index = next(i for i, group in enumerate(groups) if group.text == job.text)

@@ -1,6 +1,10 @@
-"""Generation: decoding as Hugging Face does it, rows that do not depend on their neighbours, streaming, the growing cache."""
+"""Generation: decoding as Hugging Face does it, rows that do not depend on their neighbours, steps, the growing cache."""
 
 from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from transformers import (
 from emosteer.base.errors import DataError, UsageError
 from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
-from emosteer.generation.generate import Decoding, Request, _Stream, batches, choose, generate
+from emosteer.generation.generate import Decoding, Request, batches, choose, generate, steps
 from emosteer.generation.kv_cache import ROOM, growing_cache
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits, unit_masks
@@ -242,74 +246,100 @@ def test_plan_and_row_edits_work_together(tiny: Model, monkeypatch: pytest.Monke
     assert found[0].ids == reference.greedy(tiny, PROMPTS[0], {(1, "z"): change}, 10, frozenset(), 2.0)[0]
 
 
-# ---- streaming -------------------------------------------------------------------------------------------------------
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def test_streamed_pieces_join_to_the_text(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_the_columns_of_a_batch_are_its_replies(family: Model, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    no_stops(family, monkeypatch)
+    plan, decoding = strong_plan(family, len(REQUESTS)), Decoding(max_new_tokens=9, temperature=temperature, seed=3)
+    free = generate(family, REQUESTS, plan, decoding)
+    no_stops(family, monkeypatch, free[1].ids[2], free[4].ids[6])
+    replies, columns = generate(family, REQUESTS, plan, decoding), list(steps(family, REQUESTS, plan, decoding))
+    assert {reply.finish_reason for reply in replies} == {"stop", "length"}
+    for row, reply in enumerate(replies):
+        assert tuple(step.tokens[row] for step in columns if row in step.tokens) == reply.ids
+        ends = [index for index, step in enumerate(columns) if row in step.ended]
+        assert len(ends) == 1 and columns[ends[0]].ended[row] == reply.finish_reason
+        last = max((index for index, step in enumerate(columns) if row in step.tokens), default=-1)
+        assert ends[0] == last + (reply.finish_reason == "stop"), "a stop token takes a step and is not written"
+    assert len(columns) == 9
+
+
+def test_the_columns_end_with_the_last_row(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     no_stops(tiny, monkeypatch)
-    pieces: list[str] = []
-    reply = generate(tiny, REQUESTS[:1], decoding=Decoding(max_new_tokens=12), on_token=pieces.append)[0]
-    assert "".join(pieces) == reply.text and len(pieces) == 12
-    assert reply == generate(tiny, REQUESTS[:1], decoding=Decoding(max_new_tokens=12))[0]
+    first = generate(tiny, REQUESTS[:1], decoding=Decoding(max_new_tokens=6))[0].ids
+    no_stops(tiny, monkeypatch, first[2])
+    columns = list(steps(tiny, REQUESTS[:1], decoding=Decoding(max_new_tokens=6)))
+    assert len(columns) == first.index(first[2]) + 1 and dict(columns[-1].tokens) == {} and dict(columns[-1].ended) == {0: "stop"}
 
 
-class _Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    class tokenizer:  # noqa: N801
-        @staticmethod
-        def decode(ids: list[int], skip_special_tokens: bool) -> str:
-            assert skip_special_tokens
-            return bytes(ids).decode("utf-8", errors="replace")
+def hooked_plan(model: Model, rows: int) -> SteeringPlan:
+    """A plan that no lean pass takes: it acts at units."""
+    draw = torch.Generator().manual_seed(5)
+    return SteeringPlan({Site(1, "z"): 2 * torch.randn(rows, model.width("z"), generator=draw)}, rows)
 
 
-@pytest.mark.parametrize("text", ["Zoë ging — naar huis 😀!", "  spaces around \n ", "ends in the middle: é", "", "   "])
-def test_incomplete_characters_and_white_space_are_held_back(text: str) -> None:
-    ids, pieces = list(text.encode()), []
-    stream = _Stream(_Bytes(), pieces.append)  # type: ignore[arg-type]
-    for end in range(1, len(ids) + 1):
-        stream.push(ids[:end])
-        assert text.strip().startswith("".join(pieces)), "a piece was sent that the text does not hold"
-        done = bytes(ids[:end]).decode("utf-8", errors="ignore").strip()
-        if bytes(ids[:end]).decode("utf-8", errors="replace") == bytes(ids[:end]).decode("utf-8", errors="ignore"):
-            assert "".join(pieces) == done, "what is complete is sent at once"
-    stream.flush(ids)
-    assert "".join(pieces) == text.strip()
-    assert all(pieces)
-
-
-def test_a_reply_cut_within_a_character_still_joins_to_its_text() -> None:
-    ids, pieces = list("caf\u00e9".encode())[:-1], []
-    stream = _Stream(_Bytes(), pieces.append)  # type: ignore[arg-type]
-    for end in range(1, len(ids) + 1):
-        stream.push(ids[:end])
-    assert "".join(pieces) == "caf"
-    stream.flush(ids)
-    assert "".join(pieces) == "caf\ufffd"
-
-
-# ---- hooks -----------------------------------------------------------------------------------------------------------
-
-
-def test_no_hook_survives_an_exception_in_the_middle_of_a_reply(family: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hook_is_left_between_steps_nor_after_an_early_end(family: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     no_stops(family, monkeypatch)
     ids = torch.tensor([PROMPTS[0]])
     before = family.hf(input_ids=ids).logits
-    plain = generate(family, REQUESTS[:1], decoding=Decoding(max_new_tokens=5))
-    pieces: list[str] = []
-
-    def explode(piece: str) -> None:
-        pieces.append(piece)
-        if len(pieces) == 3:
-            assert not no_hooks(family), "the plan's hooks must be in place by now"
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        edits = RowEdits(unit_masks(family, [[Head(0, 1)]]), None)
-        generate(family, REQUESTS[:1], strong_plan(family, 1), Decoding(9, repetition_penalty=3.0), row_edits=edits, on_token=explode)
-    assert no_hooks(family)
+    plan, decoding = hooked_plan(family, 5), Decoding(9, repetition_penalty=3.0)
+    edits = RowEdits(unit_masks(family, [[Head(0, 1)]] * 5), None)
+    expected = generate(family, REQUESTS, plan, decoding, row_edits=edits)
+    assert [reply.ids for reply in expected] != [reply.ids for reply in generate(family, REQUESTS, None, decoding)]
+    column = steps(family, REQUESTS, plan, decoding, row_edits=RowEdits(unit_masks(family, [[Head(0, 1)]] * 5), None))
+    for _ in range(3):
+        next(column)
+        assert no_hooks(family)
+        assert torch.equal(family.hf(input_ids=ids).logits, before)
+    column.close()
+    assert no_hooks(family) and next(column, None) is None
     assert torch.equal(family.hf(input_ids=ids).logits, before)
-    assert generate(family, REQUESTS[:1], decoding=Decoding(max_new_tokens=5)) == plain
+
+
+def test_no_hook_survives_an_exception_in_the_middle_of_a_step(family: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_stops(family, monkeypatch)
+    column = steps(family, REQUESTS, hooked_plan(family, 5), Decoding(9))
+    next(column)
+
+    def explode(*_: object, **__: object) -> None:
+        assert not no_hooks(family), "the plan's hooks must be in place by now"
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(family.body, "forward", explode)
+        with pytest.raises(ZeroDivisionError):
+            next(column)
+    assert no_hooks(family)
+
+
+def test_two_batches_of_one_model_can_be_written_at_the_same_time(family: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps its own steering, whatever the other's engine hooks in; a third runs in between."""
+    no_stops(family, monkeypatch)
+    decoding = Decoding(8, repetition_penalty=3.0)
+    plans = [hooked_plan(family, 5), strong_plan(family, 5)]
+    expected = [[reply.ids for reply in generate(family, REQUESTS, plan, decoding)] for plan in plans]
+    plain = generate(family, REQUESTS[:2], None, decoding)
+    written: list[list[list[int]]] = [[[] for _ in REQUESTS] for _ in plans]
+    for both in zip(*(steps(family, REQUESTS, plan, decoding) for plan in plans), strict=True):
+        for rows, step in zip(written, both, strict=True):
+            for row, token in step.tokens.items():
+                rows[row].append(token)
+        assert generate(family, REQUESTS[:2], None, decoding) == plain
+    assert [[tuple(ids) for ids in rows] for rows in written] == expected
+
+
+def test_what_an_early_end_leaves_is_no_memory(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    usual = generation.engine_for
+    monkeypatch.setattr(generation, "engine_for", lambda *rest: made.append(weakref.ref(engine := usual(*rest))) or engine)
+    column = steps(tiny, REQUESTS)
+    next(column)
+    assert made[0]() is not None
+    column.close()
+    gc.collect()
+    assert made[0]() is None, "the batch's cache is still held"
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

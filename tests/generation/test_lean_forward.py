@@ -81,8 +81,7 @@ def requests(prompts: Sequence[tuple[int, ...]] = PROMPTS) -> list[Request]:
 
 
 def engine_used(model: Model, plan: SteeringPlan | None = None) -> type:
-    with engine_for(model, PROMPTS, plan or SteeringPlan.none(len(PROMPTS)), None, 3) as engine:
-        return type(engine)
+    return type(engine_for(model, PROMPTS, plan or SteeringPlan.none(len(PROMPTS)), None, 3))
 
 
 def both_ways(

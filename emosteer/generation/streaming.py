@@ -1,0 +1,71 @@
+"""Replies as text that grows: the pieces of every row of a batch, while `generate.steps` writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emosteer.generation.generate import Decoding, Request, steps
+from emosteer.generation.steering import SteeringPlan
+from emosteer.models.model import Model
+from emosteer.models.tokens import reply_text
+
+#: Stands for bytes that are no character, or not one yet.
+_INCOMPLETE = "\ufffd"
+#: A token that is one byte, in vocabularies that fall back to bytes.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A row's next piece of text. finish_reason: None but in a row's last piece ("stop" or "length"), whose text may be empty."""
+
+    row: int
+    text: str
+    finish_reason: str | None = None
+
+
+def stream(
+    model: Model, requests: Sequence[Request], plan: SteeringPlan | None = None, decoding: Decoding | None = None
+) -> Generator[Piece, None, None]:
+    """Writes one batch and yields its text as it comes; the pieces of a row join to the text of its reply. Closing it early ends the
+    generation. Arguments and errors as for `generate.steps`."""
+    texts = [_RowText(model.tokenizer) for _ in requests]
+    with contextlib.closing(steps(model, requests, plan, decoding)) as columns:
+        for step in columns:
+            for row in sorted(step.tokens.keys() | step.ended.keys()):
+                text = texts[row].push(step.tokens[row]) if row in step.tokens else ""
+                if row in step.ended:
+                    yield Piece(row, text + texts[row].rest(), step.ended[row])
+                elif text:
+                    yield Piece(row, text)
+
+
+class _RowText:
+    """One row's text while it is written. A character that is not complete waits, and so does white space at the end: the reply's text
+    may end before it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.n_sent = 0
+
+    def push(self, token: int) -> str:
+        """The text that can be sent now that a token is there."""
+        self.ids.append(token)
+        text = reply_text(self.tokenizer, self.ids)
+        # A run of byte tokens is read as a whole: one more byte can make all of it no text.
+        if text.endswith(_INCOMPLETE) or _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
+            return ""
+        return self._new(text)
+
+    def rest(self) -> str:
+        """What was held back, once the row has ended."""
+        return self._new(reply_text(self.tokenizer, self.ids))
+
+    def _new(self, text: str) -> str:
+        sent, self.n_sent = self.n_sent, max(self.n_sent, len(text))
+        return text[sent:]
