@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
+    from emosteer.api.loading import load
     from emosteer.api.stages import ablate, assemble, calibrate, extract
-    from emosteer.api.steered_model import SteeredModel, load
+    from emosteer.api.steered_model import SteeredModel
     from emosteer.attribution.scores import Scores
     from emosteer.base.errors import EmosteerError
     from emosteer.circuits.circuit import Circuit
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 #: Public name -> the module that defines it.
 _HOMES = {
-    "load": "emosteer.api.steered_model",
+    "load": "emosteer.api.loading",
     "SteeredModel": "emosteer.api.steered_model",
     "extract": "emosteer.api.stages",
     "ablate": "emosteer.api.stages",

@@ -23,6 +23,26 @@ class DecodingOptions(TypedDict, total=False):
     seed: int
 
 
+#: One strength or intensity for all prompts, or one per prompt.
+Amount = float | Sequence[float | None] | None
+
+
+class SteeringOptions(TypedDict, total=False):
+    """How a model is steered (see `SteeredModel.generate`)."""
+
+    strength: Amount
+    intensity: Amount
+    method: str
+    positions: str
+
+
+class WritingOptions(SteeringOptions, DecodingOptions, total=False):
+    """How replies are written (see `SteeredModel.generate`)."""
+
+    instruction: str
+    batch_size: int
+
+
 class ExtractOptions(TypedDict, total=False):
     """`directions.extract.Settings`."""
 

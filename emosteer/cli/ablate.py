@@ -80,8 +80,7 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    sources = {"scenarios": scenarios, "replies": replies, "artifacts": root}
-    scores = run(loaded, directions, **sources, partial=partial, crew=crew, **vars(wanted))
+    scores = run(loaded, directions, scenarios=scenarios, replies=replies, partial=partial, artifacts=root, crew=crew, **vars(wanted))
     scores.save(target)
     for file in (partial, *parts(partial).values()):
         file.unlink(missing_ok=True)

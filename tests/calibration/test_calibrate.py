@@ -30,8 +30,8 @@ from emosteer.generation.steering import plan_for
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.models.model import Model
-from emosteer.scenarios.prompts import plain
 from emosteer.scenarios import shipped
+from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, stable_share
 from tests.conftest import build, small_data
