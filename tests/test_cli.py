@@ -223,6 +223,47 @@ def test_a_file_of_other_settings_is_not_mixed_up(run: Callable[..., Any], made:
     assert run(*arguments, "--temperature", "0.7", "--fresh")[0] == 0
 
 
+def test_generate_streams_a_single_text(run: Callable[..., Any], made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    arguments = ["generate", "the train was late", "-e", "anger", "-m", "./tiny", "--max-new-tokens", "8"]
+    pieces: list[str] = []
+    usual = typer.echo
+    monkeypatch.setattr(typer, "echo", lambda text="", **how: (pieces.append(text), usual(text, **how)))
+    out = run(*arguments)[1]
+    assert len(pieces) > 4 and "".join(pieces) + "\n" == out, "word by word, and a line break at the end"
+
+
+def test_generate_answers_conversations(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "the train"}, {"role": "assistant", "content": "never"}, {"role": "user", "content": "why"}]
+    lines = tmp_path / "in.jsonl"
+    rows: list[dict[str, Any]] = [{"id": "talk", "messages": talk}, {"id": "text", "text": "why"}, {"messages": talk[2:]}]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    arguments = [
+        "generate",
+        "-m",
+        "./tiny",
+        "-i",
+        str(lines),
+        "-e",
+        "fear",
+        "--max-new-tokens",
+        "4",
+        "--instruction",
+        "",
+        "--out",
+        str(out),
+    ]
+    assert run(*arguments)[0] == 0
+    found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert found["talk/fear"]["messages"] == talk and found["talk/fear"]["prompt"] == "why"
+    assert "messages" not in found["text/fear"]
+    assert found["line-3/fear"] == {**found["text/fear"], "id": "line-3/fear"}, "a conversation of one turn is a text"
+    whole = out.read_bytes()
+    assert run(*arguments)[0] == 0 and out.read_bytes() == whole
+
+
 def test_generate_reads_lines_with_text_and_stdin(
     run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +353,8 @@ BAD = [
     (["generate", "-e", "anger", "-m", "./tiny", "--input", "empty.jsonl"], 1, "is empty"),
     (["generate", "-e", "anger", "-m", "./tiny", "--input", "malformed.jsonl"], 1, "malformed.jsonl:2"),
     (["generate", "-e", "anger", "-m", "./tiny", "--input", "noevent.jsonl"], 1, "noevent.jsonl:1: the event 'negative' is missing"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "talk.jsonl"], 1, "talk.jsonl:1: message 2: expected 'role' to be assistant"),
+    (["generate", "-e", "anger", "-m", "./tiny", "--input", "both.jsonl"], 1, "both.jsonl:1: expected a 'text' or 'messages', found both"),
     (["generate", "-e", "anger", "-m", "./tiny", "--input", "latin1.jsonl"], 1, "UTF-8"),
     (["generate", "x", "-e", "anger", "-m", "./tiny", "--max-new-tokens", "0"], 2, "at least 1"),
     (["generate", "the " * 300, "-e", "anger", "-m", "./tiny"], 1, "exceeds the context"),
@@ -342,6 +385,9 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=[" ".join(a)[:60] for a, _, _ in BAD])
 def test_bad_input_is_one_clear_line(run: Callable[..., Any], made: Path, arguments: list[str], code: int, message: str) -> None:
     (made / "empty.jsonl").write_text("")
+    turns = [{"role": "user", "content": "a"}] * 2
+    (made / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (made / "both.jsonl").write_text(json.dumps({"messages": turns[:1], "text": "a"}) + "\n")
     (made / "malformed.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (made / "noevent.jsonl").write_text('{"skeleton_id": "a", "theme": "t", "scenario": "s", "event": {"positive": "p", "neutral": "n"}}\n')
     (made / "latin1.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,9 @@ from emosteer.cli.options import (
     finite,
     one_of,
 )
+from emosteer.scenarios.conversations import Message, parse_messages
 from emosteer.scenarios.prompts import INSTRUCTION, METHODS, POSITIONS
-from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, parse_emotions, parse_scenario, text_field
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, parse_emotions, parse_scenario, text_field
 
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
@@ -57,7 +59,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    source: Annotated[Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text'.", metavar="FILE.jsonl")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text' or 'messages'.", metavar="FILE.jsonl")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
@@ -112,10 +116,11 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     if found and intensity is not None:
         require_dial(loaded, found, circuit)
-    known = found[0].emotions if found else EMOTIONS
+    steers = found[0] if found else None
+    known = steers.emotions if steers else EMOTIONS
     wanted = ("none",) if method == "none" else parse_emotions(emotion or "", known, closed=found is not None or emotion == "all")
     dialled = {name: found[0].strength_at(name, intensity) for name in wanted} if found and intensity is not None else {}
-    jobs = [job for name, group in inputs for job in jobs_for(name, group, wanted, method, strength, found[0] if found else None, dialled)]
+    jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if method != "prompt" else None, decoding, instruction, method, batch_size, positions, options)
     _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
 
@@ -219,14 +224,26 @@ def _author(
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
 
 
-def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
-    """(id, scenario-event or text) for everything to be answered.
+@dataclass(frozen=True)
+class _Input:
+    """What is to be answered. group: a scenario-event, or a text under an empty key; earlier: what was said before it."""
+
+    id: str
+    group: Group
+    earlier: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, text: str, earlier: tuple[Message, ...] = ()) -> _Input:
+        """A text of the user's own."""
+        return cls(name, Group(GroupKey("", ""), "", text), earlier)
+
+
+def _inputs(text: str | None, source: Path | None) -> list[_Input]:
+    """Everything to be answered.
 
     Raises:
         UsageError: if there is nothing, or both a text and a file. DataError: naming file and line, for a malformed file.
     """
-    from emosteer.scenarios.scenarios import GroupKey
-
     if source is not None:
         if text is not None:
             raise UsageError("expected a text or --input, found both")
@@ -240,31 +257,36 @@ def _inputs(text: str | None, source: Path | None) -> list[tuple[str, Group]]:
             raise DataError("stdin is not UTF-8 text; convert it first") from error
     if not text.strip():
         raise UsageError("the text to answer is empty")
-    return [("text", Group(GroupKey("", ""), "", text.strip()))]
+    return [_Input.of("text", text.strip())]
 
 
-def _read_inputs(source: Path) -> list[tuple[str, Group]]:
+def _read_inputs(source: Path) -> list[_Input]:
     from emosteer.base.files import read_jsonl
-    from emosteer.scenarios.scenarios import GroupKey
 
-    found: list[tuple[str, Group]] = []
+    inputs: list[_Input] = []
     for number, row in read_jsonl(source, "input file"):
         where = f"{source}:{number}"
         if "event" in row or "scenario" in row:
             scenario = parse_scenario(row, where)
             for valence in VALENCES:
                 key = GroupKey(scenario.id, valence)
-                found.append((str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
+                inputs.append(_Input(str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
+            continue
+        name = str(row.get("id", f"line-{number}"))
+        if "text" in row and "messages" in row:
+            raise DataError(f"{where}: expected a 'text' or 'messages', found both")
+        if "messages" in row:
+            *earlier, last = parse_messages(row["messages"], where)
+            inputs.append(_Input.of(name, last.content, tuple(earlier)))
         elif "text" in row:
-            identity = str(row.get("id", f"line-{number}"))
-            found.append((identity, Group(GroupKey("", ""), "", text_field(row["text"], "text", where))))
+            inputs.append(_Input.of(name, text_field(row["text"], "text", where)))
         else:
-            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text'")
-    names = [name for name, _ in found]
+            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text' or 'messages'")
+    names = [each.id for each in inputs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{source}: the id '{twice}' is there twice; ids must be unique")
-    return found
+    return inputs
 
 
 def _write(
@@ -295,7 +317,7 @@ def _write(
             typer.echo(piece, nl=False)
         typer.echo("")
         return
-    several = len({job.text for job in jobs}) > 1
+    several = len({job.messages for job in jobs}) > 1
     written: dict[str, dict[str, Any]] = {}
     waiting = list(jobs)
     with bar("generate (replies)", len(jobs)) as advance:

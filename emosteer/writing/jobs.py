@@ -13,18 +13,20 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.generation.generate import Decoding, Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
+from emosteer.scenarios.conversations import Message
 from emosteer.scenarios.prompts import elicit, plain
 from emosteer.scenarios.scenarios import Group
 
 
 @dataclass(frozen=True)
 class Job:
-    """One reply to write. text: the user's text; strength: of the steering, None where the method has none."""
+    """One reply to write. messages: the conversation that it answers, the user's turn last; strength: of the steering, None where the
+    method has none."""
 
     id: str
     skeleton_id: str | None
     valence: str | None
-    text: str
+    messages: tuple[Message, ...]
     emotion: str
     method: str
     strength: float | None
@@ -32,7 +34,18 @@ class Job:
     @classmethod
     def of(cls, group: Group, emotion: str, method: str, strength: float | None) -> Job:
         """The job of a scenario-event."""
-        return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, group.text, emotion, method, strength)
+        said = (Message("user", group.text),)
+        return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, said, emotion, method, strength)
+
+    @property
+    def text(self) -> str:
+        """The user's last turn."""
+        return self.messages[-1].content
+
+    @property
+    def key(self) -> str:
+        """What makes a reply the same reply (`job_key`)."""
+        return _key(self.id, self.emotion, self.method, self.strength, self.text if len(self.messages) == 1 else self.messages)
 
 
 def jobs_for(
@@ -43,13 +56,15 @@ def jobs_for(
     strength: float | None,
     circuit: Circuit | None,
     dialled: Mapping[str, float],
+    earlier: tuple[Message, ...] = (),
 ) -> list[Job]:
     """One job per emotion for a scenario-event, or for a text (whose group key is empty).
 
     Args:
         name: of the scenario-event or text, the first part of each job's id; strength: None takes the circuit's default of the method;
-            dialled: emotion -> strength, where an intensity was asked for.
+            dialled: emotion -> strength, where an intensity was asked for; earlier: what was said before the text.
     """
+    key, messages = group.key, (*earlier, Message("user", group.text))
     jobs = []
     for emotion in emotions:
         how = dialled.get(emotion, strength)
@@ -57,8 +72,7 @@ def jobs_for(
             how = circuit.default_strength(emotion)
         elif how is None and circuit is not None and method == "residual":
             how = circuit.residual_strength
-        key = group.key
-        jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, group.text, emotion, method, how))
+        jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, messages, emotion, method, how))
     return jobs
 
 
@@ -88,10 +102,22 @@ class ReplyWriter(Protocol):
 
 
 def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
-    """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike."""
+    """The job's prompt as tokens. Every method but `prompt` gets the plain prompt, so that methods are compared alike; what is asked and
+    the instruction stand in the user's last turn."""
     asked = job.method == "prompt"
-    messages = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
-    return Request(job.id, tuple(model.prompt_ids(messages)))
+    last = elicit(elicitation, job.text, job.emotion, instruction) if asked else plain(job.text, instruction)
+    return Request(job.id, tuple(model.prompt_ids(continued(job.messages[:-1], last))))
+
+
+def continued(earlier: Sequence[Message], last: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation with the messages of an elicitation as its end; their system line joins the conversation's at its head."""
+    messages = [message._asdict() for message in earlier]
+    if earlier and last[0]["role"] == "system":
+        system, *last = last
+        if messages[0]["role"] == "system":
+            system = {"role": "system", "content": f"{messages.pop(0)['content']}\n{system['content']}"}
+        messages.insert(0, system)
+    return [*messages, *last]
 
 
 def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:
@@ -113,6 +139,7 @@ def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = N
         "method": job.method,
         "strength": job.strength,
         "prompt": job.text,
+        **({"messages": [message._asdict() for message in job.messages]} if len(job.messages) > 1 else {}),
         "text": reply.text,
         "finish_reason": reply.finish_reason,
         "n_tokens": reply.n_tokens,
@@ -121,8 +148,12 @@ def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = N
     }
 
 
-def job_key(row: Any) -> str:
-    """What makes a reply the same reply: id, emotion, method, strength and prompt text."""
-    get = row.get
-    text = get("prompt") if "prompt" in row else get("text")
-    return json.dumps([get("id"), get("emotion"), get("method"), get("strength"), text])
+def job_key(row: Mapping[str, Any]) -> str:
+    """What makes the reply in a row the same reply: id, emotion, method, strength and prompt text, or the whole conversation."""
+    turns = row.get("messages")
+    asked = [(turn["role"], turn["content"]) for turn in turns] if turns else row.get("prompt")
+    return _key(row.get("id"), row.get("emotion"), row.get("method"), row.get("strength"), asked)
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts)

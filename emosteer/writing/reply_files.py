@@ -40,7 +40,7 @@ def write_file(
             raise UsageError(f"{out} was begun by several processes; finish it with the built-in engine, or --fresh to replace it")
         return _write_shared(writer, jobs, out, run, crew)
     log, keys = _opened(out, run)
-    todo = [job for job in jobs if job_key(vars(job)) not in keys]
+    todo = [job for job in jobs if job.key not in keys]
     if len(todo) < len(jobs):
         note(f"going on: {len(jobs) - len(todo)} of {len(jobs)} replies are there")
     with bar("generate (replies)", len(jobs), len(jobs) - len(todo)) as advance:
@@ -49,7 +49,7 @@ def write_file(
             log.append(row)
             keys[job_key(row)] = row
             advance(1)
-    return [keys[job_key(vars(job))] for job in jobs]
+    return [keys[job.key] for job in jobs]
 
 
 def shares_of(out: Path) -> Path:
@@ -78,8 +78,8 @@ def _write_shared(writer: Writer, jobs: Sequence[Job], out: Path, run: str, crew
         _opened(out, run)  # ends a torn line, which two at a time must not
     crew.meet()
     keys = _opened(out, run)[1]
-    todo = [job for job in jobs if job_key(vars(job)) not in keys]
-    names, requests = [job_key(vars(job)) for job in todo], writer.requests(todo)
+    todo = [job for job in jobs if job.key not in keys]
+    names, requests = [job.key for job in todo], writer.requests(todo)
     order = list(batches(requests, writer.batch_size))
     log, mine = _opened(part(shares_of(out), crew.rank), run)
     crew.meet()  # all have ended the torn lines of their files
@@ -110,4 +110,4 @@ def _write_shared(writer: Writer, jobs: Sequence[Job], out: Path, run: str, crew
             path.unlink(missing_ok=True)
     crew.meet()
     keys = _opened(out, run)[1]
-    return [keys[job_key(vars(job))] for job in jobs]
+    return [keys[job.key] for job in jobs]
