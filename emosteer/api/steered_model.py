@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 from emosteer.api.options import Amount, DecodingOptions, SteeringOptions, WritingOptions
 from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity
-from emosteer.scenarios.prompts import INSTRUCTION, METHODS, POSITIONS, elicit, plain
+from emosteer.scenarios.conversations import Message, parse_messages
+from emosteer.scenarios.prompts import INSTRUCTION, METHODS, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, parse_emotions
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class SteeredModel:
                 `intensity` is given.
             intensity: 0 (unsteered) to 100 (as strong as the text bears); needs a calibrated circuit.
             method: "circuit" (the default), "residual", "prompt" (just asks) or "none".
-            instruction: appended to a text, "" for nothing; conversations are taken as they are.
+            instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
             max_new_tokens, temperature, top_p, repetition_penalty, seed: fields of `emosteer.Decoding`.
@@ -100,7 +101,7 @@ class SteeredModel:
         """
         from emosteer.generation.generate import batches
 
-        work = self._work(prompts, emotion, options)
+        work = self._work(prompts, emotion, options).checked()
         replies: dict[int, Reply] = {}
         for done in work.writer.write_batches(work.jobs, work.requests, batches(work.requests, work.writer.batch_size)):
             replies |= dict(done)
@@ -121,7 +122,7 @@ class SteeredModel:
         """
         from emosteer.generation.streaming import stream
 
-        work = self._work(prompts, emotion, options)
+        work = self._work(prompts, emotion, options).checked()
         pieces = stream(self.model, work.requests, work.writer.plan(work.jobs), work.writer.decoding)
         return (piece.text for piece in pieces if piece.text) if is_single(prompts) else pieces
 
@@ -145,7 +146,7 @@ class SteeredModel:
         rows = [emotion] if emotion is None or isinstance(emotion, str) else list(emotion)
         if self._method(options) == "prompt":
             raise UsageError("the method 'prompt' steers nothing: it asks in the prompt; use m.generate(..., method='prompt')")
-        jobs = self._jobs([""] * len(rows), rows, options)
+        jobs = self._jobs([""] * len(rows), [(Message("user", ""),)] * len(rows), rows, options)
         with steered(self.model, self._writer(cast(WritingOptions, options)).plan(jobs)):
             yield
 
@@ -154,9 +155,8 @@ class SteeredModel:
         left."""
         import torch
 
-        rows = [
-            list(request.ids) for request in self._work(prompts, None, {} if instruction is None else {"instruction": instruction}).requests
-        ]
+        options: WritingOptions = {} if instruction is None else {"instruction": instruction}
+        rows = [list(request.ids) for request in self._work(prompts, None, options).requests]
         width = max(map(len, rows), default=0)
         ids = torch.tensor([[self.model.pad_id] * (width - len(row)) + row for row in rows], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
@@ -165,46 +165,34 @@ class SteeredModel:
     # ---- how -----------------------------------------------------------------------------------------------------------------
 
     def _work(self, prompts: Prompts, emotion: Emotion, options: WritingOptions) -> _Work:
-        """Everything that is checked and prepared before the first token."""
-        from emosteer.generation.generate import Request, check_lengths
-        from emosteer.generation.plain_steering import refuse_steered
-
-        refuse_steered(self.model)
-        rows = listed(prompts)
+        """Everything that is prepared before the first token."""
+        rows = conversations(prompts)
         emotions = [emotion] * len(rows) if emotion is None or isinstance(emotion, str) else list(emotion)
-        texts = [prompt if isinstance(prompt, str) else "" for prompt in rows]
         names = ["text"] if is_single(prompts) else [f"line-{number}" for number in range(1, len(rows) + 1)]
-        jobs = self._jobs(texts, emotions, options, names)
-        writer = self._writer(options)
-        requests = [
-            Request(job.id, tuple(self.model.prompt_ids(messages_of(prompt, job.method, job.emotion, options.get("instruction")))))
-            for prompt, job in zip(rows, jobs, strict=True)
-        ]
-        check_lengths(requests, writer.decoding, self.model.shape.context, self.model.name)
-        return _Work(writer, jobs, requests)
+        jobs, writer = self._jobs(names, rows, emotions, options), self._writer(options)
+        return _Work(writer, jobs, writer.requests(jobs))
 
     def _jobs(
-        self, texts: Sequence[str], emotions: Sequence[str | None], options: SteeringOptions, names: Sequence[str] | None = None
+        self, names: Sequence[str], rows: Sequence[tuple[Message, ...]], emotions: Sequence[str | None], options: SteeringOptions
     ) -> list[Job]:
-        """One job per text: its emotion, and how strongly."""
+        """One job per conversation: its emotion, and how strongly. The names are those that `generate --input` gives."""
         from emosteer.writing.jobs import jobs_for
 
-        if len(emotions) != len(texts):
-            raise UsageError(f"expected one emotion, or one for each of {len(texts)} prompts, found {len(emotions)}")
+        if len(emotions) != len(rows):
+            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
         method = self._method(options)
-        strengths = per_row("strength", options.get("strength"), len(texts))
-        intensities = per_row("intensity", options.get("intensity"), len(texts))
+        strengths = per_row("strength", options.get("strength"), len(rows))
+        intensities = per_row("intensity", options.get("intensity"), len(rows))
         check_amounts(method, strengths, intensities)
         jobs: list[Job] = []
-        for row, (text, emotion) in enumerate(zip(texts, emotions, strict=True)):
-            name, group = names[row] if names else f"row-{row}", Group(GroupKey("", ""), "", text.strip())
+        for name, messages, emotion, strength, intensity in zip(names, rows, emotions, strengths, intensities, strict=True):
+            group, earlier = Group(GroupKey("", ""), "", messages[-1].content), messages[:-1]
             if emotion is None or method == "none":
-                jobs += jobs_for(name, group, ("none",), "none", None, None, {})
+                jobs += jobs_for(name, group, ("none",), "none", None, None, {}, earlier)
                 continue
             circuit = self._circuit_for(method, emotion)
-            intensity = intensities[row]
             dialled = {emotion: circuit.strength_at(emotion, intensity)} if circuit is not None and intensity is not None else {}
-            jobs += jobs_for(name, group, (emotion,), method, strengths[row], circuit, dialled)
+            jobs += jobs_for(name, group, (emotion,), method, strength, circuit, dialled, earlier)
         return jobs
 
     def _method(self, options: SteeringOptions) -> str:
@@ -242,7 +230,7 @@ class SteeredModel:
             self.model,
             self.circuit,
             Decoding(**cast(DecodingOptions, chosen)),
-            "",  # the prompts are made here
+            options.get("instruction", INSTRUCTION),
             self._method(options),
             options.get("batch_size", 32),
             positions=options.get("positions", "reply"),
@@ -257,45 +245,43 @@ class _Work:
     jobs: list[Job]
     requests: list[Request]
 
+    def checked(self) -> _Work:
+        """Itself, once it is sure that it can be written now.
+
+        Raises:
+            DataError: for a prompt that is too long. UsageError: inside a `steering` block.
+        """
+        from emosteer.generation.generate import check_lengths
+        from emosteer.generation.plain_steering import refuse_steered
+
+        model = self.writer.model
+        refuse_steered(model)
+        check_lengths(self.requests, self.writer.decoding, model.shape.context, model.name)
+        return self
+
 
 def is_single(prompts: Prompts) -> bool:
     """Whether it is one text or one conversation."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
-def listed(prompts: Prompts) -> list[str | Conversation]:
-    """The prompts as a list, each checked.
+def conversations(prompts: Prompts) -> list[tuple[Message, ...]]:
+    """The prompts as conversations; a text is one of one turn.
 
     Raises:
-        UsageError: for an empty text, or a conversation that no reply can follow.
+        UsageError: for an empty text. DataError: for a conversation that no reply can follow.
     """
     rows = cast("list[str | Conversation]", [prompts] if is_single(prompts) else list(prompts))
-    for prompt in rows:
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise UsageError("the text to answer is empty")
-            continue
-        whole = all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt)
-        if not prompt or not whole:
-            raise UsageError(f'expected a conversation as a list of {{"role": ..., "content": ...}}, found {str(prompt)[:80]}')
-        if prompt[-1]["role"] == "assistant":
-            raise UsageError("expected a conversation that ends with the user's turn, found one that ends with the assistant's")
-    return rows
-
-
-def messages_of(prompt: str | Conversation, method: str, emotion: str, instruction: str | None) -> list[dict[str, str]]:
-    """What the model reads. The method `prompt` asks for the tone in the last turn; all others get the plain prompt.
-
-    Args:
-        instruction: None appends the usual one to a text and nothing to a conversation.
-    """
-    if isinstance(prompt, str):
-        added = INSTRUCTION if instruction is None else instruction
-        return elicit("tone", prompt.strip(), emotion, added) if method == "prompt" else plain(prompt.strip(), added)
-    turns = [dict(turn) for turn in prompt]
-    last, added = turns[-1]["content"], instruction or ""
-    asked = (elicit("tone", last, emotion, added) if method == "prompt" else plain(last, added)) if method == "prompt" or added else []
-    return [*turns[:-1], {**turns[-1], "content": asked[0]["content"]}] if asked else turns
+    read: list[tuple[Message, ...]] = []
+    for number, prompt in enumerate(rows, 1):
+        if not isinstance(prompt, str):
+            turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in prompt]
+            read.append(parse_messages(turns, f"conversation {number}"))
+        elif prompt.strip():
+            read.append((Message("user", prompt.strip()),))
+        else:
+            raise UsageError("the text to answer is empty")
+    return read
 
 
 def per_row(name: str, amount: Amount, n_rows: int) -> list[float | None]:
