@@ -1,3 +1,82 @@
-"""emosteer: find emotion circuits in language models and write with them."""
+"""emosteer: find emotion circuits in language models and write with them.
+
+    import emosteer
+    m = emosteer.load()                                   # the embedded model and its circuit
+    print(m.generate("My landlord came by this morning.", emotion="anger").text)
+
+docs/API.md describes every name. Importing this package is instant: what a name needs (torch above all) is imported when the name is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emosteer.api.contest import evaluate
+    from emosteer.api.loading import load
+    from emosteer.api.stages import ablate, assemble, calibrate, extract
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.attribution.scores import Scores
+    from emosteer.base.errors import EmosteerError
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.directions.directions import Directions
+    from emosteer.generation.decoding import Decoding
+    from emosteer.generation.generate import Reply
+    from emosteer.judges.registry import make_judge
+    from emosteer.models.model import Model
+    from emosteer.scenarios.scenarios import EMOTIONS
 
 __version__ = "0.1.0"
+
+#: Public name -> the module that defines it.
+_HOMES = {
+    "load": "emosteer.api.loading",
+    "SteeredModel": "emosteer.api.steered_model",
+    "extract": "emosteer.api.stages",
+    "ablate": "emosteer.api.stages",
+    "assemble": "emosteer.api.stages",
+    "calibrate": "emosteer.api.stages",
+    "evaluate": "emosteer.api.contest",
+    "Model": "emosteer.models.model",
+    "Directions": "emosteer.directions.directions",
+    "Scores": "emosteer.attribution.scores",
+    "Circuit": "emosteer.circuits.circuit",
+    "Decoding": "emosteer.generation.decoding",
+    "Reply": "emosteer.generation.generate",
+    "make_judge": "emosteer.judges.registry",
+    "EMOTIONS": "emosteer.scenarios.scenarios",
+    "EmosteerError": "emosteer.base.errors",
+}
+
+__all__ = [
+    "EMOTIONS",
+    "Circuit",
+    "Decoding",
+    "Directions",
+    "EmosteerError",
+    "Model",
+    "Reply",
+    "Scores",
+    "SteeredModel",
+    "__version__",
+    "ablate",
+    "assemble",
+    "calibrate",
+    "evaluate",
+    "extract",
+    "load",
+    "make_judge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'emosteer' has no attribute '{name}'; docs/API.md lists {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -287,12 +287,12 @@ def test_strength_zero_writes_what_the_unsteered_model_writes(run: Callable[...,
 
 
 def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emosteer import api
-    from emosteer.scenarios import shipped as shipped_data
+    from emosteer.api import making
+    from emosteer.scenarios import shipped
 
-    shipped = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
-    monkeypatch.setattr(shipped_data, "data_path", shipped.__getitem__)
-    monkeypatch.setattr(api, "EMOTIONS", EMOTIONS)
+    files = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
+    monkeypatch.setattr(shipped, "data_path", files.__getitem__)
+    monkeypatch.setattr(making, "EMOTIONS", EMOTIONS)
     arguments = [
         "generate",
         "the train was late",

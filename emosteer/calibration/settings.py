@@ -12,6 +12,9 @@ from emosteer.circuits.dial import check_intensity
 if TYPE_CHECKING:
     from emosteer.calibration.trials import StrengthPoint
 
+#: Scenario-events that `calibrate` writes to.
+GROUPS = 48
+
 
 @dataclass(frozen=True)
 class TuneSettings:

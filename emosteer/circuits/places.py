@@ -36,6 +36,8 @@ def require_directions(model: Model, given: Path | None, places: Places) -> tupl
     return found, path
 
 
+#: The model that is taken unless told otherwise: the one whose circuit is shipped.
+DEFAULT_MODEL = "smollm2-135m"
 #: Where artefacts go unless told otherwise.
 ARTIFACTS = Path("artifacts")
 #: The model's own replies that passed the filter, beside the directions that `extract --replies self` made with them.

@@ -68,21 +68,16 @@ def ablate(
     settings = CurveSettings(
         _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
     )
-    from emosteer.attribution.ablate import ablate as run
+    from emosteer.api.stages import ablate as run
     from emosteer.attribution.ablate import pieces_of
-    from emosteer.base.files import sha256_file
     from emosteer.base.pieces import clear
     from emosteer.base.processes import join, parts
-    from emosteer.circuits.places import Places, own_bank_of, require_directions
+    from emosteer.circuits.places import Places
     from emosteer.models.model import Model
-    from emosteer.scenarios.shipped import read_data
 
     crew = join()
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
-    places = Places.of(loaded.name, root)
-    found, path = require_directions(loaded, directions, places)
-    data = read_data(scenarios, replies or own_bank_of(found, path), found.elicitation)
-    target = out or places.scores
+    target = out or Places.of(loaded.name, root).scores
     wanted = AblateSettings(
         patch_groups,
         true_units=true_units,
@@ -92,8 +87,7 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    parents = {"directions": sha256_file(path)}
-    scores = run(loaded, found, data.groups, wanted, bank=data.bank, partial=partial, data=data.hashes, parents=parents, crew=crew)
+    scores = run(loaded, directions, scenarios=scenarios, replies=replies, partial=partial, artifacts=root, crew=crew, **vars(wanted))
     scores = with_command(scores, command_line(context))
     scores.save(target)
     for file in (partial, *parts(partial).values()):

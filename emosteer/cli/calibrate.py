@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
-from emosteer.calibration.settings import CalibrateSettings, Guard
+from emosteer.calibration.settings import GROUPS, CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, followed_by, with_command
 from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
-from emosteer.scenarios.scenarios import Group, data_path, groups_of, read_scenarios
-from emosteer.scenarios.splits import split, spread, unread
+from emosteer.scenarios.shipped import development_groups, unseen_groups
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def calibrate(
             help="SEV file; a fifth of the shipped training set, or for --check the test set.", metavar="FILE", show_default=False
         ),
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = 48,
+    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = GROUPS,
     skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
     judge: Annotated[str, typer.Option("--judge", help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
     base_url: Annotated[
@@ -71,7 +70,7 @@ def calibrate(
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
-    prompts = _prompts(scenarios, groups, check, skip)
+    prompts = unseen_groups(groups, skip, scenarios) if check else development_groups(groups, scenarios)
     settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)
     from emosteer.judges.jury import make_jury
@@ -107,15 +106,6 @@ def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
 
     places = Places.of(name, root)
     return places.folder / "calibration-check.json" if check else circuit or places.circuit
-
-
-def _prompts(scenarios: Path | None, count: int, check: bool, skip: int) -> tuple[list[Group], Path]:
-    """The scenario-events to write to. The check takes test events that nothing was chosen on."""
-    file = scenarios or data_path("sev/test.jsonl" if check else "sev/train.jsonl")
-    found = read_scenarios(file)
-    if check:
-        return unread(groups_of(found), count, skip), file
-    return spread(groups_of(found if scenarios else split(found, 0.2, 0)[1]), count), file
 
 
 def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +26,6 @@ from emosteer.cli.options import (
     SeedOption,
     finite,
 )
-
-if TYPE_CHECKING:
-    from emosteer.circuits.circuit import Circuit
 
 
 def circuit(
@@ -62,42 +58,28 @@ def circuit(
     as_json: JsonOption = False,
 ) -> None:
     """Assemble the circuits and measure how faithful they are."""
-    from emosteer.circuits.assemble import assemble
-
     settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
     wanted = _strengths(strength)
-    from emosteer.base.files import sha256_file
-    from emosteer.calibration.default_strength import tune_strength
-    from emosteer.calibration.settings import TuneSettings
-    from emosteer.circuits.places import Places, own_bank_of, require_directions
+    from emosteer.api.stages import assemble
+    from emosteer.circuits.places import Places
     from emosteer.cli.print_artifacts import circuit_summary, print_circuit
     from emosteer.models.model import Model
-    from emosteer.scenarios.shipped import read_data, without_development
 
-    gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)
+    gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)  # what is wrong with it is said before loading
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
-    places = Places.of(loaded.name, root)
-    found, path = require_directions(loaded, directions, places)
-    bank = Path(replies) if replies is not None else own_bank_of(found, path)
-    # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
-    learns = found.elicitation == "reply" and preset == "auto" and heads is None and neurons is None and gain_steps > 0
-    data = read_data(scenarios, bank, "reply" if learns else "self")
     made = assemble(
         loaded,
-        found,
-        without_development(data.groups, scenarios) if learns else data.groups,
-        settings,
-        data={**found.provenance.data, **data.hashes},
-        parents={"directions": sha256_file(path)},
-        bank=data.bank,
-        gain_settings=gains if learns else None,
+        directions,
+        scenarios=scenarios,
+        replies=replies,
+        gain_steps=gains.steps,
+        keep=gains.keep,
+        tune=tune,
+        strength=wanted,
+        artifacts=root,
+        **vars(settings),
     )
-    named = set(wanted or {})
-    if tune and "" not in named and not named >= set(made.emotions):
-        made = tune_strength(loaded, made, data.groups, TuneSettings(seed=seed))
-    if wanted is not None:
-        made = made.with_strength(_per_emotion(wanted, made))
-    target = out or places.circuit
+    target = out or Places.of(loaded.name, root).circuit
     made = with_command(made, command_line(context))
     made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}
@@ -122,15 +104,3 @@ def _strengths(text: str | None) -> dict[str, float] | None:
         finite(value, "--strength")
         found[name.strip()] = value
     return found
-
-
-def _per_emotion(wanted: dict[str, float], made: Circuit) -> list[float]:
-    """Default strengths in the circuit's order: as wanted, else as they were.
-
-    Raises:
-        UsageError: if a name is not an emotion of the circuit.
-    """
-    for name in wanted:
-        if name:
-            made.index(name)
-    return [wanted.get(emotion, wanted.get("", made.strength[i].item())) for i, emotion in enumerate(made.emotions)]

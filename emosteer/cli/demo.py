@@ -50,7 +50,7 @@ def main() -> None:
 
 def _circuit(model: Model, step: Callable[[str], None]) -> Circuit:
     """Directions and circuit, made or, when they are there from an earlier run, read."""
-    from emosteer.api import ensure_directions
+    from emosteer.api.making import ensure_directions
     from emosteer.base.files import sha256_file
     from emosteer.circuits.assemble import assemble
     from emosteer.circuits.circuit import Circuit

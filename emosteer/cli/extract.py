@@ -25,7 +25,7 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
 )
-from emosteer.directions.settings import Settings
+from emosteer.directions.settings import GPU_TOKENS, Settings
 from emosteer.scenarios.prompts import ELICITATIONS
 from emosteer.scenarios.scenarios import EMOTIONS, parse_emotions
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from emosteer.scenarios.shipped import Data
 
 #: Tokens per forward pass on a GPU.
-GPU_TOKENS = 16384
 
 
 def extract(
@@ -79,8 +78,8 @@ def extract(
         raise UsageError("--replies self belongs to --elicitation reply")
     data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
     from emosteer.base.processes import join
+    from emosteer.directions.extract import batch_tokens_for, finish_checkpoint
     from emosteer.directions.extract import extract as run
-    from emosteer.directions.extract import finish_checkpoint
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
 
@@ -90,8 +89,7 @@ def extract(
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     places = Places.of(loaded.name, root)
     target = out or places.directions
-    tokens = batch_tokens or (Settings.batch_tokens if loaded.device.type == "cpu" else GPU_TOKENS)
-    settings = Settings(wanted, elicitation, instruction, holdout, seed, tokens, packed)
+    settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens or batch_tokens_for(loaded), packed)
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
     found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)

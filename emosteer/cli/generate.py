@@ -105,7 +105,7 @@ def generate(
 
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
     from emosteer.base.processes import join
-    from emosteer.circuits.places import find_circuit, require_circuit, require_dial
+    from emosteer.circuits.places import require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
 
     if chosen.asks and emotion is not None and circuit is None:
@@ -114,9 +114,7 @@ def generate(
     loaded = _load(engine, model, device, device_map, dtype, method)
     found: tuple[Circuit, Path] | None = None
     if chosen.steers:
-        if auto and find_circuit(loaded, circuit, root) is None:
-            _make_circuit(loaded, model, root)
-        found = require_circuit(loaded, circuit, root)
+        found = _circuit_or_made(loaded, circuit, model, root) if auto else require_circuit(loaded, circuit, root)
     elif chosen.asks and circuit is not None:
         found = require_circuit(loaded, circuit, root)
     if found and intensity is not None:
@@ -204,11 +202,11 @@ def _load(engine: str, model: str, device: str, device_map: str | None, dtype: s
     return Served.of(resolve(model, progress=note), dtype)
 
 
-def _make_circuit(loaded: Model | Served, model: str, root: Path) -> None:
-    from emosteer.api import make_circuit
+def _circuit_or_made(loaded: Model | Served, given: Path | None, model: str, root: Path) -> tuple[Circuit, Path]:
+    from emosteer.api.making import ensure_circuit
     from emosteer.models.model import Model
 
-    make_circuit(loaded if isinstance(loaded, Model) else Model.load(model), root)
+    return ensure_circuit(loaded, given, root, lambda: loaded if isinstance(loaded, Model) else Model.load(model))
 
 
 def _author(

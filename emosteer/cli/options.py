@@ -11,8 +11,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import check_intensity
-
-DEFAULT_MODEL = "smollm2-135m"
+from emosteer.circuits.places import DEFAULT_MODEL as DEFAULT_MODEL
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

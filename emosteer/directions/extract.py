@@ -26,7 +26,7 @@ from emosteer.base.progress import bar, note
 from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
 from emosteer.directions.contrast import Contrasts, Plan, as_json, make_plan
 from emosteer.directions.directions import Directions, from_contrasts
-from emosteer.directions.settings import Settings
+from emosteer.directions.settings import GPU_TOKENS, Settings
 from emosteer.models.memory import halve_on_oom, release_memory
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, Site, Z, residual_sites
@@ -35,6 +35,11 @@ from emosteer.scenarios.scenarios import Bank, Group
 CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
 CHECKPOINT_SECONDS = 4.0
+
+
+def batch_tokens_for(model: Model) -> int:
+    """Tokens per forward pass where nobody says how many."""
+    return Settings.batch_tokens if model.device.type == "cpu" else GPU_TOKENS
 
 
 def extract(

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from emosteer.scenarios.prompts import INSTRUCTION
 
+#: Tokens per forward pass on a GPU, where nobody says how many.
+GPU_TOKENS = 16384
+
 
 @dataclass(frozen=True)
 class Settings:

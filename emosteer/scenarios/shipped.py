@@ -8,7 +8,7 @@ from pathlib import Path
 from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
 from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read_bank, read_scenarios
-from emosteer.scenarios.splits import split, spread
+from emosteer.scenarios.splits import split, spread, unread
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,17 @@ def without_development(groups: list[Group], scenarios: Path | None = None) -> l
     """The groups outside the development split (a fifth of the scenarios), on which `calibrate` and `evaluate` choose."""
     kept_back = {scenario.id for scenario in split(read_scenarios(scenarios or data_path("sev/train.jsonl")), 0.2, 0)[1]}
     return [group for group in groups if group.key.scenario not in kept_back]
+
+
+def development_groups(count: int, scenarios: Path | None = None) -> tuple[list[Group], Path]:
+    """Scenario-events to choose strengths on, evenly drawn, and their file: of the shipped development split, or of a file of one's own,
+    which is not split."""
+    file = scenarios or data_path("sev/train.jsonl")
+    read = read_scenarios(file)
+    return spread(groups_of(read if scenarios else split(read, 0.2, 0)[1]), count), file
+
+
+def unseen_groups(count: int, skip: int = 0, scenarios: Path | None = None) -> tuple[list[Group], Path]:
+    """Scenario-events that nothing was chosen on, and their file: of the shipped test set or of a file of one's own (see `unread`)."""
+    file = scenarios or data_path("sev/test.jsonl")
+    return unread(groups_of(read_scenarios(file)), count, skip), file

@@ -14,6 +14,7 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request, batches, generate
+from emosteer.generation.steering import SteeringPlan
 from emosteer.generation.streaming import stream
 from emosteer.models.memory import is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
@@ -62,9 +63,8 @@ class Writer:
         Raises:
             OutOfMemory: if it does not fit in memory.
         """
-        plan = plan_of([job], self.circuit, self._vectors(), self.positions)
         try:
-            yield from (piece.text for piece in stream(self.model, self.requests([job]), plan, self.decoding))
+            yield from (piece.text for piece in stream(self.model, self.requests([job]), self.plan([job]), self.decoding))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise single_item_too_large() from error
@@ -80,6 +80,10 @@ class Writer:
     def requests(self, jobs: Sequence[Job]) -> list[Request]:
         """The jobs' prompts."""
         return [request_of(self.model, job, self.instruction, self.elicitation) for job in jobs]
+
+    def plan(self, jobs: Sequence[Job]) -> SteeringPlan:
+        """The steering of some jobs, written as one batch."""
+        return plan_of(jobs, self.circuit, self._vectors(), self.positions)
 
     def _vectors(self) -> dict[Site, Tensor]:
         """What the method adds at strength 1: site -> [emotion, d_model]; nothing where it does not steer."""

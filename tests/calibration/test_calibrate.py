@@ -24,7 +24,6 @@ from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.calibration.trials import StrengthPoint, Trials, circuit_key
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import dial, flattened, isotonic, strength_for
-from emosteer.cli import calibrate as cli_calibrate
 from emosteer.cli import main as cli
 from emosteer.cli.command_line import with_command
 from emosteer.generation.decoding import Decoding
@@ -34,6 +33,7 @@ from emosteer.generation.steering import plan_for
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.models.model import Model
+from emosteer.scenarios import shipped
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import groups_of, read_scenarios
 from emosteer.scenarios.splits import split, spread, stable_share
@@ -539,7 +539,7 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.chdir(folder)
     monkeypatch.setenv("EMOSTEER_CACHE", str(folder / "cache"))
     monkeypatch.setattr("emosteer.judges.jury.make_jury", lambda judge, **options: jury)
-    monkeypatch.setattr(cli_calibrate, "data_path", lambda name: folder / "sev.jsonl")
+    monkeypatch.setattr(shipped, "data_path", lambda name: folder / "sev.jsonl")
 
     def command(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
@@ -595,14 +595,14 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
 
 
 def test_the_prompts_are_development_ones_and_the_check_takes_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_calibrate, "data_path", lambda name: folder / "sev.jsonl")
+    monkeypatch.setattr(shipped, "data_path", lambda name: folder / "sev.jsonl")
     scenarios = read_scenarios(folder / "sev.jsonl")
-    chosen, _ = cli_calibrate._prompts(None, 4, False, 0)
+    chosen, _ = shipped.development_groups(4)
     assert chosen == spread(groups_of(split(scenarios, 0.2, 0)[1]), 4) and {g.key.scenario for g in chosen} < {s.id for s in scenarios}
-    tail, _ = cli_calibrate._prompts(None, 4, True, 0)
+    tail, _ = shipped.unseen_groups(4)
     order = sorted(groups_of(scenarios), key=lambda g: stable_share(str(g.key), 1))
-    assert tail == order[-4:] and cli_calibrate._prompts(None, 4, True, 3)[0] == order[-7:-3]
-    assert len(cli_calibrate._prompts(folder / "sev.jsonl", 20, False, 0)[0]) == 20, "a file of one's own is not split"
+    assert tail == order[-4:] and shipped.unseen_groups(4, 3)[0] == order[-7:-3]
+    assert len(shipped.development_groups(20, folder / "sev.jsonl")[0]) == 20, "a file of one's own is not split"
 
 
 BAD = [

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from emosteer import api as pipeline
 from emosteer.base.errors import UsageError
 from emosteer.circuits.methods import CONTEST, CONTROLS, NONE, PROMPTS, STEERED, source_of
+from emosteer.circuits.places import Places
 from emosteer.cli import main as cli
 from emosteer.cli.print_contest import print_evaluation
 from emosteer.evaluation.bootstrap import Draws
@@ -509,11 +509,11 @@ SMALL = ("--groups", "3", "--dev-groups", "2", "--doses", "1,2", "--max-new-toke
 
 def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     _, _, directions = parts()
-    directions.save(pipeline.Places.of(parts()[0].name).directions)
+    directions.save(Places.of(parts()[0].name).directions)
     code, out, err = run(*SMALL, "--json")
     assert code == 0, err
     found = json.loads(out)
-    folder = pipeline.Places.of(parts()[0].name).folder / "evaluation"
+    folder = Places.of(parts()[0].name).folder / "evaluation"
     first = (folder / "evaluation.json").read_bytes()
     assert json.loads(first) == found
     assert (found["schema"], found["kind"], found["model"], found["emotions"]) == (1, "evaluation", parts()[0].name, list(EMOTIONS))

@@ -1,0 +1,250 @@
+"""The contest as a function: `evaluate`, and the parts of it that the command of that name uses. No torch at import."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emosteer.api.inputs import PathLike, circuit_of, directions_of, jury_of, path_of, plain_model
+from emosteer.base.errors import ArtifactError
+from emosteer.base.processes import ALONE, Crew
+from emosteer.circuits.methods import CONTEST, METHODS, NONE
+from emosteer.circuits.places import ARTIFACTS, Places
+from emosteer.evaluation.settings import Budget, EvaluationSettings
+from emosteer.generation.decoding import Decoding
+from emosteer.judges.registry import EMBEDDED
+from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.shipped import development_groups, unseen_groups
+from emosteer.writing.settings import CONTEST_BATCH_SIZE
+
+if TYPE_CHECKING:
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.directions.directions import Directions
+    from emosteer.judges.jury import Jury
+    from emosteer.judges.protocol import EmotionJudge
+    from emosteer.models.model import Model
+    from emosteer.writing.contest_writer import ContestWriter
+
+#: Scenario-events of the test split that are written to, and of the development split that strengths are chosen on.
+GROUPS, DEV_GROUPS = 160, 24
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Who is written to. A file is given by name, with its hash."""
+
+    dev: list[Group]
+    test: list[Group]
+    dev_file: Path
+    test_file: Path
+
+    @classmethod
+    def of(cls, scenarios: Path | None, groups: int, skip: int, dev_groups: int) -> Splits:
+        """Development events of the shipped training set, test events of a file or of the shipped test set."""
+        dev, dev_file = development_groups(dev_groups)
+        test, test_file = unseen_groups(groups, skip, scenarios)
+        return cls(dev, test, dev_file, test_file)
+
+    def described(self) -> dict[str, Any]:
+        """The part of evaluation.json."""
+        from emosteer.base.files import sha256_file
+
+        return {
+            name: {"n_groups": len(groups), "file": file.name, "sha256": sha256_file(file)}
+            for name, groups, file in (("dev", self.dev, self.dev_file), ("test", self.test, self.test_file))
+        }
+
+
+def evaluate(
+    model: Model | SteeredModel,
+    circuit: Circuit | PathLike | None = None,
+    *,
+    directions: Directions | PathLike | None = None,
+    folder: PathLike | None = None,
+    judge: str | EmotionJudge = EMBEDDED,
+    scenarios: PathLike | None = None,
+    groups: int = GROUPS,
+    skip: int = 0,
+    dev_groups: int = DEV_GROUPS,
+    methods: Sequence[str] | None = None,
+    doses: Sequence[float] | None = None,
+    budget: float | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = CONTEST_BATCH_SIZE,
+    seed: int = EvaluationSettings.seed,
+    artifacts: PathLike = ARTIFACTS,
+) -> dict[str, Any]:
+    """Holds the contest: prompts, residual steering, the circuit and random controls at the same decoding, judged blind.
+
+    Args:
+        circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own, by default.
+        directions: what the circuit was made from, for methods that need them (random-heads), which are left out where there are none.
+        folder: where replies and opinions are kept, so that the same call goes on, and where evaluation.json and test-replies.jsonl are
+            written; None keeps nothing.
+        judge: a specification or what `make_judge` returns.
+        scenarios: SEV file to test on; groups: test scenario-events, 0 is all; skip: leave out as many first; dev_groups: scenario-events
+            that strengths are chosen on.
+        methods: who takes part, all by default; doses: strengths tried, in default strengths; budget: highest perplexity ratio.
+
+    Returns:
+        What `evaluation.json` holds: "results" by method, "comparisons", "chosen" strengths, "frontier", provenance.
+
+    Raises:
+        ArtifactError: if there is no circuit. UsageError, DataError: if a setting makes no sense or the judge fails.
+    """
+    from emosteer.base.jsonl import KeyedLog
+    from emosteer.judges.huggingface import refuse_same_weights
+
+    bare, root = plain_model(model), Path(artifacts)
+    settings = settings_of(methods, EvaluationSettings.doses if doses is None else doses, dev_groups, budget, seed)
+    splits = Splits.of(path_of(scenarios), groups, skip, dev_groups)
+    panel = jury_of(judge)
+    ready, sha256 = circuit_of(model, circuit, root)
+    with contextlib.ExitStack() as stack:
+        place = path_of(folder) or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        jury = panel(KeyedLog(place / "opinions.jsonl"))
+        refuse_same_weights(jury.judge, bare.sha256)
+        given = directions if directions is None or not isinstance(directions, (str, os.PathLike)) else Path(directions)
+        settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
+        contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed), batch_size, place, ALONE)
+        contest.adopt()
+        return hold(contest, jury, splits, ready, sha256, settings, place, "emosteer.evaluate(...) from Python")
+
+
+def settings_of(
+    methods: Sequence[str] | None, doses: Sequence[float], dev_groups: int, budget: float | None, seed: int
+) -> EvaluationSettings:
+    """Who takes part, in the contest's order, at which doses. Unknown methods are refused by name.
+
+    Args:
+        methods: None is everybody; the unsteered replies, which every ratio refers to, are always there.
+        dev_groups: random controls write to half of them.
+    """
+    named = list(CONTEST) if methods is None else list(methods)
+    unknown = [name for name in named if name not in CONTEST]
+    order = tuple(name for name in CONTEST if name in {*named, NONE})
+    bounds = Budget() if budget is None else Budget(ratio=budget)
+    return EvaluationSettings(
+        tuple(unknown) or order, tuple(sorted(set(doses))), control_groups=max(2, dev_groups // 2), budget=bounds, seed=seed
+    )
+
+
+def with_directions(
+    settings: EvaluationSettings, model: Model, circuit: Circuit, given: Directions | Path | None, root: Path, insisted: bool
+) -> tuple[EvaluationSettings, Directions | None]:
+    """The directions, for the methods that need them. Where there are none, these are left out, unless methods were asked for.
+
+    Raises:
+        ArtifactError: if they are needed and missing, or another model's.
+    """
+    from dataclasses import replace
+
+    from emosteer.base.progress import note
+
+    needing = [method for method in settings.methods if METHODS[method].needs_directions]
+    if not needing:
+        return settings, None
+    who = " and ".join(needing)
+    places = Places.of(model.name, root)
+    if given is None and not places.directions.exists():
+        message = (
+            f"{who} needs the directions of {model.name} ({places.directions}); make them with `emosteer extract`, or name --directions"
+        )
+        if insisted:
+            raise ArtifactError(message)
+        note(f"left out: {message}")
+        return replace(settings, methods=tuple(method for method in settings.methods if method not in needing)), None
+    directions, sha256, path = directions_of(model, given, root)
+    if circuit.provenance.parents.get("directions") not in (None, sha256):
+        note(f"the circuit was made from other directions than {path or 'these'}; {who} takes its contrasts from these")
+    return settings, directions
+
+
+def contest_of(
+    model: Model,
+    circuit: Circuit,
+    directions: Directions | None,
+    settings: EvaluationSettings,
+    decoding: Decoding,
+    batch_size: int,
+    folder: Path,
+    crew: Crew,
+) -> ContestWriter:
+    from emosteer.base.jsonl import KeyedLog
+    from emosteer.base.processes import part
+    from emosteer.evaluation.controls import added_key, vectors_of
+    from emosteer.writing.contest_writer import ContestWriter
+
+    return ContestWriter(
+        model=model,
+        emotions=circuit.emotions,
+        vectors={m: vectors_of(model, circuit, directions, m, settings.seed) for m in settings.methods},
+        added={m: added_key(circuit, directions, m, settings.seed) for m in settings.methods},
+        decoding=decoding,
+        instruction=circuit.instruction,
+        replies=KeyedLog(part(folder / "replies.jsonl", crew.rank)),
+        batch_size=batch_size,
+        crew=crew,
+    )
+
+
+def hold(
+    contest: ContestWriter,
+    jury: Jury,
+    splits: Splits,
+    circuit: Circuit,
+    circuit_sha256: str,
+    settings: EvaluationSettings,
+    folder: Path,
+    command: str,
+) -> dict[str, Any]:
+    """Holds the contest and writes evaluation.json and test-replies.jsonl to the folder. Returns what the former holds.
+
+    Args:
+        command: what makes the result again.
+    """
+    from emosteer.base.files import write_jsonl, write_text
+    from emosteer.circuits.circuit import default_strengths
+    from emosteer.evaluation import evaluate as stage
+
+    defaults = default_strengths(circuit, settings.methods)
+    body, rows = stage.evaluate(contest, jury, splits.dev, splits.test, defaults, settings)
+    contest.crew.tell("over")
+    result = {
+        "schema": 1,
+        "kind": "evaluation",
+        "model": contest.model.name,
+        "model_sha256": contest.model.sha256,
+        "circuit_sha256": circuit_sha256,
+        "command": command,
+        **_provenance(contest, jury, settings.seed),
+        **splits.described(),
+        **body,
+    }
+    write_jsonl(folder / "test-replies.jsonl", rows)
+    write_text(folder / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]:
+    """How it was done. No clock time: the same contest gives the same bytes."""
+    from emosteer.base.artifacts import versions
+
+    return {
+        "emosteer": versions()["emosteer"],
+        "versions": versions(),
+        "judge": {"name": jury.judge.name, "key": jury.judge.key, "soundness": jury.soundness.key},
+        "decoding": vars(contest.decoding),
+        "instruction": contest.instruction,
+        "dtype": str(contest.model.dtype).removeprefix("torch."),
+        "emotions": list(contest.emotions),
+        "added": dict(contest.added),
+        "seed": seed,
+    }

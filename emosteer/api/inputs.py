@@ -1,0 +1,107 @@
+"""What the functions of the API are given, as what the stages take: a model, an artefact or its file, a judge. No torch at import."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emosteer.base.errors import UsageError
+from emosteer.base.files import sha256_file
+from emosteer.circuits.places import Places, require_circuit, require_directions
+
+if TYPE_CHECKING:
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.base.jsonl import KeyedLog
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.directions.directions import Directions
+    from emosteer.judges.jury import Jury
+    from emosteer.judges.protocol import EmotionJudge
+    from emosteer.models.model import Model
+
+#: A file as people write it.
+PathLike = str | os.PathLike[str]
+
+
+def path_of(file: PathLike | None) -> Path | None:
+    """A file's path, None where none is given."""
+    return None if file is None else Path(file)
+
+
+def plain_model(model: Model | SteeredModel) -> Model:
+    """The model itself, to be measured.
+
+    Raises:
+        UsageError: if it is neither, or is being steered by a `with m.steering(...)` block.
+    """
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.generation.plain_steering import refuse_steered
+    from emosteer.models.model import Model
+
+    bare = model.model if isinstance(model, SteeredModel) else model
+    if not isinstance(bare, Model):
+        raise UsageError(f"expected a model (what emosteer.load or emosteer.Model.load returns), found a {type(model).__name__}")
+    refuse_steered(bare)
+    return bare
+
+
+def directions_of(model: Model, given: Directions | PathLike | None, root: Path) -> tuple[Directions, str, Path | None]:
+    """(directions, sha256 of their file, the file where there is one). Directions in memory have the hash that saving them gives.
+
+    Raises:
+        ArtifactError: if they are not there, or are another model's.
+    """
+    from emosteer.base.artifacts import require_model
+    from emosteer.directions.directions import Directions
+
+    if isinstance(given, Directions):
+        require_model(given.provenance, model.sha256, model.name, "these directions")
+        return given, saved_sha256(given.save), None
+    directions, path = require_directions(model, path_of(given), Places.of(model.name, root))
+    return directions, sha256_file(path), path
+
+
+def circuit_of(model: Model | SteeredModel, given: Circuit | PathLike | None, root: Path) -> tuple[Circuit, str]:
+    """(circuit, sha256 of its file): the given one, else the loaded one of a `SteeredModel`, else the model's own in `root`, else the
+    shipped one.
+
+    Raises:
+        ArtifactError: if there is none, or it is another model's.
+    """
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.base.artifacts import require_model
+    from emosteer.circuits.circuit import Circuit
+
+    bare = plain_model(model)
+    wanted = model.circuit if given is None and isinstance(model, SteeredModel) else given
+    if isinstance(wanted, Circuit):
+        require_model(wanted.provenance, bare.sha256, bare.name, "this circuit")
+        return wanted, saved_sha256(wanted.save)
+    circuit, path = require_circuit(bare, path_of(wanted), root)
+    return circuit, sha256_file(path)
+
+
+def saved_sha256(save: Callable[[Path], None]) -> str:
+    """The hash that an artefact's file has: the same content gives the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "artefact.safetensors"
+        save(path)
+        return sha256_file(path)
+
+
+def jury_of(judge: str | EmotionJudge) -> Callable[[KeyedLog], Jury]:
+    """The jury of a specification ("embedded", "hf:ID", "openai:MODEL") or of a judge that `make_judge` made: where it keeps what it says
+    -> jury."""
+    from emosteer.judges import jury
+
+    if isinstance(judge, str):
+        return jury.make_jury(judge)
+    from emosteer.judges.embedded import SentenceEncoder
+    from emosteer.judges.openai import OpenAIJudge
+    from emosteer.judges.soundness import SoundnessCheck
+
+    encoder = getattr(judge, "encoder", None) or SentenceEncoder()
+    soundness = SoundnessCheck.load(encoder=encoder)
+    return lambda kept: jury.Jury(judge, soundness, encoder, kept, paid=isinstance(judge, OpenAIJudge))

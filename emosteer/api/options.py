@@ -1,0 +1,93 @@
+"""What the functions take by name beside their data: the fields of the settings classes, each optional. Defaults stand in those classes.
+
+A type checker and an editor know the names from here; tests/test_api.py holds them against the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from emosteer.attribution.settings import CurveSettings
+    from emosteer.calibration.settings import Guard
+
+
+class DecodingOptions(TypedDict, total=False):
+    """How tokens are chosen (`Decoding`)."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+#: One strength or intensity for all prompts, or one per prompt.
+Amount = float | Sequence[float | None] | None
+
+
+class SteeringOptions(TypedDict, total=False):
+    """How a model is steered (see `SteeredModel.generate`)."""
+
+    strength: Amount
+    intensity: Amount
+    method: str
+    positions: str
+
+
+class WritingOptions(SteeringOptions, DecodingOptions, total=False):
+    """How replies are written (see `SteeredModel.generate`)."""
+
+    instruction: str
+    batch_size: int
+
+
+class ExtractOptions(TypedDict, total=False):
+    """`directions.settings.Settings`."""
+
+    emotions: Sequence[str]
+    elicitation: str
+    instruction: str
+    holdout: float
+    seed: int
+    batch_tokens: int
+    packed: bool
+
+
+class AblateOptions(TypedDict, total=False):
+    """`attribution.settings.AblateSettings`."""
+
+    patch_groups: int
+    true_groups: int
+    true_units: int
+    verify_prompts: int
+    verify_neurons: int
+    effect_prompts: int
+    seed: int
+    curves: CurveSettings | None
+
+
+class AssembleOptions(TypedDict, total=False):
+    """`circuits.settings.CircuitSettings`."""
+
+    preset: str
+    ranking: str
+    head_share: float | None
+    neuron_share: float | None
+    share: float
+    spare_names: bool
+    n_prompts: int
+    n_random: int
+    seed: int
+
+
+class CalibrateOptions(TypedDict, total=False):
+    """`calibration.settings.CalibrateSettings`."""
+
+    top: float
+    points: int
+    refine: int
+    default_intensity: float
+    guard: Guard
+    ratio: float

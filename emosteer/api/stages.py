@@ -1,0 +1,226 @@
+"""The stages as functions: extract, ablate, assemble, calibrate. Each is what the command of its name does (`assemble`: `circuit`), with
+the shipped data unless told otherwise, and returns the artefact instead of writing it. No torch at import."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from emosteer.api.inputs import PathLike, circuit_of, directions_of, jury_of, path_of, plain_model
+from emosteer.attribution.settings import AblateSettings
+from emosteer.base.errors import UsageError
+from emosteer.base.files import sha256_file
+from emosteer.base.processes import ALONE, Crew
+from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSettings
+from emosteer.circuits.places import ARTIFACTS, own_bank_of
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.directions.settings import Settings
+from emosteer.generation.decoding import Decoding
+from emosteer.judges.registry import EMBEDDED
+from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.scenarios.shipped import development_groups, read_data, without_development
+from emosteer.writing.settings import BATCH_SIZE
+
+if TYPE_CHECKING:
+    from emosteer.api.options import AblateOptions, AssembleOptions, CalibrateOptions, ExtractOptions
+    from emosteer.api.steered_model import SteeredModel
+    from emosteer.attribution.scores import Scores
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.directions.directions import Directions
+    from emosteer.judges.protocol import EmotionJudge
+    from emosteer.models.model import Model
+
+
+def extract(
+    model: Model | SteeredModel,
+    *,
+    scenarios: PathLike | None = None,
+    replies: PathLike | None = None,
+    limit: int | None = None,
+    checkpoint: PathLike | None = None,
+    fresh: bool = False,
+    **settings: Unpack[ExtractOptions],
+) -> Directions:
+    """Extracts emotion directions at every layer, and contrast statistics of every head and neuron.
+
+    Args:
+        scenarios: SEV file; replies: bank; limit: use this many scenario-events, evenly spread.
+        checkpoint: file that progress is kept in, so that the same call goes on after an interruption; fresh: start over.
+        settings: fields of `directions.settings.Settings`; all six emotions by default.
+
+    Raises:
+        UsageError, DataError: if the data or a setting makes no sense. DegenerateDirection: if the data do not tell the emotions apart.
+    """
+    from emosteer.directions import extract as stage
+
+    bare = plain_model(model)
+    defaults: ExtractOptions = {"emotions": EMOTIONS, "batch_tokens": stage.batch_tokens_for(bare)}
+    named: ExtractOptions = {**defaults, **settings}
+    chosen = Settings(**{**named, "emotions": tuple(named["emotions"])})  # type: ignore[arg-type]
+    if len(chosen.emotions) < 2:
+        raise UsageError(f"expected at least two emotions to tell apart, found {', '.join(chosen.emotions) or 'none'}")
+    data = read_data(path_of(scenarios), path_of(replies), chosen.elicitation, limit)
+    file = path_of(checkpoint)
+    made = stage.extract(bare, data.groups, chosen, bank=data.bank, data=data.hashes, checkpoint=file, fresh=fresh)
+    if file is not None:
+        stage.finish_checkpoint(file)
+    return made
+
+
+def ablate(
+    model: Model | SteeredModel,
+    directions: Directions | PathLike | None = None,
+    *,
+    scenarios: PathLike | None = None,
+    replies: PathLike | None = None,
+    partial: PathLike | None = None,
+    artifacts: PathLike = ARTIFACTS,
+    crew: Crew = ALONE,
+    **settings: Unpack[AblateOptions],
+) -> Scores:
+    """Scores every head and neuron in four ways, checks the scores by intervening, and measures ablation and enhancement curves.
+
+    Args:
+        directions: in memory or as a file; the model's own in `artifacts` by default.
+        scenarios: SEV file; replies: the bank that the directions were made with.
+        partial: JSON-lines file that finished curve points are kept in, so that the same call goes on.
+        settings: fields of `attribution.settings.AblateSettings`; curves=None leaves the curves out.
+
+    Raises:
+        ArtifactError: if the directions are missing or another model's. UsageError, DataError: if the data or a setting makes no sense.
+    """
+    from emosteer.attribution import ablate as stage
+
+    bare = plain_model(model)
+    made, sha256, path = directions_of(bare, directions, Path(artifacts))
+    bank = path_of(replies) or (own_bank_of(made, path) if path else None)
+    data = read_data(path_of(scenarios), bank, made.elicitation)
+    return stage.ablate(
+        bare,
+        made,
+        data.groups,
+        AblateSettings(**settings),
+        bank=data.bank,
+        partial=path_of(partial),
+        data=data.hashes,
+        parents={"directions": sha256},
+        crew=crew,
+    )
+
+
+def assemble(
+    model: Model | SteeredModel,
+    directions: Directions | PathLike | None = None,
+    *,
+    scenarios: PathLike | None = None,
+    replies: PathLike | None = None,
+    gain_steps: int | None = None,
+    keep: float | None = None,
+    tune: bool = True,
+    strength: float | Mapping[str, float] | None = None,
+    artifacts: PathLike = ARTIFACTS,
+    **settings: Unpack[AssembleOptions],
+) -> Circuit:
+    """Assembles one circuit per emotion and measures how faithful it is. How much each head adds is learned on the bank, unless a preset,
+    a share of units or `gain_steps=0` asks for a ranking.
+
+    Args:
+        directions: in memory or as a file; the model's own in `artifacts` by default.
+        scenarios: SEV file; replies: bank that gains are learned on.
+        gain_steps, keep: how long gains are learned, and the share of heads that is kept (`circuits.settings.GainSettings`).
+        tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
+            those not named).
+        settings: fields of `circuits.settings.CircuitSettings`.
+
+    Raises:
+        ArtifactError: if the directions are missing or another model's. UsageError, DataError: if the data or a setting makes no sense.
+    """
+    from emosteer.calibration.default_strength import tune_strength
+    from emosteer.circuits import assemble as stage
+
+    bare = plain_model(model)
+    chosen = CircuitSettings(**settings)
+    given = {name: value for name, value in (("steps", gain_steps), ("keep", keep)) if value is not None}
+    gains = GainSettings(**given, seed=chosen.seed)  # type: ignore[arg-type]
+    wanted = {"": strength} if isinstance(strength, (int, float)) else dict(strength or {})
+    made, sha256, path = directions_of(bare, directions, Path(artifacts))
+    # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
+    ranks = chosen.preset != "auto" or chosen.head_share is not None or chosen.neuron_share is not None or not gains.steps
+    learns = made.elicitation == "reply" and not ranks
+    file, bank = path_of(scenarios), path_of(replies) or (own_bank_of(made, path) if path else None)
+    data = read_data(file, bank, "reply" if learns else "self")
+    circuit = stage.assemble(
+        bare,
+        made,
+        without_development(data.groups, file) if learns else data.groups,
+        chosen,
+        data={**made.provenance.data, **data.hashes},
+        parents={"directions": sha256},
+        bank=data.bank,
+        gain_settings=gains if learns else None,
+    )
+    if tune and "" not in wanted and not wanted.keys() >= set(circuit.emotions):
+        circuit = tune_strength(bare, circuit, data.groups, TuneSettings(seed=chosen.seed))
+    return circuit.with_strength(_per_emotion(wanted, circuit)) if wanted else circuit
+
+
+def _per_emotion(wanted: Mapping[str, float], circuit: Circuit) -> list[float]:
+    """Default strengths in the circuit's order: as wanted, else as they were.
+
+    Raises:
+        UsageError: if a name is not an emotion of the circuit.
+    """
+    for name in wanted:
+        if name:
+            circuit.index(name)
+    return [wanted.get(emotion, wanted.get("", circuit.strength[i].item())) for i, emotion in enumerate(circuit.emotions)]
+
+
+def calibrate(
+    model: Model | SteeredModel,
+    circuit: Circuit | PathLike | None = None,
+    *,
+    judge: str | EmotionJudge = EMBEDDED,
+    scenarios: PathLike | None = None,
+    groups: int = GROUPS,
+    kept: PathLike | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = BATCH_SIZE,
+    artifacts: PathLike = ARTIFACTS,
+    **settings: Unpack[CalibrateOptions],
+) -> Circuit:
+    """Fits the intensity dial: which strength gives which judged intensity, capped where the text would break.
+
+    Args:
+        circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own, by default.
+        judge: a specification or what `make_judge` returns.
+        scenarios: SEV file, else the shipped development split; groups: scenario-events to write to.
+        kept: JSON-lines file of replies and opinions, so that the same call goes on; None keeps nothing.
+        settings: fields of `calibration.settings.CalibrateSettings`.
+
+    Returns:
+        The circuit with its dial (`circuit.calibrated`) and default strengths.
+
+    Raises:
+        ArtifactError: if there is no circuit. UsageError, DataError: if a setting makes no sense or the judge fails.
+    """
+    from emosteer.base.jsonl import KeyedLog
+    from emosteer.calibration import calibrate as stage
+    from emosteer.calibration.trials import Trials
+    from emosteer.judges.huggingface import refuse_same_weights
+
+    bare = plain_model(model)
+    chosen = CalibrateSettings(**settings)
+    prompts, file = development_groups(groups, path_of(scenarios))
+    panel = jury_of(judge)
+    ready, sha256 = circuit_of(model, circuit, Path(artifacts))
+    with contextlib.ExitStack() as stack:
+        log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
+        replies = KeyedLog(log)
+        jury = panel(replies)
+        refuse_same_weights(jury.judge, bare.sha256)
+        trials = Trials(bare, ready, jury, prompts, replies, decoding or Decoding(), batch_size)
+        return stage.calibrate(trials, chosen, {file.name: sha256_file(file)}, {"circuit": sha256})

@@ -1,0 +1,318 @@
+"""A loaded model with its circuit: what `emosteer.load` returns. Writes, streams, and steers the plain Hugging Face model. No torch at
+import."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+
+from emosteer.api.options import Amount, DecodingOptions, SteeringOptions, WritingOptions
+from emosteer.base.errors import ArtifactError, UsageError, suggest
+from emosteer.circuits.dial import check_intensity
+from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
+from emosteer.generation.decoding import Decoding
+from emosteer.scenarios.conversations import Message, parse_messages
+from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
+from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, parse_emotions
+from emosteer.writing.settings import BATCH_SIZE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from emosteer.circuits.circuit import Circuit
+    from emosteer.generation.generate import Reply, Request
+    from emosteer.generation.streaming import Piece
+    from emosteer.models.model import Model
+    from emosteer.writing.jobs import Job
+    from emosteer.writing.writer import Writer
+
+#: Messages {"role": ..., "content": ...}; the reply goes on from the last.
+Conversation = Sequence[Mapping[str, str]]
+#: A text that the user says, a whole conversation, or a list of either.
+Several = list[str] | tuple[str, ...] | Sequence[Conversation]
+Prompts = str | Conversation | Several
+#: One emotion for all prompts, or one per prompt; None steers nothing.
+Emotion = str | Sequence[str | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class SteeredModel:
+    """A model and the circuit that steers it. circuit: None where there is none yet; such a model can be measured and can write
+    unsteered or asked by its prompt.
+
+    Attributes:
+        model: `emosteer.Model`, sites and hooks; circuit: `emosteer.Circuit`.
+    """
+
+    model: Model
+    circuit: Circuit | None = None
+
+    def __post_init__(self) -> None:
+        from emosteer.base.artifacts import require_model
+
+        if self.circuit is not None:
+            require_model(self.circuit.provenance, self.model.sha256, self.model.name, "this circuit")
+
+    def __repr__(self) -> str:
+        circuit = "no circuit" if self.circuit is None else f"circuit for {', '.join(self.circuit.emotions)}"
+        return f"SteeredModel({self.model.name}, {circuit})"
+
+    @property
+    def hf(self) -> Any:
+        """The plain Hugging Face model."""
+        return self.model.hf
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """The emotions that the circuit knows; without one, the six that a prompt can ask for."""
+        return EMOTIONS if self.circuit is None else self.circuit.emotions
+
+    # ---- writing -------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompts: str | Conversation, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> Reply: ...
+
+    @overload
+    def generate(self, prompts: Several, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> list[Reply]: ...
+
+    def generate(self, prompts: Prompts, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> Reply | list[Reply]:
+        """Writes the reply to a text or a conversation, or the replies to a list of them, as the command `generate` does.
+
+        Args:
+            prompts: a text, a conversation (a list of {"role", "content"}), or a list of either.
+            emotion: one for all, or one per prompt; None writes unsteered.
+            strength: multiplier of the steering, one or one per prompt; the circuit's default for the emotion if neither this nor
+                `intensity` is given.
+            intensity: 0 (unsteered) to 100 (as strong as the text bears); needs a calibrated circuit.
+            method: "circuit" (the default), "residual", "prompt" (just asks) or "none".
+            instruction: appended to the last turn, "" for nothing; that of the command by default.
+            positions: where steering acts: "reply" (the default), or "all" as in an exported model.
+            batch_size: replies written at once, 32 by default.
+            max_new_tokens, temperature, top_p, repetition_penalty, seed: fields of `emosteer.Decoding`.
+
+        Raises:
+            UsageError: for arguments that make no sense. ArtifactError: if the circuit is missing, or has no dial and an intensity is asked
+                for. DataError: if a prompt does not fit the model's context.
+        """
+        work = self._work(prompts, emotion, options).checked()
+        written, replies = work.writer.work(work.jobs), dict[int, Reply]()
+        for batch in written.order:
+            for done in written.write(batch):
+                replies |= dict(done)
+        return replies[0] if is_single(prompts) else [replies[row] for row in range(len(work.jobs))]
+
+    @overload
+    def stream(self, prompts: str | Conversation, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> Iterator[str]: ...
+
+    @overload
+    def stream(self, prompts: Several, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> Iterator[Piece]: ...
+
+    def stream(self, prompts: Prompts, emotion: Emotion = None, **options: Unpack[WritingOptions]) -> Iterator[str] | Iterator[Piece]:
+        """Writes as `generate` does and yields the text as it comes; the pieces of a reply join to its text. Arguments and errors as
+        there; what is wrong with them is said at once, not at the first piece.
+
+        Returns:
+            For one prompt its pieces of text. For a list, which is written as one batch, `Piece(row, text, finish_reason)`.
+        """
+        from emosteer.generation.streaming import stream
+
+        work = self._work(prompts, emotion, options).checked()
+        pieces = stream(self.model, work.requests, work.writer.plan(work.jobs), work.writer.decoding)
+        return (piece.text for piece in pieces if piece.text) if is_single(prompts) else pieces
+
+    # ---- the plain model -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def steering(self, emotion: Emotion, **options: Unpack[SteeringOptions]) -> Iterator[None]:
+        """Steers the plain Hugging Face model for the length of a block, exactly as `generate` steers: `with m.steering("fear"):
+        m.hf.generate(**m.inputs(text))`.
+
+        Args:
+            emotion: one for every row of whatever batch comes, or one per row.
+            strength, intensity, method, positions: as for `generate`.
+
+        Raises:
+            UsageError: inside another block, and for passes that cannot be steered so (see `generation.plain_steering`). Otherwise as
+                `generate`.
+        """
+        from emosteer.generation.plain_steering import steered
+
+        rows = [emotion] if emotion is None or isinstance(emotion, str) else list(emotion)
+        method = self._method(options)
+        if METHODS[method].asks:
+            raise UsageError(f"the method '{method}' steers nothing: it asks in the prompt; use m.generate(..., method='{method}')")
+        jobs = self._jobs([""] * len(rows), [(Message("user", ""),)] * len(rows), rows, options)
+        with steered(self.model, self._writer(cast(WritingOptions, options)).plan(jobs)):
+            yield
+
+    def inputs(self, prompts: Prompts, *, instruction: str | None = None) -> dict[str, Tensor]:
+        """The prompts as `generate` reads them, for `m.hf.generate(**inputs)`: input_ids and attention_mask [prompt, pos], padded on the
+        left."""
+        import torch
+
+        options: WritingOptions = {} if instruction is None else {"instruction": instruction}
+        rows = [list(request.ids) for request in self._work(prompts, None, options).requests]
+        width = max(map(len, rows), default=0)
+        ids = torch.tensor([[self.model.pad_id] * (width - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    # ---- how -----------------------------------------------------------------------------------------------------------------
+
+    def _work(self, prompts: Prompts, emotion: Emotion, options: WritingOptions) -> _Work:
+        """Everything that is prepared before the first token."""
+        rows = conversations(prompts)
+        emotions = [emotion] * len(rows) if emotion is None or isinstance(emotion, str) else list(emotion)
+        names = ["text"] if is_single(prompts) else [f"line-{number}" for number in range(1, len(rows) + 1)]
+        jobs, writer = self._jobs(names, rows, emotions, options), self._writer(options)
+        return _Work(writer, jobs, writer.requests(jobs))
+
+    def _jobs(
+        self, names: Sequence[str], rows: Sequence[tuple[Message, ...]], emotions: Sequence[str | None], options: SteeringOptions
+    ) -> list[Job]:
+        """One job per conversation: its emotion, and how strongly. The names are those that `generate --input` gives."""
+        from emosteer.writing.jobs import jobs_for
+
+        if len(emotions) != len(rows):
+            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
+        method = self._method(options)
+        strengths = per_row("strength", options.get("strength"), len(rows))
+        intensities = per_row("intensity", options.get("intensity"), len(rows))
+        check_amounts(method, strengths, intensities)
+        jobs: list[Job] = []
+        for name, messages, emotion, strength, intensity in zip(names, rows, emotions, strengths, intensities, strict=True):
+            group, earlier = Group(GroupKey("", ""), "", messages[-1].content), messages[:-1]
+            if emotion is None or method == NONE:
+                jobs += jobs_for(name, group, (NONE,), NONE, None, None, {}, earlier)
+                continue
+            circuit = self._circuit_for(method, emotion)
+            dialled = {emotion: circuit.strength_at(emotion, intensity)} if circuit is not None and intensity is not None else {}
+            jobs += jobs_for(name, group, (emotion,), method, strength, circuit, dialled, earlier)
+        return jobs
+
+    def _method(self, options: SteeringOptions) -> str:
+        method = options.get("method", CIRCUIT)
+        if method not in GENERATE:
+            raise UsageError(f"unknown method '{method}'{suggest(method, GENERATE)}; expected {', '.join(GENERATE)}")
+        if options.get("positions", "reply") not in POSITIONS:
+            raise UsageError(f"expected positions to be reply or all, found '{options['positions']}'")
+        return method
+
+    def _circuit_for(self, method: str, emotion: str) -> Circuit | None:
+        """The circuit, where the method needs one, once it is sure that it knows the emotion."""
+        if METHODS[method].asks:
+            parse_emotions(emotion, self.emotions, closed=False)
+            return None
+        if self.circuit is None:
+            name = self.model.reference
+            raise ArtifactError(
+                f"there is no circuit for {self.model.name} yet; have it made with emosteer.load({name!r}, auto=True), or name one with "
+                f"circuit=, or use method='prompt'"
+            )
+        self.circuit.index(emotion)
+        return self.circuit
+
+    def _writer(self, options: WritingOptions) -> Writer:
+        from emosteer.writing.writer import Writer
+
+        unknown = [name for name in options if name not in (*WritingOptions.__annotations__, *DecodingOptions.__annotations__)]
+        if unknown:
+            known = sorted(WritingOptions.__annotations__)
+            raise UsageError(f"unknown option '{unknown[0]}'{suggest(unknown[0], known)}; expected some of {', '.join(known)}")
+        chosen = {name: value for name, value in options.items() if name in DecodingOptions.__annotations__}
+        return Writer(
+            self.model,
+            self.circuit,
+            Decoding(**cast(DecodingOptions, chosen)),
+            options.get("instruction", INSTRUCTION),
+            self._method(options),
+            options.get("batch_size", BATCH_SIZE),
+            positions=options.get("positions", "reply"),
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be written, row by row, and by whom."""
+
+    writer: Writer
+    jobs: list[Job]
+    requests: list[Request]
+
+    def checked(self) -> _Work:
+        """Itself, once it is sure that it can be written now.
+
+        Raises:
+            DataError: for a prompt that is too long. UsageError: inside a `steering` block.
+        """
+        from emosteer.generation.generate import check_lengths
+        from emosteer.generation.plain_steering import refuse_steered
+
+        model = self.writer.model
+        refuse_steered(model)
+        check_lengths(self.requests, self.writer.decoding, model.shape.context, model.name)
+        return self
+
+
+def is_single(prompts: Prompts) -> bool:
+    """Whether it is one text or one conversation."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+
+
+def conversations(prompts: Prompts) -> list[tuple[Message, ...]]:
+    """The prompts as conversations; a text is one of one turn.
+
+    Raises:
+        UsageError: for an empty text. DataError: for a conversation that no reply can follow.
+    """
+    rows = cast("list[str | Conversation]", [prompts] if is_single(prompts) else list(prompts))
+    read: list[tuple[Message, ...]] = []
+    for number, prompt in enumerate(rows, 1):
+        if not isinstance(prompt, str):
+            turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in prompt]
+            read.append(parse_messages(turns, f"conversation {number}"))
+        elif prompt.strip():
+            read.append((Message("user", prompt.strip()),))
+        else:
+            raise UsageError("the text to answer is empty")
+    return read
+
+
+def per_row(name: str, amount: Amount, n_rows: int) -> list[float | None]:
+    """An amount for every row.
+
+    Raises:
+        UsageError: for another number of them, or one that is not finite.
+    """
+    amounts = [amount] * n_rows if amount is None or isinstance(amount, (int, float)) else list(amount)
+    if len(amounts) != n_rows:
+        raise UsageError(f"expected one {name}, or one for each of {n_rows} prompts, found {len(amounts)}")
+    for number in amounts:
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"expected {name} to be a finite number, found {number}")
+    return amounts
+
+
+def check_amounts(method: str, strengths: Sequence[float | None], intensities: Sequence[float | None]) -> None:
+    """Refuses a strength or an intensity where it has no meaning.
+
+    Raises:
+        UsageError: for both, for a method that has none, or for an intensity outside the dial.
+    """
+    strong, dialled = any(s is not None for s in strengths), [i for i in intensities if i is not None]
+    if strong and dialled:
+        raise UsageError("expected an intensity or a strength, found both")
+    if strong and METHODS[method].strength is None:
+        raise UsageError(f"a strength has no meaning with the method '{method}'")
+    if dialled and not METHODS[method].dial:
+        raise UsageError(f"an intensity has no meaning with the method '{method}'; it belongs to '{CIRCUIT}'")
+    for intensity in dialled:
+        check_intensity(intensity, "intensity")
