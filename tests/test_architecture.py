@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import emosteer
+
 PACKAGE = Path(__file__).parent.parent / "emosteer"
 
 #: Rooms (folders, and the few modules beside them) from the ground up. A room imports from the rows above its own, at any place in a
@@ -93,6 +95,10 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in SOURCES}
 NAMES = {name_of(path): path for path in SOURCES}
 IMPORTS = [(path, name_of(path), found) for path in SOURCES for found in imports_of(TREES[path])]
+#: The public names that the package's own file announces to type checkers. It imports them when they are used, by name (`_HOMES`), and
+#: everybody may import its version: it is both the ground and the front door.
+ANNOUNCED = [found for _, name, found in IMPORTS if name == "__init__" and found.kind == "typing"]
+GRAPH = [(path, name, found) for path, name, found in IMPORTS if found not in ANNOUNCED]
 
 
 def own(found: Import) -> list[str]:
@@ -158,7 +164,7 @@ def test_every_room_has_its_row() -> None:
 def test_a_room_imports_only_from_the_rows_above_it() -> None:
     wrong = [
         f"{where(path, found)}: {room_of(name)} imports {target} ({found.kind})"
-        for path, name, found in IMPORTS
+        for path, name, found in GRAPH
         for target in own(found)
         if room_of(target) != room_of(name) and ROW[room_of(target)] >= ROW[room_of(name)]
     ]
@@ -191,7 +197,7 @@ def test_there_is_no_import_cycle_between_modules_or_rooms() -> None:
     """By the graph and not by the rows, so that it holds whatever ROWS says; imports inside functions and for typing count too."""
     modules: dict[str, set[str]] = {name: set() for name in NAMES}
     rooms: dict[str, set[str]] = {room_of(name): set() for name in NAMES}
-    for _, name, found in IMPORTS:
+    for _, name, found in GRAPH:
         for target in own(found):
             if target != name:
                 modules[name].add(target)
@@ -200,6 +206,12 @@ def test_there_is_no_import_cycle_between_modules_or_rooms() -> None:
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == "b -> c -> b"
     assert not cycle_in(modules)
     assert not cycle_in(rooms)
+
+
+def test_the_front_door_announces_what_it_hands_on() -> None:
+    announced = {name: found.module for found in ANNOUNCED for name in found.names}
+    assert announced == emosteer._HOMES and {*announced, "__version__"} == {*emosteer.__all__}
+    assert not [found for _, name, found in GRAPH if name == "__init__" and own(found)]
 
 
 def test_a_folder_s_own_file_says_what_it_is_and_imports_nothing() -> None:

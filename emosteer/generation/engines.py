@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emosteer.generation.cuda_graphs import RecordedStep, recorder_for
-from emosteer.generation.kv_cache import RowCache, growing_cache
+from emosteer.generation.kv_cache import RowCache, cache_name, growing_cache
 from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.prefix_tree import chunks, pack
 from emosteer.generation.steering import STEERED_KINDS, Injector, SteeringPlan
@@ -147,7 +147,7 @@ class HookedEngine:
             mask[row, width - len(prompt) :] = 1
         self.ids, self.mask = ids.to(model.device), mask.to(model.device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        self.cache = growing_cache(model.hf.config)
+        self.cache, self.cache_name = growing_cache(model.hf.config), cache_name(model.body)
         self.alive = torch.arange(len(prompts), device=model.device)
 
     def step(self, tokens: Tensor | None) -> Tensor:
@@ -157,7 +157,7 @@ class HookedEngine:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         with self.model.hooks(self.edits, bridge=False) as body:
             hidden = body(
-                input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+                input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, use_cache=True, **{self.cache_name: self.cache}
             ).last_hidden_state
         return self.model.logits(hidden[:, -1])
 

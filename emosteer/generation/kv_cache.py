@@ -4,6 +4,7 @@ allocated ahead. `growing_cache` serves the Hugging Face forward pass, `RowCache
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_name(body: Any) -> str:
+    """What a decoder's forward pass calls its cache: transformers renamed it in 5.24 and warns whoever says the old name."""
+    return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
 
 
 class RowCache:

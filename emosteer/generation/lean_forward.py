@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emosteer.base.progress import note
-from emosteer.generation.kv_cache import RowCache, growing_cache
+from emosteer.generation.kv_cache import RowCache, cache_name, growing_cache
 from emosteer.generation.native import step as native
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import MOST_BYTES, PackedLinear, pack_all
@@ -288,7 +288,8 @@ def _proved(lean: Lean) -> bool:
     whole, mask = whole.to(model.device), torch.ones(3, 12, dtype=torch.long, device=model.device)
     mask[2, :4] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    usual = model.body(input_ids=whole, attention_mask=mask, position_ids=positions, past_key_values=growing_cache(model.hf.config))
+    usual_cache = {cache_name(model.body): growing_cache(model.hf.config)}
+    usual = model.body(input_ids=whole, attention_mask=mask, position_ids=positions, **usual_cache)
     expected = model.logits(usual.last_hidden_state[:, 9:])
     prompts = [whole[row, start:9].tolist() for row, start in enumerate(starts)]
     cache = RowCache(lean.shape, [len(prompt) for prompt in prompts], 3, model.device, model.dtype)

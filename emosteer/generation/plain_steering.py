@@ -87,13 +87,14 @@ def _guard(plan: SteeringPlan) -> Any:
         n_past = 0 if cache is None else int(cache.get_seq_length())
         if cache is None and not _caches(module, kwargs):
             raise UsageError("steering the reply alone needs the KV cache, which tells prompt and reply apart; leave out use_cache=False")
-        if n_past and n_new > 1:
+        mask = kwargs.get("attention_mask")
+        padded = ~mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else tokens.new_zeros(n_rows, 1).bool()
+        if (n_past and n_new > 1) or padded.all(-1).any():  # a row of nothing but padding is the first chunk of a shorter prompt
             raise UsageError(
                 f"expected one new token per pass after the prompt, found {n_new}: prompts in chunks, prompts that go on from a cache and "
                 "assisted decoding cannot be steered at the reply alone"
             )
-        mask = kwargs.get("attention_mask")
-        if not n_past and isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1].all():
+        if not n_past and padded[:, -1].any():
             raise UsageError("expected prompts padded on the left, found padding at the end; set tokenizer.padding_side = 'left'")
 
     return check

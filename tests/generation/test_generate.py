@@ -23,7 +23,7 @@ from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, batches, choose, generate, steps
-from emosteer.generation.kv_cache import ROOM, growing_cache
+from emosteer.generation.kv_cache import ROOM, cache_name, growing_cache
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits, unit_masks
 from emosteer.models.model import Model
@@ -355,7 +355,9 @@ def compare_caches(model: Model, prompt: int, steps: int, leave: dict[int, list[
     full = model.hf(input_ids=ids, use_cache=False).logits
     alive, start = torch.arange(4), 0
     for end in range(prompt, prompt + steps):
-        grown, usual = (model.hf(input_ids=ids[alive, start:end], past_key_values=c, use_cache=True).logits[:, -1] for c in caches)
+        grown, usual = (
+            model.hf(input_ids=ids[alive, start:end], use_cache=True, **{cache_name(model.hf): c}).logits[:, -1] for c in caches
+        )
         assert_forward(grown, usual, f"position {end}")
         assert_forward(grown, full[alive, end - 1], f"position {end}")
         assert caches[0].get_seq_length() == caches[1].get_seq_length() == end
