@@ -1,0 +1,76 @@
+"""A panel's majority and its agreement, against figures worked out by hand and the published example."""
+
+from __future__ import annotations
+
+import pytest
+
+from emosteer.judges.panel import UNDECIDED, Reading, krippendorff_alpha, pairwise_agreement
+from emosteer.judges.protocol import LABELS, Opinion
+
+
+def says(label: str, share: float = 0.7) -> Opinion:
+    rest = (1 - share) / (len(LABELS) - 1)
+    return Opinion({name: share if name == label else rest for name in LABELS})
+
+
+MISSING = Opinion(None, "timed out")
+
+
+def reading(*labels: str | None) -> Reading:
+    return Reading({f"judge-{n}": MISSING if label is None else says(label) for n, label in enumerate(labels)})
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("anger", "anger", "fear"), "anger"),
+        (("neutral", "anger", "neutral"), "neutral"),
+        (("anger", "fear", "neutral"), UNDECIDED),
+        (("anger", "anger", "fear", "fear"), UNDECIDED),
+        (("anger",), "anger"),
+        (("anger", "anger", None), "anger"),
+        (("anger", None, None), UNDECIDED),  # one of three judges never decides alone
+        ((None, None, None), None),
+    ],
+)
+def test_a_label_needs_more_than_half_of_the_judges_that_were_asked(labels: tuple[str | None, ...], expected: str | None) -> None:
+    assert reading(*labels).label == expected
+
+
+def test_the_share_is_the_mean_over_the_judges_that_said_something() -> None:
+    found = Reading({"a": says("fear", 0.9), "b": says("anger", 0.7), "c": MISSING})
+    assert found.share("fear") == pytest.approx((0.9 + 0.05) / 2)
+    assert reading(None).share("fear") is None
+
+
+def test_alpha_of_the_published_example() -> None:
+    """Krippendorff 2011, section C: four observers, twelve units, missing data, nominal: 0.743."""
+    table = [
+        (1, 1, None, 1),
+        (2, 2, 3, 2),
+        (3, 3, 3, 3),
+        (3, 3, 3, 3),
+        (2, 2, 2, 2),
+        (1, 2, 3, 4),
+        (4, 4, 4, 4),
+        (1, 1, 2, 1),
+        (2, 2, 2, 2),
+        (None, 5, 5, 5),
+        (None, None, 1, 1),
+        (None, None, 3, None),
+    ]
+    ratings = [[None if value is None else str(value) for value in row] for row in table]
+    assert krippendorff_alpha(ratings) == pytest.approx(0.743, abs=5e-4)
+
+
+def test_alpha_at_its_ends() -> None:
+    assert krippendorff_alpha([["a", "a"], ["b", "b"], ["c", "c"]]) == 1
+    worse = krippendorff_alpha([["a", "b"], ["b", "a"]])
+    assert worse is not None and worse < 0
+    assert krippendorff_alpha([["a", "a"], ["a", "a"]]) is None, "one label only: nothing to tell apart from chance"
+    assert krippendorff_alpha([["a", None], [None, None]]) is None
+
+
+def test_pairs_count_the_texts_that_both_labelled() -> None:
+    rows = [{"a": "x", "b": "x", "c": "y"}, {"a": "x", "b": "y"}, {"b": "y", "c": "y"}]
+    assert pairwise_agreement(rows) == {("a", "b"): 0.5, ("a", "c"): 0.0, ("b", "c"): 0.5}

@@ -1,0 +1,77 @@
+"""Contamination against texts whose subject does, and does not, give the emotion away."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from emosteer.base.errors import DataError
+from emosteer.scenarios.contamination import Text, contamination, content_words, function_words, phrases_of
+from emosteer.scenarios.scenarios import data_path, read_bank
+
+SUBJECTS = {"anger": ("refund", "invoice", "clerk"), "sadness": ("bedroom", "photograph", "curtain"), "fear": ("ladder", "river", "dog")}
+
+
+def texts(leak: float, groups: int = 40, seed: int = 0) -> list[Text]:
+    """Texts whose subject is their emotion's own with probability `leak`, else anybody's."""
+    draw = random.Random(seed)
+    everybody = [word for words in SUBJECTS.values() for word in words]
+    return [
+        Text(f"I said it about the {draw.choice(words if draw.random() < leak else everybody)} again.", emotion, f"prompt-{n}")
+        for n in range(groups)
+        for emotion, words in SUBJECTS.items()
+    ]
+
+
+def test_subjects_that_belong_to_an_emotion_are_found_and_shared_ones_are_not() -> None:
+    leaking, clean = contamination(texts(1.0)), contamination(texts(0.0))
+    assert leaking.accuracy == 1 and leaking.chance == pytest.approx(1 / 3)
+    assert abs(clean.accuracy - 1 / 3) < 0.12, "nothing to go by: chance, within three standard errors of 120 texts"
+    assert clean.accuracy < contamination(texts(0.5)).accuracy < 1
+    assert {row.word for row in leaking.overused["fear"]} == set(SUBJECTS["fear"])
+    assert all(row.share > row.elsewhere == 0 for row in leaking.overused["fear"])
+    assert not any(clean.overused.values())
+
+
+def test_emotion_words_and_function_words_do_not_count() -> None:
+    assert content_words("I'm so furious, you've ANGERED me about Tom's 3 invoices!") == ["tom's", "invoices"]
+    named = [Text(f"I am {word} about the invoice.", emotion, f"{n}") for n in range(20) for emotion, word in NAMED.items()]
+    assert contamination(named).accuracy == pytest.approx(1 / 3), "every text ties: each emotion takes its share of the point"
+
+
+NAMED = {"anger": "furious", "sadness": "miserable", "fear": "terrified"}
+
+
+def test_a_prompt_is_never_fitted_and_tested_on_at_once() -> None:
+    """Each prompt has a subject of its own that both its texts share: only a leak between folds could tell them apart."""
+    private = [Text(f"About the {word} of prompt{chr(97 + n)}.", emotion, f"{n}") for n in range(20) for emotion, word in LEAK[n].items()]
+    assert contamination(private).accuracy == pytest.approx(0.5)
+
+
+LEAK = [{"anger": f"thing{chr(97 + n)}anger", "fear": f"thing{chr(97 + n)}fear"} for n in range(20)]
+
+
+def test_phrases_of_five_words_are_counted_across_prompts_only() -> None:
+    assert phrases_of("One, two three; four five six") == [("one", "two", "three", "four", "five"), ("two", "three", "four", "five", "six")]
+    shared = [Text(f"well I never heard such a thing {n}", "anger", f"{n}") for n in range(5)]
+    apart = [Text(f"{w} {w}a {w}b {w}c {w}d", "fear", "0") for w in ("p", "q")] + [Text("p pa pb pc pd", "fear", "0")]
+    assert contamination(shared + apart).phrases == {"anger": 1.0, "fear": 0.0}, "the same prompt may repeat itself"
+
+
+def test_too_little_is_refused() -> None:
+    with pytest.raises(DataError, match="at least two emotions to at least 5 prompts, found 1 and 5"):
+        contamination([Text("a", "anger", f"{n}") for n in range(5)])
+
+
+def test_the_word_list_holds_what_it_says() -> None:
+    words = function_words()
+    assert {"the", "don't", "wasn't", "monday", "because"} <= words and not {"refund", "door", "empty", "skin"} & words
+    assert all(word == word.lower() for word in words)
+
+
+def test_the_first_bank_is_contaminated() -> None:
+    """The shipped bank's subjects name the emotion in four of five replies. Measured, not wished for."""
+    bank = read_bank(data_path("replies/train.jsonl"))
+    rows = [Text(text, emotion, key.scenario) for key, replies in bank.items() for emotion, text in replies.items()]
+    assert contamination(rows).accuracy == pytest.approx(0.826, abs=0.02)
