@@ -8,7 +8,7 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench
+.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
@@ -63,6 +63,10 @@ evaluate: setup
 
 report: setup
 	$(BIN)/emosteer report --model $(MODEL)
+
+# The outputs that are kept in the notebook.
+notebook: setup
+	$(BIN)/jupyter execute --inplace examples/quickstart.ipynb
 
 bench: setup
 	$(BIN)/python -m bench $(OPTIONS)

@@ -17,35 +17,14 @@ from emosteer.base.files import sha256_file
 from emosteer.cli import main as cli
 from tests.conftest import build
 from tests.helpers.precision import forward_bound
-
-EMOTIONS = ("anger", "sadness", "fear")
-WORDS = {"anger": "slam stop boss never", "sadness": "cry alone never home", "fear": "hide run shake door"}
+from tests.helpers.tiny_project import EMOTIONS, write_tiny_project
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, scenarios, and a bank, as files."""
     root = tmp_path_factory.mktemp("cli")
-    model = build("llama")
-    model.hf.save_pretrained(root / "tiny")
-    model.tokenizer.save_pretrained(root / "tiny")
-    places = ["office", "train", "flat", "desk", "door", "home"]
-    with (root / "sev.jsonl").open("w") as file, (root / "bank.jsonl").open("w") as bank:
-        for index, place in enumerate(places):
-            events = {"positive": f"the {place} came back", "neutral": f"the {place} was late", "negative": f"the {place} went home"}
-            file.write(
-                json.dumps({"skeleton_id": f"s{index}", "theme": f"t{index % 2}", "scenario": f"i waited at the {place}", "event": events})
-                + "\n"
-            )
-            for valence in events:
-                for emotion in EMOTIONS:
-                    row = {
-                        "skeleton_id": f"s{index}",
-                        "valence": valence,
-                        "emotion": emotion,
-                        "text": f"the {place} {WORDS[emotion]} {valence[0]}",
-                    }
-                    bank.write(json.dumps(row) + "\n")
+    write_tiny_project(root)
     return root
 
 

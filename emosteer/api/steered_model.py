@@ -103,7 +103,8 @@ class SteeredModel:
                 for. DataError: if a prompt does not fit the model's context.
         """
         work = self._work(prompts, emotion, options).checked()
-        written, replies = work.writer.work(work.jobs), dict[int, Reply]()
+        written = work.writer.work(work.jobs)
+        replies: dict[int, Reply] = {}
         for batch in written.order:
             for done in written.write(batch):
                 replies |= dict(done)

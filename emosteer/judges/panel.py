@@ -1,6 +1,6 @@
 """Several judges that err differently: their majority, with neutral allowed, and how far they agree. No torch here.
 
-One judge knows its authors (docs/JUDGES.md). A panel's reading is the label that more than half of its judges give, neutral among the
+One judge knows its authors. A panel's reading is the label that more than half of its judges give, neutral among the
 labels; where no label has that many, the panel is undecided, and an undecided reply counts as one that does not carry the emotion.
 """
 

@@ -56,12 +56,13 @@ class Overused:
 class Contamination:
     """What the subject gives away.
 
-    accuracy: share of held-out texts whose emotion content words alone name; chance: of naming it without looking; by_emotion: the same
-    accuracy per emotion; overused: emotion -> its most over-used content words, worst first; phrases: emotion -> share of its texts that
-    share a five-word phrase with a text of the same emotion to another prompt; n: texts.
+    accuracy: share of held-out texts whose emotion content words alone name; subject: the same by subject words; chance: of naming it
+    without looking; by_emotion: accuracy per emotion; overused: emotion -> its most over-used subject words, worst first; phrases:
+    emotion -> share of its texts that share a five-word phrase with a text of the same emotion to another prompt; n: texts.
     """
 
     accuracy: float
+    subject: float
     chance: float
     by_emotion: Mapping[str, float]
     overused: Mapping[str, tuple[Overused, ...]]
@@ -70,17 +71,22 @@ class Contamination:
 
 
 @lru_cache
-def function_words() -> frozenset[str]:
-    """Words that have no subject: the committed list."""
-    lists: dict[str, str] = json.loads(read_text(data_path("function_words.json"), "function word list"))
+def word_list(name: str) -> frozenset[str]:
+    """The words of a committed list: "function_words", which have no subject, or "evaluative_words", which judge it."""
+    lists: dict[str, str] = json.loads(read_text(data_path(f"{name}.json"), "word list"))
     return frozenset(word for words in lists.values() for word in words.split())
 
 
 def content_words(text: str) -> list[str]:
-    """The words of a text that carry a subject: lower case, without function words, emotion words and their synonyms, and numbers."""
+    """A text's content words: lower case, without function words, emotion words and their synonyms, and numbers."""
     without = feeling_pattern().sub(" ", text.replace("\u2019", "'"))
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", without.lower())
-    return [word for word in words if len(word) > 1 and word not in function_words() and word.split("'")[0] not in function_words()]
+    words, little = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", without.lower()), word_list("function_words")
+    return [word for word in words if len(word) > 1 and word not in little and word.split("'")[0] not in little]
+
+
+def subject_words(text: str) -> list[str]:
+    """Its content words without those that judge ("unfair", "lovely", "filthy"): what the text is about."""
+    return [word for word in content_words(text) if word not in word_list("evaluative_words")]
 
 
 def contamination(texts: Sequence[Text], seed: int = 0) -> Contamination:
@@ -95,15 +101,16 @@ def contamination(texts: Sequence[Text], seed: int = 0) -> Contamination:
         raise DataError(
             f"expected texts of at least two emotions to at least {FOLDS} prompts, found {len(emotions)} and {len(groups)}; give more texts"
         )
-    words = [content_words(text.text) for text in texts]
-    right = _held_out_hits(texts, [frozenset(some) for some in words], emotions, seed)
+    subjects = [subject_words(text.text) for text in texts]
+    right = _held_out_hits(texts, [frozenset(content_words(text.text)) for text in texts], emotions, seed)
     by_emotion = {e: _mean([hit for hit, text in zip(right, texts, strict=True) if text.emotion == e]) for e in emotions}
     counts = Counter(text.emotion for text in texts)
     return Contamination(
         accuracy=_mean(right),
+        subject=_mean(_held_out_hits(texts, [frozenset(words) for words in subjects], emotions, seed)),
         chance=max(counts.values()) / len(texts),
         by_emotion=by_emotion,
-        overused=overused_words(texts, words),
+        overused=overused_words(texts, subjects),
         phrases=shared_phrases(texts),
         n=len(texts),
     )

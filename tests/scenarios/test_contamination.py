@@ -7,7 +7,7 @@ import random
 import pytest
 
 from emosteer.base.errors import DataError
-from emosteer.scenarios.contamination import Text, contamination, content_words, function_words, phrases_of
+from emosteer.scenarios.contamination import Text, contamination, content_words, phrases_of, subject_words, word_list
 from emosteer.scenarios.scenarios import data_path, read_bank
 
 SUBJECTS = {"anger": ("refund", "invoice", "clerk"), "sadness": ("bedroom", "photograph", "curtain"), "fear": ("ladder", "river", "dog")}
@@ -25,16 +25,17 @@ def texts(leak: float, groups: int = 40, seed: int = 0) -> list[Text]:
 
 
 def test_subjects_that_belong_to_an_emotion_are_found_and_shared_ones_are_not() -> None:
-    leaking, clean = contamination(texts(1.0)), contamination(texts(0.0))
-    assert leaking.accuracy == 1 and leaking.chance == pytest.approx(1 / 3)
-    assert abs(clean.accuracy - 1 / 3) < 0.12, "nothing to go by: chance, within three standard errors of 120 texts"
-    assert clean.accuracy < contamination(texts(0.5)).accuracy < 1
+    leaking, clean = contamination(texts(1.0, 200)), contamination(texts(0.0, 200))
+    assert leaking.accuracy == leaking.subject == 1 and leaking.chance == pytest.approx(1 / 3)
+    assert abs(clean.accuracy - 1 / 3) < 0.06, "nothing to go by: chance, within three standard errors of 600 texts"
+    assert clean.accuracy < contamination(texts(0.5, 200)).accuracy < 1
     assert {row.word for row in leaking.overused["fear"]} == set(SUBJECTS["fear"])
     assert all(row.share > row.elsewhere == 0 for row in leaking.overused["fear"])
     assert not any(clean.overused.values())
 
 
 def test_emotion_words_and_function_words_do_not_count() -> None:
+    assert subject_words("It's unfair that the invoice was lovely.") == ["invoice"]
     assert content_words("I'm so furious, you've ANGERED me about Tom's 3 invoices!") == ["tom's", "invoices"]
     named = [Text(f"I am {word} about the invoice.", emotion, f"{n}") for n in range(20) for emotion, word in NAMED.items()]
     assert contamination(named).accuracy == pytest.approx(1 / 3), "every text ties: each emotion takes its share of the point"
@@ -65,7 +66,7 @@ def test_too_little_is_refused() -> None:
 
 
 def test_the_word_list_holds_what_it_says() -> None:
-    words = function_words()
+    words = word_list("function_words")
     assert {"the", "don't", "wasn't", "monday", "because"} <= words and not {"refund", "door", "empty", "skin"} & words
     assert all(word == word.lower() for word in words)
 
