@@ -18,9 +18,9 @@ from emosteer.circuits.methods import CONTEST, METHODS, NONE
 from emosteer.circuits.places import ARTIFACTS, Places
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED
-from emosteer.scenarios.scenarios import Group
-from emosteer.scenarios.shipped import development_groups, unseen_groups
+from emosteer.judges.registry import PANEL
+from emosteer.scenarios.prompt_sets import KINDS
+from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -32,34 +32,27 @@ if TYPE_CHECKING:
     from emosteer.models.model import Model
     from emosteer.writing.contest_writer import ContestWriter
 
-#: Scenario-events of the test split that are written to, and of the development split that strengths are chosen on.
-GROUPS, DEV_GROUPS = 160, 24
+#: Prompts of the test sets that are written to, and of the development sets that strengths are chosen on, all kinds together.
+GROUPS, DEV_GROUPS = 160, 32
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Who is written to. A file is given by name, with its hash."""
+    """Who is written to."""
 
-    dev: list[Group]
-    test: list[Group]
-    dev_file: Path
-    test_file: Path
+    dev: PromptSet
+    test: PromptSet
 
     @classmethod
-    def of(cls, scenarios: Path | None, groups: int, skip: int, dev_groups: int) -> Splits:
-        """Development events of the shipped training set, test events of a file or of the shipped test set."""
-        dev, dev_file = development_groups(dev_groups)
-        test, test_file = unseen_groups(groups, skip, scenarios)
-        return cls(dev, test, dev_file, test_file)
+    def of(cls, scenarios: Path | None, groups: int, skip: int, dev_groups: int, kinds: Sequence[str] = KINDS) -> Splits:
+        """Shipped development prompts, and test prompts of a file or of the shipped test sets, each of some kinds."""
+        test = unseen_groups(groups, skip, scenarios, kinds)
+        present = [kind for kind in kinds if any(group.kind == kind for group in test.groups)]
+        return cls(development_groups(dev_groups, kinds=present), test)
 
     def described(self) -> dict[str, Any]:
         """The part of evaluation.json."""
-        from emosteer.base.files import sha256_file
-
-        return {
-            name: {"n_groups": len(groups), "file": file.name, "sha256": sha256_file(file)}
-            for name, groups, file in (("dev", self.dev, self.dev_file), ("test", self.test, self.test_file))
-        }
+        return {"dev": self.dev.described(), "test": self.test.described()}
 
 
 def evaluate(
@@ -68,8 +61,9 @@ def evaluate(
     *,
     directions: Directions | PathLike | None = None,
     folder: PathLike | None = None,
-    judge: str | EmotionJudge = EMBEDDED,
+    judge: str | EmotionJudge | Sequence[EmotionJudge] = PANEL,
     scenarios: PathLike | None = None,
+    kinds: Sequence[str] = KINDS,
     groups: int = GROUPS,
     skip: int = 0,
     dev_groups: int = DEV_GROUPS,
@@ -88,9 +82,9 @@ def evaluate(
         directions: what the circuit was made from, for methods that need them (random-heads), which are left out where there are none.
         folder: where replies and opinions are kept, so that the same call goes on, and where evaluation.json and test-replies.jsonl are
             written; None keeps nothing.
-        judge: a specification or what `make_judge` returns.
-        scenarios: SEV file to test on; groups: test scenario-events, 0 is all; skip: leave out as many first; dev_groups: scenario-events
-            that strengths are chosen on.
+        judge: a specification (several judges with commas make a panel), what `make_judge` returns, or a list of such judges.
+        scenarios: file to test on; kinds: of prompts; groups: test prompts, 0 is all; skip: leave out as many of each kind; dev_groups:
+            prompts that strengths are chosen on.
         methods: who takes part, all by default; doses: strengths tried, in default strengths; budget: highest perplexity ratio.
 
     Returns:
@@ -104,13 +98,13 @@ def evaluate(
 
     bare, root = plain_model(model), Path(artifacts)
     settings = settings_of(methods, EvaluationSettings.doses if doses is None else doses, dev_groups, budget, seed)
-    splits = Splits.of(path_of(scenarios), groups, skip, dev_groups)
+    splits = Splits.of(path_of(scenarios), groups, skip, dev_groups, kinds)
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, root)
     with contextlib.ExitStack() as stack:
         place = path_of(folder) or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         jury = panel(KeyedLog(place / "opinions.jsonl"))
-        refuse_same_weights(jury.judge, bare.sha256)
+        refuse_same_weights(jury.judges, bare.sha256)
         given = directions if directions is None or not isinstance(directions, (str, os.PathLike)) else Path(directions)
         settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
         contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed), batch_size, place, ALONE)
@@ -215,7 +209,7 @@ def hold(
     from emosteer.evaluation import evaluate as stage
 
     defaults = default_strengths(circuit, settings.methods)
-    body, rows = stage.evaluate(contest, jury, splits.dev, splits.test, defaults, settings)
+    body, rows = stage.evaluate(contest, jury, splits.dev.groups, splits.test.groups, defaults, settings)
     contest.crew.tell("over")
     result = {
         "schema": 1,
@@ -240,7 +234,7 @@ def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]
     return {
         "emosteer": versions()["emosteer"],
         "versions": versions(),
-        "judge": {"name": jury.judge.name, "key": jury.judge.key, "soundness": jury.soundness.key},
+        "judge": {"name": jury.name, "key": jury.key, "soundness": jury.soundness.key, "answers": jury.answers.key},
         "decoding": vars(contest.decoding),
         "instruction": contest.instruction,
         "dtype": str(contest.model.dtype).removeprefix("torch."),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from emosteer.base.errors import UsageError
 from emosteer.base.files import sha256_file
@@ -91,17 +91,13 @@ def saved_sha256(save: Callable[[Path], None]) -> str:
         return sha256_file(path)
 
 
-def jury_of(judge: str | EmotionJudge) -> Callable[[KeyedLog], Jury]:
-    """The jury of a specification ("embedded", "hf:ID", "openai:MODEL") or of a judge that `make_judge` made: where it keeps what it says
-    -> jury."""
+def jury_of(judge: str | EmotionJudge | Sequence[EmotionJudge]) -> Callable[[KeyedLog], Jury]:
+    """The jury of a specification ("embedded,public,linear", "hf:ID", "openai:MODEL"), of a judge that `make_judge` made, or of several:
+    where it keeps what it says -> jury."""
     from emosteer.judges import jury
+    from emosteer.judges.openai import OpenAIJudge
 
     if isinstance(judge, str):
         return jury.make_jury(judge)
-    from emosteer.judges.embedded import SentenceEncoder
-    from emosteer.judges.openai import OpenAIJudge
-    from emosteer.judges.soundness import SoundnessCheck
-
-    encoder = getattr(judge, "encoder", None) or SentenceEncoder()
-    soundness = SoundnessCheck.load(encoder=encoder)
-    return lambda kept: jury.Jury(judge, soundness, encoder, kept, paid=isinstance(judge, OpenAIJudge))
+    judges = cast("list[EmotionJudge]", list(judge) if isinstance(judge, (list, tuple)) else [judge])
+    return jury.jury_of_judges(judges, frozenset(one.key for one in judges if isinstance(one, OpenAIJudge)))

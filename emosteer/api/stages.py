@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from emosteer.api.inputs import PathLike, circuit_of, directions_of, jury_of, path_of, plain_model
 from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import UsageError
-from emosteer.base.files import sha256_file
 from emosteer.base.processes import ALONE, Crew
 from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSettings
 from emosteer.circuits.places import ARTIFACTS, own_bank_of
 from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED
+from emosteer.judges.registry import PANEL
 from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.scenarios.shipped import development_groups, read_data, without_development
 from emosteer.writing.settings import BATCH_SIZE
@@ -183,7 +182,7 @@ def calibrate(
     model: Model | SteeredModel,
     circuit: Circuit | PathLike | None = None,
     *,
-    judge: str | EmotionJudge = EMBEDDED,
+    judge: str | EmotionJudge | Sequence[EmotionJudge] = PANEL,
     scenarios: PathLike | None = None,
     groups: int = GROUPS,
     kept: PathLike | None = None,
@@ -214,13 +213,13 @@ def calibrate(
 
     bare = plain_model(model)
     chosen = CalibrateSettings(**settings)
-    prompts, file = development_groups(groups, path_of(scenarios))
+    prompts = development_groups(groups, path_of(scenarios))
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
     with contextlib.ExitStack() as stack:
         log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
         replies = KeyedLog(log)
         jury = panel(replies)
-        refuse_same_weights(jury.judge, bare.sha256)
-        trials = Trials(bare, ready, jury, prompts, replies, decoding or Decoding(), batch_size)
-        return stage.calibrate(trials, chosen, {file.name: sha256_file(file)}, {"circuit": sha256})
+        refuse_same_weights(jury.judges, bare.sha256)
+        trials = Trials(bare, ready, jury, prompts.groups, replies, decoding or Decoding(), batch_size)
+        return stage.calibrate(trials, chosen, prompts.hashes, {"circuit": sha256})

@@ -14,9 +14,9 @@ from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
 from emosteer.generation.decoding import Decoding
-from emosteer.scenarios.conversations import Message, parse_messages
+from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
-from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, parse_emotions
+from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, Message, parse_emotions
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:

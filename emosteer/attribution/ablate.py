@@ -200,7 +200,7 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
         return {"skipped": "the model lies on several devices, and the check runs single layers on the CPU"}
     if model.family.post_norms:
         return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
-    prompts = [model.prompt_ids(plain(g.text, directions.instruction)) for g in spread(groups, settings.verify_prompts)]
+    prompts = [model.prompt_ids(plain(g.text, directions.instruction, g.earlier)) for g in spread(groups, settings.verify_prompts)]
     try:
         return verify(model, directions, prompts, settings.verify_neurons, settings.seed)
     except (RuntimeError, MemoryError) as error:

@@ -31,7 +31,7 @@ def prompt_samples(model: Model, groups: Sequence[Group], count: int, n_emotions
     chosen = spread(groups, count)
     samples = []
     for group in chosen:
-        ids = tuple(model.prompt_ids(plain(group.text, instruction)))
+        ids = tuple(model.prompt_ids(plain(group.text, instruction, group.earlier)))
         samples.append(Sample(group.key, group.theme, (ids,) * n_emotions, ((),) * n_emotions))
     return samples
 

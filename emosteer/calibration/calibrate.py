@@ -118,8 +118,8 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
             raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
     climbs = lowered(climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings), settings.ratio)
     table = {
-        "judge": trials.jury.judge.name,
-        "judge_key": trials.jury.judge.key,
+        "judge": trials.jury.name,
+        "judge_key": trials.jury.key,
         "groups": len(trials.groups),
         "data": dict(data),
         "decoding": asdict(trials.decoding),
@@ -154,6 +154,8 @@ def _rows(points: Sequence[StrengthPoint]) -> dict[str, Any]:
         "ratio_error": [None if p.ratio_error is None else round(p.ratio_error, 6) for p in points],
         "sound": [round(p.sound, 6) for p in points],
         "names": [round(p.names, 6) for p in points],
+        "answers": [round(p.answers, 6) for p in points],
+        "good": [round(p.good, 6) for p in points],
     }
 
 

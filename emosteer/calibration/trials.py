@@ -16,7 +16,7 @@ from emosteer.circuits.methods import CIRCUIT, NONE
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.judges.jury import Jury
-from emosteer.judges.protocol import LABELS
+from emosteer.judges.protocol import ANSWERED, LABELS
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import stem_pattern
@@ -28,8 +28,8 @@ from emosteer.writing.settings import BATCH_SIZE
 @dataclass(frozen=True)
 class StrengthPoint:
     """All replies of one emotion at one strength. judged: P(target) per prompt, None where the judge failed; ratio: perplexity against
-    the unsteered replies to the same prompts; sound, names: shares of the replies; ratio_error: standard error of the ratio's
-    logarithm over prompts."""
+    the unsteered replies to the same prompts; sound, names, answers: shares of the replies; ratio_error: standard error of the ratio's
+    logarithm over prompts; good: share that the panel reads as the emotion, that is sound, answers its prompt and does not name it."""
 
     emotion: str
     strength: float
@@ -38,6 +38,8 @@ class StrengthPoint:
     sound: float
     names: float
     ratio_error: float | None = None
+    good: float = 0.0
+    answers: float = 1.0
 
     @property
     def known(self) -> list[float]:
@@ -116,19 +118,32 @@ class Trials:
         written = iter(self._contest.write(cells, what) if cells else [])
         rows = [[next(written) for _ in self.groups] if strength else self._plain for _, strength in wanted]
         texts = [row["text"] for some in rows for row in some]
-        opinions, verdicts = self.jury.opinions(texts, what), self.jury.verdicts(texts, what)
+        readings, verdicts = self.jury.readings(texts, what), self.jury.verdicts(texts, what)
+        prompts = [group.said for group in self.groups]
+        answering = self.jury.answering([pair for replies in rows for pair in zip(prompts, _texts(replies), strict=True)], what)
         points = []
         for (emotion, strength), replies in zip(wanted, rows, strict=True):
-            found = [opinions[row["text"]].probabilities for row in replies]
-            judged = tuple(None if shares is None else float(shares.get(emotion, 0.0)) for shares in found)
+            given = [readings[text] for text in _texts(replies)]
+            shares = [reading.probabilities for reading in given]
+            judged = tuple(None if share is None else float(share.get(emotion, 0.0)) for share in shares)
             if all(share is None for share in judged):
-                name = self.jury.judge.name
+                name = self.jury.name
                 raise DataError(f"the judge {name} failed on all {len(replies)} replies of {emotion} at strength {strength:g}; try again")
             dearer = [_nats(row) - _nats(plain) for row, plain in zip(replies, self._plain, strict=True)]
             sound = fmean(verdicts[row["text"]].sound for row in replies)
-            named = fmean(bool(stem_pattern(emotion).search(row["text"])) for row in replies)
-            points.append(StrengthPoint(emotion, strength, judged, math.exp(fmean(dearer)), sound, named, standard_error(dearer)))
+            names = [bool(stem_pattern(emotion).search(text)) for text in _texts(replies)]
+            answers = [answering[pair] >= ANSWERED for pair in zip(prompts, _texts(replies), strict=True)]
+            good = fmean(
+                reading.label == emotion and verdicts[text].sound and answered and not named
+                for reading, text, answered, named in zip(given, _texts(replies), answers, names, strict=True)
+            )
+            ratio, error = math.exp(fmean(dearer)), standard_error(dearer)
+            points.append(StrengthPoint(emotion, strength, judged, ratio, sound, fmean(names), error, good, fmean(answers)))
         return points
+
+
+def _texts(replies: Sequence[Row]) -> list[str]:
+    return [row["text"] for row in replies]
 
 
 def _nats(reply: Row) -> float:

@@ -123,7 +123,7 @@ def _costs(
         replies: one per emotion.
     """
     n = len(replies)
-    prompt = model.prompt_ids(plain(group.text, instruction))
+    prompt = model.prompt_ids(plain(group.text, instruction, group.earlier))
     ending = [model.tokenizer.eos_token_id] if model.tokenizer.eos_token_id is not None else []
     texts = [model.text_ids(reply) + ending for reply in replies]
     segments = [(emotion, texts[(emotion + shift) % n]) for shift in (0, *shifts) for emotion in range(n)]

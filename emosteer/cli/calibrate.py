@@ -13,10 +13,20 @@ from emosteer.calibration.settings import GROUPS, CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, followed_by, with_command
-from emosteer.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, RootOption
+from emosteer.cli.options import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KindsOption,
+    ModelOption,
+    PanelOption,
+    RootOption,
+)
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
-from emosteer.scenarios.shipped import development_groups, unseen_groups
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
+from emosteer.scenarios.prompt_sets import parse_kinds
+from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -35,12 +45,13 @@ def calibrate(
     scenarios: Annotated[
         Path | None,
         typer.Option(
-            help="SEV file; a fifth of the shipped training set, or for --check the test set.", metavar="FILE", show_default=False
+            help="Prompt file; the shipped development prompts, or for --check the test sets.", metavar="FILE", show_default=False
         ),
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Scenario-events to write to.")] = GROUPS,
-    skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test scenario-events first, those read before.")] = 0,
-    judge: Annotated[str, typer.Option("--judge", help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
+    groups: Annotated[int, typer.Option(min=1, help="Prompts to write to, evenly of all kinds.")] = GROUPS,
+    skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test prompts of each kind, those read before.")] = 0,
+    kinds: KindsOption = "all",
+    judge: PanelOption = PANEL,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
@@ -70,7 +81,8 @@ def calibrate(
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
-    prompts = unseen_groups(groups, skip, scenarios) if check else development_groups(groups, scenarios)
+    wanted = parse_kinds(kinds)
+    prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
     settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)
     from emosteer.judges.jury import make_jury
@@ -92,12 +104,12 @@ def calibrate(
         log.unlink(missing_ok=True)
     kept = KeyedLog(log)
     readers = jury(kept)
-    refuse_same_weights(readers.judge, loaded.sha256)
-    trials = Trials(loaded, found, readers, prompts[0], kept, decoding, batch_size)
+    refuse_same_weights(readers.judges, loaded.sha256)
+    trials = Trials(loaded, found, readers, prompts.groups, kept, decoding, batch_size)
     if check:
-        _check(trials, path, prompts[1], target, command_line(context), as_json)
+        _check(trials, path, prompts, target, command_line(context), as_json)
     else:
-        _fit(trials, settings, path, prompts[1], target, command_line(context), as_json)
+        _fit(trials, settings, path, prompts, target, command_line(context), as_json)
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
@@ -108,12 +120,12 @@ def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:
     return places.folder / "calibration-check.json" if check else circuit or places.circuit
 
 
-def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
+def _fit(trials: Trials, settings: CalibrateSettings, path: Path, prompts: PromptSet, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file
     from emosteer.calibration.calibrate import calibrate as run
     from emosteer.cli.print_artifacts import print_calibration
 
-    made = run(trials, settings, {file.name: sha256_file(file)}, {"circuit": sha256_file(path)})
+    made = run(trials, settings, prompts.hashes, {"circuit": sha256_file(path)})
     made = with_command(made, followed_by(made.provenance.command, command))
     made.save(target)
     table = made.metrics["calibration"]
@@ -125,7 +137,7 @@ def _fit(trials: Trials, settings: CalibrateSettings, path: Path, file: Path, ta
     print_calibration(table)
 
 
-def _check(trials: Trials, path: Path, file: Path, target: Path, command: str, as_json: bool) -> None:
+def _check(trials: Trials, path: Path, prompts: PromptSet, target: Path, command: str, as_json: bool) -> None:
     from emosteer.base.files import sha256_file, write_text
     from emosteer.calibration.calibrate import check
     from emosteer.cli.print_artifacts import print_calibration_check
@@ -138,8 +150,8 @@ def _check(trials: Trials, path: Path, file: Path, target: Path, command: str, a
         "circuit": str(path),
         "circuit_sha256": sha256_file(path),
         "command": command,
-        "judge": {"name": trials.jury.judge.name, "key": trials.jury.judge.key},
-        "test": {"n_groups": len(trials.groups), "file": file.name, "sha256": sha256_file(file)},
+        "judge": {"name": trials.jury.name, "key": trials.jury.key},
+        "test": prompts.described(),
         **check(trials),
     }
     text = json.dumps(result, indent=2, ensure_ascii=False)

@@ -19,7 +19,9 @@ from emosteer.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KindsOption,
     ModelOption,
+    PanelOption,
     RootOption,
     SeedOption,
     finite,
@@ -27,14 +29,15 @@ from emosteer.cli.options import (
 )
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
+from emosteer.scenarios.prompt_sets import parse_kinds
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
 #: Methods that take the directions.
 NEEDING = tuple(method for method in CONTEST if METHODS[method].needs_directions)
 DOSES = listed(EvaluationSettings.doses)
 #: A look, not a result: minutes on the default model.
-FAST = {"groups": 12, "dev_groups": 6, "doses": "0.5,1,1.5"}
+FAST = {"groups": 16, "dev_groups": 8, "doses": "0.5,1,1.5"}
 FULL = {"groups": GROUPS, "dev_groups": DEV_GROUPS, "doses": DOSES}
 
 
@@ -46,12 +49,14 @@ def evaluate(
         Path | None, typer.Option(help=f"What the circuit was made from, for {', '.join(NEEDING)}; else artifacts/.", metavar="FILE")
     ] = None,
     scenarios: Annotated[
-        Path | None, typer.Option(help="SEV file to test on; the shipped test set if not given.", metavar="FILE", show_default=False)
+        Path | None, typer.Option(help="Prompt file to test on; the shipped test sets if not given.", metavar="FILE", show_default=False)
     ] = None,
-    groups: Annotated[int | None, typer.Option(min=0, help="Test scenario-events, 160 if not given; 0 is all.", show_default=False)] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out as many test scenario-events first: those read before.")] = 0,
+    groups: Annotated[
+        int | None, typer.Option(min=0, help=f"Test prompts, evenly of all kinds, {GROUPS} if not given; 0 is all.", show_default=False)
+    ] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out as many test prompts of each kind: those read before.")] = 0,
     dev_groups: Annotated[
-        int | None, typer.Option(min=1, help="Scenario-events that strengths are chosen on, 24 if not given.", show_default=False)
+        int | None, typer.Option(min=1, help=f"Prompts that strengths are chosen on, {DEV_GROUPS} if not given.", show_default=False)
     ] = None,
     doses: Annotated[
         str | None,
@@ -61,11 +66,12 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
     ] = None,
-    judge: Annotated[str, typer.Option(help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
+    kinds: KindsOption = "all",
+    judge: PanelOption = PANEL,
     base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
-    fast: Annotated[bool, typer.Option("--fast", help="A quick look: few scenario-events, three strengths.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A quick look: few prompts, three strengths.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
@@ -87,7 +93,7 @@ def evaluate(
     from emosteer.api.contest import Splits, contest_of, hold, with_directions
 
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
-    splits = Splits.of(scenarios, sizes["groups"], skip, sizes["dev_groups"])
+    splits = Splits.of(scenarios, sizes["groups"], skip, sizes["dev_groups"], parse_kinds(kinds))
     from emosteer.base.files import sha256_file
     from emosteer.base.jsonl import KeyedLog
     from emosteer.base.processes import join
@@ -105,7 +111,7 @@ def evaluate(
     folder = out or Places.of(loaded.name, root).folder / "evaluation"
     jury = panel(KeyedLog(folder / "opinions.jsonl")) if panel is not None else None
     if jury is not None:
-        refuse_same_weights(jury.judge, loaded.sha256)
+        refuse_same_weights(jury.judges, loaded.sha256)
     settings, known = with_directions(settings, loaded, ready, directions, root, methods is not None)
     contest = contest_of(loaded, ready, known, settings, decoding, batch_size, folder, crew)
     if jury is None:

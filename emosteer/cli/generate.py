@@ -27,9 +27,9 @@ from emosteer.cli.options import (
     one_of,
 )
 from emosteer.generation.decoding import Decoding
-from emosteer.scenarios.conversations import Message, parse_messages
+from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
-from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, parse_emotions, parse_scenario, text_field
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, Message, parse_emotions, parse_scenario, text_field
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:

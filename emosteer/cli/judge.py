@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
-from emosteer.cli.options import DeviceOption
-from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, PARALLEL
+from emosteer.cli.options import DeviceOption, PanelOption
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
@@ -37,7 +37,7 @@ class Line:
 
 def judge(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
-    spec: Annotated[str, typer.Option("--judge", help=f"{JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
+    spec: PanelOption = PANEL,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
@@ -55,18 +55,19 @@ def judge(
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a summary.")] = False,
 ) -> None:
-    """Judge texts: which emotion each voices, and whether it is sound text. The judge sees the text and nothing else.
+    """Judge texts: which emotion each voices, and whether it is sound text. Judges see the text and nothing else; of several, most decide.
 
     A judge that failed leaves the emotion null, with the problem beside it. A label of the input (emotion or label) is only compared.
     """
     lines = _lines(file, field)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise UsageError(f"--out {out} is the input file; name another one")
-    from emosteer.judges.registry import make_judge
+    from emosteer.judges.registry import judge_of, make_judges
     from emosteer.judges.soundness import SoundnessCheck
 
-    chosen = make_judge(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
-    check = SoundnessCheck.load(encoder=getattr(chosen, "encoder", None))
+    panel = make_judges(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
+    chosen = judge_of(panel)
+    check = SoundnessCheck.load(encoder=next((one.encoder for one in panel if hasattr(one, "encoder")), None))
     run = _run_key(chosen, check)
     log = _opened(out, run, fresh) if out is not None else None
     # what was missing is judged again
@@ -82,8 +83,9 @@ def judge(
     finally:
         if log is not None:
             log.close()
-        if hasattr(chosen, "close"):
-            chosen.close()
+        for one in panel:
+            if hasattr(one, "close"):
+                one.close()
     found = [{**known[line.sha256], "id": line.id} for line in lines]
     if out is not None:
         _settle(out, found)
@@ -229,13 +231,17 @@ def _printer(lines: Sequence[Line]) -> Callable[[dict[str, JudgedRow]], None]:
 
 def _summary(name: str, lines: Sequence[Line], found: Sequence[JudgedRow], out: Path | None) -> None:
     from emosteer.base.tables import print_table
+    from emosteer.judges.panel import UNDECIDED
     from emosteer.judges.protocol import LABELS
 
     total = len(found)
     judged = Counter(row["emotion"] for row in found)
     sound = Counter(row["emotion"] for row in found if row["sound"])
     typer.echo(f"{total} text{'s' * (total != 1)} judged by {name}" + (f" -> {out}" if out is not None else ""))
-    rows = [(label or "missing", judged[label], _percent(judged[label], total), judged[label] - sound[label]) for label in (*LABELS, None)]
+    rows = [
+        (label or "missing", judged[label], _percent(judged[label], total), judged[label] - sound[label])
+        for label in (*LABELS, UNDECIDED, None)
+    ]
     print_table(("judged", "texts", "share", "unsound"), [*rows, ("all", total, _percent(total, total), total - sum(sound.values()))])
     reasons = Counter(reason for row in found for reason in row["reasons"])
     if reasons:
@@ -249,8 +255,10 @@ def _summary(name: str, lines: Sequence[Line], found: Sequence[JudgedRow], out: 
 def _agreement(lines: Sequence[Line], found: Sequence[JudgedRow]) -> None:
     """Agreement with the labels that the input carries, and which was taken for which."""
     from emosteer.base.tables import print_table
+    from emosteer.judges.panel import UNDECIDED
     from emosteer.judges.protocol import LABELS, NEUTRAL
 
+    columns = (*LABELS, UNDECIDED)
     given = [line.given.strip().lower() if line.given is not None else None for line in lines]
     pairs = [(label, row) for label, row in zip(given, found, strict=True) if label in LABELS]
     if not pairs:
@@ -265,8 +273,8 @@ def _agreement(lines: Sequence[Line], found: Sequence[JudgedRow]) -> None:
         + (f"; {other} with labels that are none of ours" if other else "")
     )
     confusion = Counter((label, row["emotion"]) for label, row in there)
-    rows = [(label, *(confusion[label, one] for one in LABELS)) for label in LABELS if any(label == one for one, _ in there)]
-    print_table(("given \\ judged", *LABELS), rows)
+    rows = [(label, *(confusion[label, one] for one in columns)) for label in LABELS if any(label == one for one, _ in there)]
+    print_table(("given \\ judged", *columns), rows)
 
 
 def _percent(part: int, total: int) -> str:

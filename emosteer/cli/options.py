@@ -12,6 +12,8 @@ import typer
 from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import DEFAULT_MODEL as DEFAULT_MODEL
+from emosteer.judges.registry import JUDGE_FORMS
+from emosteer.scenarios.prompt_sets import KINDS
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -30,6 +32,13 @@ ScenariosOption = Annotated[
 ]
 RepliesOption = Annotated[
     str | None, typer.Option("--replies", help="Reply bank, or 'self' for the model's own filtered replies.", metavar="FILE|self")
+]
+PanelOption = Annotated[
+    str,
+    typer.Option("--judge", help=f"A judge, or a panel of several with commas, of which most decide: {JUDGE_FORMS}.", metavar="SPEC,..."),
+]
+KindsOption = Annotated[
+    str, typer.Option("--kinds", help=f"Kinds of prompt: all, or some of {', '.join(KINDS)}; -KIND leaves one out.", metavar="A,B,...")
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
 

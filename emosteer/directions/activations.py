@@ -67,11 +67,11 @@ def tokenize_group(
     """
     if elicitation == "reply":
         assert replies is not None
-        prompt = tuple(model.prompt_ids(elicit("reply", group.text, None, instruction)))
+        prompt = tuple(model.prompt_ids(elicit("reply", group.text, None, instruction, group.earlier)))
         prompts: tuple[tuple[int, ...], ...] = (prompt,) * len(emotions)
         written = tuple(tuple(model.text_ids(replies[emotion])) for emotion in emotions)
     else:
-        prompts = tuple(tuple(model.prompt_ids(elicit(elicitation, group.text, e, instruction))) for e in emotions)
+        prompts = tuple(tuple(model.prompt_ids(elicit(elicitation, group.text, e, instruction, group.earlier))) for e in emotions)
         written = ((),) * len(emotions)
     longest = max(len(p) + len(r) for p, r in zip(prompts, written, strict=True))
     if longest > model.shape.context:

@@ -17,10 +17,14 @@ from emosteer.evaluation.settings import Budget
 
 @dataclass(frozen=True)
 class DosePoint:
-    """One method at one setting on the development split, for one emotion or all. probability, accuracy: None without any opinion."""
+    """One method at one setting on the development split, for one emotion or all. good, emotion, probability, accuracy: as in
+    `metrics.measure`, None without any opinion."""
 
+    good: float | None
+    emotion: float | None
     probability: float | None
     accuracy: float | None
+    answers: float
     ratio: float
     names: float
     sound: float
@@ -32,11 +36,11 @@ class DosePoint:
         columns = slice(None) if emotion is None else slice(emotion, emotion + 1)
         mine = {name: values[:, columns] for name, values in table.items()}
         groups = len(mine["nll"])
-        judged = {name: mine[name].nanmean().item() for name in ("probability", "accuracy")}
+        judged = {name: mine[name].nanmean().item() for name in ("good", "emotion", "probability", "accuracy")}
         known = {name: None if math.isnan(value) else round(value, 6) for name, value in judged.items()}
         ratio = math.exp((mine["nll"].mean() - base["nll"][:groups, columns].mean()).item())
-        shares = [round(mine[name].mean().item(), 6) for name in ("names", "sound")]
-        return cls(known["probability"], known["accuracy"], round(ratio, 6), shares[0], shares[1], mine["nll"].numel())
+        answers, names, sound = (round(mine[name].mean().item(), 6) for name in ("answers", "names", "sound"))
+        return cls(**known, answers=answers, ratio=round(ratio, 6), names=names, sound=sound, n=mine["nll"].numel())
 
 
 #: Allocations of doses to emotions that are looked through at most, all of them: six emotions at a dozen doses.
@@ -53,7 +57,8 @@ class Choice:
 
 
 def choose(points: Mapping[str, Mapping[float, DosePoint]], unsteered: Mapping[str, DosePoint], budget: Budget) -> Choice:
-    """The doses of a method, one per emotion: of all allocations that keep to the budget the one with the highest mean P(target).
+    """The doses of a method, one per emotion: of all allocations that keep to the budget the one with the most good replies, and of
+    those with as many the one with the highest mean P(target).
 
     Ratio, naming and soundness are those of all emotions' replies together: of one emotion alone there are too few to tell a share of
     2 % from one of 8 %. Where no allocation names the emotion little enough, those count that name it least; where none keeps to ratio
@@ -86,7 +91,7 @@ def choose(points: Mapping[str, Mapping[float, DosePoint]], unsteered: Mapping[s
     possible = excess <= excess.min() + TINY
     names = pooled(lambda p: p.names).masked_fill(~possible, math.inf)
     possible &= names <= max(budget.names, names.min().item()) + TINY
-    gain = pooled(lambda p: p.probability or 0.0).masked_fill(~possible, -math.inf)
+    gain = pooled(lambda p: (p.good or 0.0) + TIE * (p.probability or 0.0)).masked_fill(~possible, -math.inf)
     best = (gain >= gain.max() - TINY).flatten().nonzero()[:, 0]
     place = [torch.unravel_index(index, sizes) for index in best]
     found = [{e: usable[e][0][int(i)] for e, i in zip(usable, indices, strict=True)} for indices in place]
@@ -95,6 +100,8 @@ def choose(points: Mapping[str, Mapping[float, DosePoint]], unsteered: Mapping[s
 
 #: Sums of rounded shares differ in their last bits.
 TINY = 1e-6
+#: Weight of the mean P(target) where shares of good replies are as high: less than one reply among thousands.
+TIE = 1e-4
 
 
 def _usable(points: Mapping[float, DosePoint], unsteered: DosePoint, budget: Budget) -> tuple[list[float], bool]:
@@ -113,8 +120,8 @@ def _usable(points: Mapping[float, DosePoint], unsteered: DosePoint, budget: Bud
 
 
 def best_prompt(points: Mapping[str, DosePoint], budget: Budget) -> str:
-    """The prompt with the highest accuracy within the ratio; where none is within, the one with the lowest ratio."""
+    """The prompt with the most good replies within the ratio; where none is within, the one with the lowest ratio."""
     within = [name for name, point in points.items() if point.ratio <= budget.ratio]
     if not within:
         return min(points, key=lambda name: points[name].ratio)
-    return max(within, key=lambda name: points[name].accuracy or 0.0)
+    return max(within, key=lambda name: points[name].good or 0.0)

@@ -14,7 +14,7 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.methods import CONTROLS, METHODS, NONE, PROMPTS, STEERED, source_of
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
 from emosteer.evaluation.doses import DosePoint, best_prompt, choose
-from emosteer.evaluation.metrics import Table, confusion, content_tables, judged_rows, table_of
+from emosteer.evaluation.metrics import Table, agreement_of, confusion, judge_shares, judged_rows, kept_tables, table_of
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL
@@ -23,9 +23,14 @@ from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.resumable import Row
 
 #: Shares and means that are reported with an interval, beside the perplexity ratio and its median form.
-METRICS = ("accuracy", "match", "probability", "names", "synonyms", "sound", "repetition", "unfinished", "on_topic", "kept")
+METRICS = (
+    *("good", "emotion", "sound", "answers", "names", "synonyms"),
+    *("probability", "accuracy", "repetition", "unfinished", "kept"),
+)
 #: What two methods are compared by.
-COMPARED = ("accuracy", "match", "probability", "ratio", "names", "sound", "unfinished", "on_topic", "kept")
+COMPARED = ("good", "emotion", "probability", "accuracy", "ratio", "names", "sound", "answers", "unfinished", "kept")
+#: What is given of every part: of an emotion, a kind of prompt, a valence.
+PARTS = ("good", "emotion", "sound", "answers", "names", "accuracy")
 
 
 Strengths = Mapping[str, float | None]
@@ -92,7 +97,7 @@ def chosen_doses(trials: DoseTables, emotions: Sequence[str], settings: Evaluati
 
 
 def frontier(trials: DoseTables, emotions: Sequence[str]) -> list[Row]:
-    """Accuracy against perplexity ratio: one line per method, dose and emotion, and one for all emotions together."""
+    """Good replies against perplexity ratio: one line per method, dose and emotion, and one for all emotions together."""
     lines = []
     for (method, dose), table in trials.items():
         for index, emotion in ((None, "all"), *enumerate(emotions)):
@@ -120,9 +125,9 @@ def equal_ratio(
                 "setting": dose,
                 "ratio_a": DosePoint.of(own, base).ratio,
                 "ratio_b": target.ratio,
-                "accuracy_a": estimate(mean(own["accuracy"], draws)),
-                "accuracy_b": estimate(mean(table["accuracy"], draws)),
-                **compare(own, table, base, "accuracy", draws, settings.seed),
+                "good_a": estimate(mean(own["good"], draws)),
+                "good_b": estimate(mean(table["good"], draws)),
+                **compare(own, table, base, "good", draws, settings.seed),
             }
         )
     return found
@@ -163,12 +168,8 @@ def result_of(
     """Everything reported of one method."""
 
     def some(values: Table, unsteered: Table, drawn: Draws) -> Row:
-        return {
-            "accuracy": estimate(mean(values["accuracy"], drawn)),
-            "ratio": estimate(ratio_of(values, unsteered, drawn)),
-            "names": estimate(mean(values["names"], drawn)),
-            "n": values["nll"].numel(),
-        }
+        shares = {name: estimate(mean(values[name], drawn)) for name in PARTS}
+        return {**shares, "ratio": estimate(ratio_of(values, unsteered, drawn)), "n": values["nll"].numel()}
 
     def part(columns: slice, lines: Sequence[int]) -> Row:
         cut = [{name: values[list(lines)][:, columns] for name, values in source.items()} for source in (table, base)]
@@ -176,15 +177,20 @@ def result_of(
 
     everything = list(range(len(groups)))
     valences = {v: [g for g, group in enumerate(groups) if group.key.valence == v] for v in VALENCES}
+    kinds = {kind: [g for g, group in enumerate(groups) if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)}
+    by_kind = {kind: part(slice(None), lines) for kind, lines in kinds.items()}
     return {
         "method": method,
         "n": table["nll"].numel(),
-        "missing": int(table["accuracy"].isnan().sum()),
+        "missing": int(table["good"].isnan().sum()),
         **{name: estimate(mean(table[name], draws)) for name in METRICS},
         "ratio": estimate(ratio_of(table, base, draws)),
         "median_ratio": estimate((median(table["nll"], draws) - median(base["nll"], draws)).exp()),
         "n_tokens": round(table["n_tokens"].mean().item(), 6),
         "confusion": confusion(rows, emotions),
+        "judges": judge_shares(rows, emotions),
+        "worst_kind": min(by_kind, key=lambda kind: by_kind[kind]["good"]["value"] or 0.0),
+        "by_kind": by_kind,
         "by_emotion": {emotion: part(slice(e, e + 1), everything) for e, emotion in enumerate(emotions)},
         "by_valence": {valence: part(slice(None), lines) for valence, lines in valences.items() if lines},
     }
@@ -227,8 +233,8 @@ def evaluate(
     prompt = best_prompt(prompts, settings.budget) if prompts else None
     chosen = {m: {e: None if d is None else absolute_strength(d, defaults[m][e]) for e, d in own.items()} for m, own in doses.items()}
     by_method = read_test(contest, jury, test, chosen)
-    content = content_tables(by_method, test, emotions, jury.encoder, settings.seed)
-    tables = {method: {**table_of(some, test, emotions), **content[method]} for method, some in by_method.items()}
+    kept = kept_tables(by_method, test, emotions, jury.encoder)
+    tables = {method: {**table_of(some, test, emotions), "kept": kept[method]} for method, some in by_method.items()}
     draws, rivals = Draws.make(len(test), seed=settings.seed), rivals_of(settings.methods, prompt)
     body: Row = {
         "budget": vars(settings.budget),
@@ -238,6 +244,7 @@ def evaluate(
         "best_prompt": prompt,
         "frontier": frontier(trials, emotions),
         "equal_ratio": equal_ratio(trials, doses, [(a, b) for a, b in rivals if b in (prompt, *STEERED)], settings),
+        "agreement": agreement_of([row for lines in by_method.values() for row in lines]),
         "results": [result_of(m, table, tables[NONE], by_method[m], test, draws, emotions) for m, table in tables.items()],
         "comparisons": [
             {"a": a, "b": b, "metric": metric, **compare(tables[a], tables[b], tables[NONE], metric, draws, settings.seed)}

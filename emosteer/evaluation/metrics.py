@@ -1,8 +1,7 @@
-"""What is measured of a reply, as tables [scenario-event, emotion] that `resampling` takes; NaN where a judge said nothing."""
+"""What is measured of a reply, as tables [prompt, emotion] that `bootstrap` takes; NaN where no judge said anything."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,39 +12,43 @@ from torch import Tensor
 from emosteer.circuits.methods import NONE
 from emosteer.generation.fluency import EMPTY_NLL
 from emosteer.judges.jury import Jury
-from emosteer.judges.protocol import LABELS, Encoder
+from emosteer.judges.panel import UNDECIDED, Reading, krippendorff_alpha, pairwise_agreement
+from emosteer.judges.protocol import ANSWERED, LABELS, Encoder, Opinion
 from emosteer.judges.soundness import repetition
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import name_pattern, stem_pattern
 from emosteer.writing.contest_writer import Cell
 from emosteer.writing.resumable import Row
 
-#: A reply is on topic if it is nearer to its own prompt than to at least this share of as many other prompts.
-ON_TOPIC_SHARE, ON_TOPIC_OTHERS = 0.9, 10
-
 Table = dict[str, Tensor]
 
 
 def judged_rows(cells: Sequence[Cell], replies: Sequence[Row], jury: Jury, what: str) -> list[Row]:
-    """Replies with what the judges say of them: the lines of test-replies.jsonl. judged: the likeliest label, neutral included."""
+    """Replies with what the jury says of them: the lines of test-replies.jsonl. judged: the panel's label, neutral included; opinions: each
+    judge's; probabilities: their mean; answers: how probable it is that the reply answers its prompt."""
     texts = list(dict.fromkeys(reply["text"] for reply in replies))
-    opinions, verdicts = jury.opinions(texts, what), jury.verdicts(texts, what)
+    readings, verdicts = jury.readings(texts, what), jury.verdicts(texts, what)
+    pairs = [(cell.group.said, reply["text"]) for cell, reply in zip(cells, replies, strict=True)]
+    answering = jury.answering(pairs, what)
     rows = []
     for cell, reply in zip(cells, replies, strict=True):
-        opinion, verdict, key = opinions[reply["text"]], verdicts[reply["text"]], cell.group.key
+        reading, verdict, key = readings[reply["text"]], verdicts[reply["text"]], cell.group.key
         rows.append(
             {
                 "id": f"{key}/{cell.emotion}",
                 "skeleton_id": key.scenario,
                 "valence": key.valence,
                 "theme": cell.group.theme,
+                "kind": cell.group.kind,
                 "emotion": cell.emotion,
                 "method": cell.method,
                 "strength": cell.strength,
-                "prompt": cell.group.text,
+                "prompt": cell.group.said,
                 **{name: reply[name] for name in ("text", "finish_reason", "n_tokens", "nll")},
-                "probabilities": None if opinion.probabilities is None else dict(opinion.probabilities),
-                "judged": opinion.emotion(),
+                "probabilities": reading.probabilities,
+                "opinions": reading.row(),
+                "judged": reading.label,
+                "answers": answering[cell.group.said, reply["text"]],
                 "sound": verdict.sound,
                 "reasons": list(verdict.reasons),
             }
@@ -69,19 +72,30 @@ def table_of(rows: Sequence[Row], groups: Sequence[Group], emotions: Sequence[st
 
 
 def measure(row: Mapping[str, Any], target: str, emotions: Sequence[str]) -> dict[str, float]:
-    """The figures of one reply. accuracy: whether the likeliest emotion, neutral left out, is the target; match: P(target) >= 0.5."""
+    """The figures of one reply.
+
+    good: the panel reads the target, and the reply is sound, answers its prompt and does not name the emotion; emotion: the panel reads
+    the target, neutral allowed; accuracy: the emotion with the highest mean probability, neutral left out, is the target (how replies
+    were counted before there was a panel: it takes any trace of style for the emotion); probability: the mean P(target).
+    """
     text, shares = row["text"], row["probabilities"]
-    nan = float("nan")
-    judged = {"accuracy": nan, "match": nan, "probability": nan}
+    named, answers = bool(stem_pattern(target).search(text)), row["answers"] >= ANSWERED
+    judged = dict.fromkeys(("good", "emotion", "accuracy", "probability"), float("nan"))
     if shares is not None:
         among = [shares.get(emotion, 0.0) for emotion in emotions]
         share = among[emotions.index(target)]
-        judged = {"accuracy": float(share > 0 and among.index(max(among)) == emotions.index(target)), "match": float(share >= 0.5)}
-        judged["probability"] = share
+        carries = row["judged"] == target
+        judged = {
+            "good": float(carries and row["sound"] and answers and not named),
+            "emotion": float(carries),
+            "accuracy": float(share > 0 and among.index(max(among)) == emotions.index(target)),
+            "probability": share,
+        }
     return {
         **judged,
+        "answers": float(answers),
         "nll": EMPTY_NLL if row["nll"] is None else row["nll"],
-        "names": float(bool(stem_pattern(target).search(text))),
+        "names": float(named),
         "synonyms": float(bool(name_pattern(target).search(text))),
         "sound": float(row["sound"]),
         "repetition": repetition(re.findall(r"\w+", text.lower())),
@@ -90,27 +104,20 @@ def measure(row: Mapping[str, Any], target: str, emotions: Sequence[str]) -> dic
     }
 
 
-def content_tables(
-    rows: Mapping[str, Sequence[Row]], groups: Sequence[Group], emotions: Sequence[str], encoder: Encoder, seed: int
-) -> dict[str, Table]:
-    """What became of the content, by method. on_topic: whether the reply is nearer to its own prompt than to 9 of 10 prompts of other
-    scenarios, the same ten for all methods (NaN where there is no other scenario); kept: cosine with the unsteered reply."""
-    prompts, plain = [group.text for group in groups], {_group(row): row["text"] for row in rows[NONE]}
-    texts = list(dict.fromkeys([*prompts, *(row["text"] for some in rows.values() for row in some)]))
+def kept_tables(rows: Mapping[str, Sequence[Row]], groups: Sequence[Group], emotions: Sequence[str], encoder: Encoder) -> dict[str, Tensor]:
+    """How much of the content was kept, by method: cosine with the unsteered reply [group, emotion]."""
+    plain = {_group(row): row["text"] for row in rows[NONE]}
+    texts = list(dict.fromkeys(row["text"] for lines in rows.values() for row in lines))
     place, vectors = {text: i for i, text in enumerate(texts)}, encoder(texts).double()
-    others = [_others(groups, group, seed) for group in groups]
-    tables: dict[str, Table] = {}
-    for method, some in rows.items():
-        reply = {(*_group(row), row["emotion"]): vectors[place[row["text"]]] for row in some}
-        on_topic, kept = torch.full((2, len(groups), len(emotions)), float("nan"), dtype=torch.float64)
+    tables: dict[str, Tensor] = {}
+    for method, lines in rows.items():
+        reply = {(*_group(row), row["emotion"]): vectors[place[row["text"]]] for row in lines}
+        kept = torch.full((len(groups), len(emotions)), float("nan"), dtype=torch.float64)
         for g, group in enumerate(groups):
             key = group.key.scenario, group.key.valence
             own = torch.stack([reply[(*key, NONE if (*key, NONE) in reply else emotion)] for emotion in emotions])
             kept[g] = own @ vectors[place[plain[key]]]
-            if others[g]:
-                nearer = own @ vectors[place[group.text]][:, None] > own @ torch.stack([vectors[place[text]] for text in others[g]]).T
-                on_topic[g] = (nearer.double().mean(1) >= ON_TOPIC_SHARE - 1e-9).double()
-        tables[method] = {"on_topic": on_topic, "kept": kept}
+        tables[method] = kept
     return tables
 
 
@@ -118,15 +125,40 @@ def _group(row: Row) -> tuple[str, str]:
     return row["skeleton_id"], row["valence"]
 
 
-def _others(groups: Sequence[Group], group: Group, seed: int) -> list[str]:
-    """Prompts of other scenarios; another event of the same one would be hardly told apart."""
-    known = [other.text for other in groups if other.key.scenario != group.key.scenario]
-    return random.Random(f"on-topic/{seed}/{group.key}").sample(known, min(ON_TOPIC_OTHERS, len(known)))
+def judge_shares(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, float]:
+    """Judge's name -> share of the replies in which it alone reads the target, neutral allowed. An unsteered reply counts for every
+    emotion."""
+    shares: dict[str, float] = {}
+    for name in dict.fromkeys(name for row in rows for name in row["opinions"]):
+        hits = []
+        for row in rows:
+            given = row["opinions"].get(name)
+            if given is not None:
+                label = max(given, key=lambda one: given[one])
+                hits.append(label == row["emotion"] if row["emotion"] != NONE else (label in emotions) / len(emotions))
+        shares[name] = round(sum(hits) / len(hits), 6) if hits else 0.0
+    return shares
+
+
+def agreement_of(rows: Sequence[Row]) -> Row:
+    """How far the judges agree over the replies: Krippendorff's alpha, shares of equal labels by pair, share without a majority."""
+    votes = {row["text"]: Reading({name: Opinion(shares) for name, shares in row["opinions"].items()}) for row in rows}
+    ratings = [reading.votes for reading in votes.values()]
+    names = sorted({name for row in ratings for name in row})
+    alpha = krippendorff_alpha([[row.get(name) for name in names] for row in ratings])
+    undecided = [reading.label == UNDECIDED for reading in votes.values()]
+    return {
+        "judges": names,
+        "alpha": None if alpha is None else round(alpha, 4),
+        "pairs": {f"{a} - {b}": round(share, 4) for (a, b), share in pairwise_agreement(ratings).items()},
+        "undecided": round(sum(undecided) / len(undecided), 4) if undecided else None,
+        "n": len(ratings),
+    }
 
 
 def confusion(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, dict[str, float]]:
     """Target -> judged label, neutral included -> share of the judged replies. An unsteered reply stands in every target's row."""
-    labels, found = (*emotions, *(label for label in LABELS if label not in emotions)), {}
+    labels, found = (*emotions, *(label for label in (*LABELS, UNDECIDED) if label not in emotions)), {}
     for target in emotions:
         judged = [row["judged"] for row in rows if row["emotion"] in (target, NONE) and row["judged"] is not None]
         found[target] = {label: round(judged.count(label) / len(judged), 6) if judged else 0.0 for label in labels}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from emosteer.base import artifacts
-from emosteer.base.artifacts import Provenance
-from emosteer.base.errors import ArtifactError
 from emosteer.judges.protocol import Opinion
 
 ENCODER = "all-minilm-l6-v2"
@@ -57,18 +54,39 @@ class SentenceEncoder:
         """Mean and standard deviation over tokens of every layer, each part of unit length. Shape [text, 2 * layers * width]."""
         return self._run(texts, _layer_statistics)
 
-    @torch.no_grad()
-    def _run(self, texts: Sequence[str], read: Callable[[tuple[Tensor, ...], Tensor], Tensor], batch_size: int = 64) -> Tensor:
-        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # little padding
-        rows: list[Tensor | None] = [None] * len(texts)
-        for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            batch = [texts[i] if texts[i].strip() else "." for i in index]
-            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-            layers = self.model(**tokens, output_hidden_states=True).hidden_states
-            for i, row in zip(index, read(layers, tokens["attention_mask"][..., None].float()), strict=True):
-                rows[i] = row
-        return torch.stack([row for row in rows if row is not None]) if texts else torch.zeros(0, 0)
+    def tokens(self, texts: Sequence[str], longest: int = MAX_TOKENS) -> Any:
+        """A padded batch; an empty text is read as a full stop."""
+        batch = [text if text.strip() else "." for text in texts]
+        return self.tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+
+    def _run(self, texts: Sequence[str], read: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Tensor:
+        def rows(batch: Sequence[str]) -> Tensor:
+            tokens = self.tokens(batch)
+            return read(self.model(**tokens, output_hidden_states=True).hidden_states, tokens["attention_mask"][..., None].float())
+
+        return by_length(texts, rows)
+
+
+@lru_cache(maxsize=1)
+def shared_encoder() -> SentenceEncoder:
+    """One encoder for all judges of a process that read with it and do not change it."""
+    return SentenceEncoder()
+
+
+@torch.no_grad()
+def by_length(texts: Sequence[str], rows: Callable[[Sequence[str]], Tensor], batch_size: int = 64) -> Tensor:
+    """One row per text, read in batches of similar length, so that little is padded. Shape [text, ...]; [0, 0] for no texts.
+
+    Args:
+        rows: what is read of a batch, [text, ...].
+    """
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    read: list[Tensor | None] = [None] * len(texts)
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        for i, row in zip(index, rows([texts[i] for i in index]), strict=True):
+            read[i] = row
+    return torch.stack([row for row in read if row is not None]) if texts else torch.zeros(0, 0)
 
 
 def _layer_statistics(layers: tuple[Tensor, ...], weight: Tensor) -> Tensor:
@@ -125,23 +143,18 @@ def fit_head(features: Tensor, answers: Tensor, labels: Sequence[str], ridge: fl
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddedJudge:
-    """Probabilities over the emotions and neutral; soundness is the other head of the same file (`soundness.SoundnessCheck`)."""
+class LinearJudge:
+    """Probabilities over the emotions and neutral from a linear head on the frozen encoder; soundness is another head of the same file
+    (`soundness.SoundnessCheck`)."""
 
     encoder: SentenceEncoder
     head: LinearHead
-    key: str
-    name: str = "embedded"
+    name: str = "linear"
 
-    @classmethod
-    def load(cls, path: Path = ASSET, encoder: SentenceEncoder | None = None) -> EmbeddedJudge:
-        """The shipped judge, or another head file.
-
-        Raises:
-            ArtifactError: if the file is missing or damaged.
-        """
-        head = load_heads(path)["emotion"]  # before the encoder, which may have to be fetched
-        return cls(encoder or SentenceEncoder(), head, f"embedded-{head.key}")
+    @property
+    def key(self) -> str:
+        """A hash of the head."""
+        return f"{self.name}-{self.head.key}"
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -160,29 +173,3 @@ class EmbeddedJudge:
             if done is not None:
                 done(index, opinion)
         return opinions
-
-
-def save_heads(path: Path, heads: dict[str, LinearHead], card: dict[str, Any], provenance: Provenance) -> None:
-    """Writes the heads and their card (what was measured on held-out texts) to one file."""
-    tensors = {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in ("mean", "scale", "weight", "bias")}
-    tensors = {name: value.half() if name.endswith(("weight", "bias")) else value for name, value in tensors.items()}
-    fields = {"labels": {name: list(head.labels) for name, head in heads.items()}, "encoder": ENCODER, "card": card}
-    artifacts.save(path, KIND, fields, tensors, provenance)
-
-
-def load_heads(path: Path) -> dict[str, LinearHead]:
-    """Reads what `save_heads` wrote: name -> head.
-
-    Raises:
-        ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
-    """
-    artifact = artifacts.load(path, KIND)
-    try:
-        if artifact.fields["encoder"] != ENCODER:
-            raise ArtifactError(f"{path} reads the encoder {artifact.fields['encoder']}, expected {ENCODER}; run `make judge`")
-        return {
-            name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in ("mean", "scale", "weight", "bias")))
-            for name, labels in artifact.fields["labels"].items()
-        }
-    except (KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error

@@ -175,16 +175,16 @@ class HfJudge:
         return min(LONGEST, int(self.tokenizer.model_max_length), positions - 2)
 
 
-def refuse_same_weights(judge: object, model_sha256: str) -> None:
+def refuse_same_weights(judges: Sequence[object], model_sha256: str) -> None:
     """A judge that shares its weights with the steered model would judge itself.
 
     Raises:
-        UsageError: if a Hugging Face judge's weights are the steered model's.
+        UsageError: if a judge's weights are the steered model's.
     """
-    if isinstance(judge, HfJudge) and model_sha256 in judge.weights:
-        raise UsageError(
-            f"judge {judge.name} has the weights of the steered model itself; choose an independent one, e.g. --judge embedded"
-        )
+    for judge in judges:
+        if model_sha256 in getattr(judge, "weights", ()):
+            name = getattr(judge, "name", "")
+            raise UsageError(f"judge {name} has the weights of the steered model itself; choose an independent one, e.g. --judge embedded")
 
 
 def _loaded(classifier: Weights, device: torch.device) -> tuple[Any, Any, Any]:

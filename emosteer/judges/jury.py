@@ -1,7 +1,8 @@
-"""Who reads the contest's replies: a blind judge of the emotion, a check for sound text, an encoder for the content.
+"""Who reads the contest's replies: a panel of blind judges of the emotion, a check for sound text, a check that a reply answers its prompt,
+an encoder for the content.
 
-Opinions are kept on disk. What a local judge says of a text depends, in its last bits, on the texts that it reads with it: texts are
-therefore read in fixed chunks, whole or again. An endpoint's opinions are kept one by one, and only missing ones are asked again.
+What was said is kept on disk, by judge. What a local judge says of a text depends, in its last bits, on the texts that it reads with it:
+texts are therefore read in fixed chunks, whole or again. An endpoint's opinions are kept one by one, and only missing ones are asked again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import bar, note
-from emosteer.judges.protocol import LABELS, NEUTRAL, EmotionJudge, Encoder, Opinion, Soundness, SoundnessJudge
+from emosteer.judges.panel import Reading
+from emosteer.judges.protocol import LABELS, NEUTRAL, AnswerJudge, EmotionJudge, Encoder, Opinion, Soundness, SoundnessJudge
 
 #: Texts that are read at a time.
 CHUNK = 256
@@ -22,60 +24,97 @@ CHUNK = 256
 
 @dataclass(frozen=True, eq=False)
 class Jury:
-    """Everybody who reads. kept: what was said; paid: the judge's opinions cost money or time each and do not depend on their neighbours
-    (an endpoint): each is kept at once and only missing ones are asked."""
+    """Everybody who reads. judges: of the emotion, the panel; kept: what was said; paid: keys of the judges whose opinions cost money or
+    time each and do not depend on their neighbours (an endpoint): each is kept at once and only missing ones are asked."""
 
-    judge: EmotionJudge
+    judges: tuple[EmotionJudge, ...]
     soundness: SoundnessJudge
+    answers: AnswerJudge
     encoder: Encoder
     kept: KeyedLog
-    paid: bool = False
+    paid: frozenset[str] = frozenset()
 
-    def opinions(self, texts: Sequence[str], what: str) -> dict[str, Opinion]:
-        """Text -> opinion; identical texts are judged once. A missing opinion is not kept, so that the next run asks again.
+    @property
+    def name(self) -> str:
+        """The judges' names, for people."""
+        return ", ".join(judge.name for judge in self.judges)
+
+    @property
+    def key(self) -> str:
+        """The judges' keys."""
+        return ", ".join(judge.key for judge in self.judges)
+
+    def readings(self, texts: Sequence[str], what: str) -> dict[str, Reading]:
+        """Text -> what the panel says of it; identical texts are judged once. A missing opinion is not kept, so that the next run asks
+        again.
 
         An empty text is not shown to a judge, who would have to guess: it is neutral, and matches no emotion.
 
         Args:
             what: for the progress bar.
         """
-        opinions: dict[str, Opinion] = {"": Opinion({label: float(label == NEUTRAL) for label in LABELS})}
         unique = [text for text in dict.fromkeys(texts) if text]
-        with bar(f"{what} (opinions)", len(unique)) as advance:
+        by_judge = {judge.name: self._opinions(judge, unique, what) for judge in self.judges}
+        empty = Opinion({label: float(label == NEUTRAL) for label in LABELS})
+        readings = {"": Reading(dict.fromkeys(by_judge, empty))}
+        return readings | {text: Reading({name: opinions[text] for name, opinions in by_judge.items()}) for text in unique}
+
+    def _opinions(self, judge: EmotionJudge, unique: Sequence[str], what: str) -> dict[str, Opinion]:
+        opinions: dict[str, Opinion] = {}
+        with bar(f"{what} ({judge.name})", len(unique)) as advance:
             for start in range(0, len(unique), CHUNK):
                 chunk = unique[start : start + CHUNK]
-                missing = [text for text in chunk if self._key(self.judge.key, text) not in self.kept.rows]
-                failed = self._ask(missing if self.paid else chunk) if missing else {}
+                missing = [text for text in chunk if self._key(judge.key, text) not in self.kept.rows]
+                failed = self._ask(judge, missing if judge.key in self.paid else chunk) if missing else {}
                 for text in chunk:
-                    row = self.kept.rows.get(self._key(self.judge.key, text))
+                    row = self.kept.rows.get(self._key(judge.key, text))
                     opinions[text] = Opinion(row["probabilities"]) if row else failed[text]
                 advance(len(chunk))
         lost = [opinion.problem for opinion in opinions.values() if opinion.probabilities is None]
         if lost:
-            note(f"{what}: {len(lost)} of {len(unique)} opinions are missing ({lost[0] or 'no reason given'}); the same command asks again")
+            reason = lost[0] or "no reason given"
+            note(f"{what}: {len(lost)} of {len(unique)} opinions of {judge.name} are missing ({reason}); the same command asks again")
         return opinions
 
     def verdicts(self, texts: Sequence[str], what: str) -> dict[str, Soundness]:
         """Text -> whether it is sound."""
-        unique, name = list(dict.fromkeys(texts)), self.soundness.key
-        with bar(f"{what} (soundness)", len(unique)) as advance:
-            for start in range(0, len(unique), CHUNK):
-                chunk = unique[start : start + CHUNK]
-                if any(self._key(name, text) not in self.kept.rows for text in chunk):
-                    checked = dict(zip(chunk, self.soundness.check(chunk), strict=True))
-                    self.kept.add({self._key(name, t): {"soundness": name, **vars(verdict)} for t, verdict in checked.items()})
-                advance(len(chunk))
-        rows = {text: self.kept.rows[self._key(name, text)] for text in unique}
+        name = self.soundness.key
+        rows = self._checked(name, texts, f"{what} (soundness)", lambda chunk: [vars(verdict) for verdict in self.soundness.check(chunk)])
         return {text: Soundness(row["sound"], tuple(row["reasons"]), row["score"]) for text, row in rows.items()}
 
-    def _ask(self, texts: Sequence[str]) -> dict[str, Opinion]:
+    def answering(self, pairs: Sequence[tuple[str, str]], what: str) -> dict[tuple[str, str], float]:
+        """(prompt, reply) -> probability that the reply answers the prompt; an empty reply answers nothing."""
+        known = {pair_text(*pair): pair for pair in dict.fromkeys(pairs) if pair[1].strip()}
+
+        def read(chunk: Sequence[str]) -> list[dict[str, Any]]:
+            return [{"answers": round(share, 6)} for share in self.answers.probabilities([known[text] for text in chunk])]
+
+        rows = self._checked(self.answers.key, list(known), f"{what} (answers)", read)
+        return dict.fromkeys(pairs, 0.0) | {known[text]: row["answers"] for text, row in rows.items()}
+
+    def _checked(
+        self, who: str, texts: Sequence[str], what: str, read: Callable[[Sequence[str]], list[dict[str, Any]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Text -> what a local check says of it, read in chunks and kept."""
+        unique = list(dict.fromkeys(texts))
+        with bar(what, len(unique)) as advance:
+            for start in range(0, len(unique), CHUNK):
+                chunk = unique[start : start + CHUNK]
+                if any(self._key(who, text) not in self.kept.rows for text in chunk):
+                    rows = zip(chunk, read(chunk), strict=True)
+                    self.kept.add({self._key(who, text): {"check": who, **row} for text, row in rows})
+                advance(len(chunk))
+        return {text: self.kept.rows[self._key(who, text)] for text in unique}
+
+    def _ask(self, judge: EmotionJudge, texts: Sequence[str]) -> dict[str, Opinion]:
         """Asks, keeps the opinions, and returns those that failed."""
 
         def keep(answers: Mapping[str, Opinion]) -> None:
             known = {text: opinion.probabilities for text, opinion in answers.items() if opinion.probabilities is not None}
-            self.kept.add({self._key(self.judge.key, t): {"judge": self.judge.key, "probabilities": rounded(p)} for t, p in known.items()})
+            self.kept.add({self._key(judge.key, t): {"judge": judge.key, "probabilities": rounded(p)} for t, p in known.items()})
 
-        opinions = self.judge.opinions(texts, (lambda index, opinion: keep({texts[index]: opinion})) if self.paid else None)
+        one_by_one = judge.key in self.paid
+        opinions = judge.opinions(texts, (lambda index, opinion: keep({texts[index]: opinion})) if one_by_one else None)
         answers = dict(zip(texts, opinions, strict=True))
         keep(answers)
         return {text: opinion for text, opinion in answers.items() if opinion.probabilities is None}
@@ -85,17 +124,32 @@ class Jury:
         return sha256_text(json.dumps([who, text]))
 
 
+def pair_text(prompt: str, reply: str) -> str:
+    """A prompt and a reply as one text, by which what is said of them is kept."""
+    return json.dumps([prompt, reply])
+
+
 def make_jury(spec: str, **options: Any) -> Callable[[KeyedLog], Jury]:
-    """The judges that a specification names (see `judges.make_judge`, which takes the options), made at once, so that what is wrong with
-    them is said before a model is loaded. Returns where they keep what they say -> jury."""
-    from emosteer.judges.embedded import SentenceEncoder
-    from emosteer.judges.registry import JudgeSpec, make_judge
+    """The judges that a specification names (see `registry.make_judges`, which takes the options), made at once, so that what is wrong
+    with them is said before a model is loaded. Returns where they keep what they say -> jury."""
+    from emosteer.judges.registry import JudgeSpec, make_judges, specs_of
+
+    judges = make_judges(spec, **options)
+    remote = [JudgeSpec.parse(one).remote for one in specs_of(spec)]
+    return jury_of_judges(judges, frozenset(judge.key for judge, paid in zip(judges, remote, strict=True) if paid))
+
+
+def jury_of_judges(judges: Sequence[EmotionJudge], paid: frozenset[str] = frozenset()) -> Callable[[KeyedLog], Jury]:
+    """The same with judges that are made already."""
+    from emosteer.judges.answers import AnswerCheck
+    from emosteer.judges.embedded import SentenceEncoder, shared_encoder
     from emosteer.judges.soundness import SoundnessCheck
 
-    judge = make_judge(spec, **options)
-    encoder = getattr(judge, "encoder", None) or SentenceEncoder()  # the embedded judge's encoder serves all
-    soundness = SoundnessCheck.load(encoder=encoder)
-    return lambda kept: Jury(judge, soundness, encoder, kept, paid=JudgeSpec.parse(spec).remote)
+    # one encoder serves all that read with it
+    encoders = [getattr(judge, "encoder", None) for judge in judges]
+    encoder = next((one for one in encoders if isinstance(one, SentenceEncoder)), None) or shared_encoder()
+    soundness, answers = SoundnessCheck.load(encoder=encoder), AnswerCheck.load(encoder=encoder)
+    return lambda kept: Jury(tuple(judges), soundness, answers, encoder, kept, paid)
 
 
 def rounded(shares: Mapping[str, float]) -> dict[str, float]:

@@ -7,10 +7,10 @@ labels; where no label has that many, the panel is undecided, and an undecided r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from emosteer.judges.protocol import Opinion
+from emosteer.judges.protocol import EmotionJudge, Opinion
 
 #: The panel's reading where no label has more than half of the votes.
 UNDECIDED = "undecided"
@@ -40,10 +40,53 @@ class Reading:
         label, count = max(Counter(votes.values()).items(), key=lambda item: item[1])
         return label if 2 * count > len(self.opinions) else UNDECIDED
 
-    def share(self, label: str) -> float | None:
-        """Mean probability of a label over the judges that said something; None where none did."""
-        shares = [opinion.probabilities.get(label, 0.0) for opinion in self.opinions.values() if opinion.probabilities is not None]
-        return sum(shares) / len(shares) if shares else None
+    @property
+    def probabilities(self) -> dict[str, float] | None:
+        """Label -> mean probability over the judges that said something; None where none did."""
+        given = [opinion.probabilities for opinion in self.opinions.values() if opinion.probabilities is not None]
+        labels = dict.fromkeys(label for shares in given for label in shares)
+        return {label: sum(shares.get(label, 0.0) for shares in given) / len(given) for label in labels} if given else None
+
+    @property
+    def problem(self) -> str:
+        """Why a judge said nothing; empty where all spoke."""
+        return next((opinion.problem or "no reason given" for opinion in self.opinions.values() if opinion.probabilities is None), "")
+
+    def row(self) -> dict[str, Mapping[str, float] | None]:
+        """Judge's name -> label -> probability, None where it said nothing: what is written to files."""
+        return {name: opinion.probabilities for name, opinion in self.opinions.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Several judges as one: it says what most of them say; its probabilities are their mean."""
+
+    judges: tuple[EmotionJudge, ...]
+
+    @property
+    def name(self) -> str:
+        """The judges' names."""
+        return ", ".join(judge.name for judge in self.judges)
+
+    @property
+    def key(self) -> str:
+        """The judges' keys."""
+        return ", ".join(judge.key for judge in self.judges)
+
+    def readings(self, texts: Sequence[str]) -> list[Reading]:
+        """Every judge's opinion of each text, in order."""
+        by_judge = {judge.name: judge.opinions(texts) for judge in self.judges}
+        return [Reading({name: opinions[i] for name, opinions in by_judge.items()}) for i in range(len(texts))]
+
+    def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
+        """One opinion per text; missing only where every judge's is."""
+        opinions = []
+        for index, reading in enumerate(self.readings(texts)):
+            shares = reading.probabilities
+            opinions.append(Opinion(shares, reading.problem if shares is None else "", reading.label))
+            if done is not None:
+                done(index, opinions[-1])
+        return opinions
 
 
 def krippendorff_alpha(ratings: Sequence[Sequence[str | None]]) -> float | None:

@@ -19,19 +19,25 @@ if TYPE_CHECKING:
 NEUTRAL = "neutral"
 #: What every judge answers in: the emotions, then neutral.
 LABELS = (*EMOTIONS, NEUTRAL)
+#: A reply answers its prompt from this probability on.
+ANSWERED = 0.5
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """One text, judged blind. probabilities: label -> share, summing to 1, or None if the call failed; problem: why it failed."""
+    """One text, judged blind. probabilities: label -> share, summing to 1, or None if the call failed; problem: why it failed; label: what
+    is said where that is not simply the likeliest one (a panel's majority)."""
 
     probabilities: Mapping[str, float] | None
     problem: str = ""
+    label: str | None = None
 
     def emotion(self, among: Sequence[str] | None = None) -> str | None:
         """The likeliest label (of `among`, so that six-way leaves neutral out); None where the opinion is missing."""
         if self.probabilities is None:
             return None
+        if among is None and self.label is not None:
+            return self.label
         return max(among or tuple(self.probabilities), key=lambda label: self.probabilities[label])  # type: ignore[index]
 
 
@@ -66,6 +72,17 @@ class SoundnessJudge(Protocol):
 
     def check(self, texts: Sequence[str]) -> list[Soundness]:
         """One verdict per text, in order."""
+        ...
+
+
+class AnswerJudge(Protocol):
+    """Says whether replies answer their prompts. key: a hash or version of everything that shapes what it says."""
+
+    @property
+    def key(self) -> str: ...
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Per (prompt, reply) the probability that the reply answers the prompt."""
         ...
 
 

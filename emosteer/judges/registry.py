@@ -1,19 +1,22 @@
-"""Judges by name: "embedded", "hf:ID", "openai:MODEL". Each brings its own libraries, so that they are imported only when asked for."""
+"""Judges by name: "embedded", "public", "linear", "lm:MODEL", "hf:ID", "openai:MODEL", or several with commas.
+Each brings its own libraries, so that they are imported only when asked for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emosteer.base.cache_folder import cache_dir
 from emosteer.base.errors import UsageError, suggest
 from emosteer.base.files import slug
 from emosteer.judges.protocol import EmotionJudge
 
-#: The judge that comes along; the environment variable that holds an endpoint's key; requests to the endpoint at a time.
+#: The panel that comes along; the environment variable that holds an endpoint's key; requests to the endpoint at a time.
 EMBEDDED, KEY_ENV, PARALLEL = "embedded", "OPENAI_API_KEY", 8
+PANEL = "embedded,public,linear"
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,30 @@ class JudgeOptions:
     device: str = "auto"
 
 
-def _embedded(reference: str, options: JudgeOptions) -> EmotionJudge:
-    from emosteer.judges.embedded import EmbeddedJudge
+def _tuned(name: str) -> Callable[[str, JudgeOptions], EmotionJudge]:
+    def make(reference: str, options: JudgeOptions) -> EmotionJudge:
+        from emosteer.judges.adapters import TunedJudge
+        from emosteer.judges.embedded import ASSET, shared_encoder
+        from emosteer.judges.storage import load_adapter
 
-    return EmbeddedJudge.load()
+        adapter = load_adapter(ASSET, name)  # before the encoder, which may have to be fetched
+        return TunedJudge.of(shared_encoder(), adapter, name)
+
+    return make
+
+
+def _linear(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.embedded import ASSET, LinearJudge, shared_encoder
+    from emosteer.judges.storage import load_heads
+
+    head = load_heads(ASSET)["emotion"]
+    return LinearJudge(shared_encoder(), head)
+
+
+def _language_model(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.language_model import LanguageModelJudge
+
+    return LanguageModelJudge.load(reference, options.device)
 
 
 def _huggingface(reference: str, options: JudgeOptions) -> EmotionJudge:
@@ -68,7 +91,10 @@ class JudgeKind:
 
 #: Every judge, by the word before the colon.
 KINDS = {
-    EMBEDDED: JudgeKind(EMBEDDED, _embedded),
+    EMBEDDED: JudgeKind(EMBEDDED, _tuned(EMBEDDED)),
+    "public": JudgeKind("public", _tuned("public")),
+    "linear": JudgeKind("linear", _linear),
+    "lm": JudgeKind("lm:MODEL", _language_model),
     "hf": JudgeKind("hf:ID_OR_FOLDER", _huggingface),
     "openai": JudgeKind("openai:MODEL", _openai, remote=True),
 }
@@ -104,6 +130,37 @@ class JudgeSpec:
     def remote(self) -> bool:
         """Whether the judge answers from an endpoint (`JudgeKind`)."""
         return self.kind in KINDS and KINDS[self.kind].remote
+
+
+def specs_of(panel: str) -> list[str]:
+    """The judges of a panel: specifications with commas between them.
+
+    Raises:
+        UsageError: if there is none, or one twice.
+    """
+    specs = [spec.strip() for spec in panel.split(",") if spec.strip()]
+    if not specs or len(set(specs)) != len(specs):
+        raise UsageError(f"expected one judge or several different ones with commas, found '{panel}'; a judge is {JUDGE_FORMS}")
+    return specs
+
+
+def make_judges(panel: str, **options: Any) -> list[EmotionJudge]:
+    """The judges of a panel, each by `make_judge`, which takes the options. Options of an endpoint go to those judges that are one.
+
+    Raises:
+        UsageError, EmosteerError: as for `make_judge`.
+    """
+    specs = specs_of(panel)
+    remote = [JudgeSpec.parse(spec).remote for spec in specs]
+    local = options if not any(remote) else {name: value for name, value in options.items() if name not in ("base_url", "cache")}
+    return [make_judge(spec, **(options if far else local)) for spec, far in zip(specs, remote, strict=True)]
+
+
+def judge_of(judges: Sequence[EmotionJudge]) -> EmotionJudge:
+    """Several judges as one panel; a single one as it is."""
+    from emosteer.judges.panel import Panel
+
+    return judges[0] if len(judges) == 1 else Panel(tuple(judges))
 
 
 def make_judge(

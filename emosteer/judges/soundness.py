@@ -15,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder, load_heads
+from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder
 from emosteer.judges.protocol import Soundness
+from emosteer.judges.storage import load_heads
 
 SOUND = "sound"
 #: What can be wrong, as the head names it.

@@ -1,17 +1,20 @@
-"""`make judge`: fits the embedded judge's heads on data/judge/ and measures them on texts that were held out.
+"""`make judge`: fits the judges that come along and measures each on texts that it never saw, sources left out whole among them.
 
-A seventh of the texts, drawn by their own hash, is never fitted on; the card in the file says how the heads do on it. The broken texts for
-the soundness head are made here from the sound ones, so that no broken text has to be collected.
+- `embedded`: the encoder fine-tuned on all sources: public texts that people labelled, and the project's own (data/judge/).
+- `public`: the same, on the public sources alone.
+- `linear`: a linear head on the frozen encoder, on all sources.
+- the soundness head, on sound texts broken on purpose (`broken_texts`), and the check whether a reply answers its prompt (`answers`).
+
+The card in the file holds what is printed here. The reply banks are never fitted on by a judge of emotions: they are a test.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,186 +22,114 @@ import torch
 from torch import Tensor
 
 from emosteer.base.artifacts import Provenance
-from emosteer.base.errors import DataError
+from emosteer.base.errors import DataError, EmosteerError
 from emosteer.base.files import read_jsonl, sha256_file
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
-from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, SentenceEncoder, fit_head, save_heads
-from emosteer.judges.protocol import LABELS
+from emosteer.judges.adapters import Adapter, TunedJudge
+from emosteer.judges.answers import ANSWERS, Answered, pair_of, pair_texts
+from emosteer.judges.broken_texts import soundness_examples
+from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, SentenceEncoder, fit_head
+from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
+from emosteer.judges.protocol import ANSWERED, LABELS
 from emosteer.judges.soundness import FAULTS, SOUND, verdicts_of
-from emosteer.scenarios.scenarios import data_path
+from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
+from emosteer.judges.storage import save_judges
+from emosteer.scenarios.prompt_sets import read_groups
+from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
 from emosteer.scenarios.splits import stable_share
 
-#: Share of the texts that no head is fitted on.
-HELD_OUT = 1 / 7
-#: Share of the texts that are broken in each way; the classes are then about as large as the sound one.
-SHARE_BROKEN = 0.4
-FILES = ("judge/sentences.jsonl", "judge/replies.jsonl")
+OWN = {"sentences": "judge/sentences.jsonl", "replies": "judge/replies.jsonl"}
 FOREIGN = "judge/other_languages.jsonl"
+PAIRS = "judge/answer_pairs.jsonl"
+#: Reply banks with their prompts: a test of the emotion judges, and what the answer check is fitted on.
+BANKS = {"bank": ("sev/train.jsonl", "replies/train.jsonl"), "spoken": ("prompts/train.jsonl", "replies/spoken.jsonl")}
+#: Shares of the draws that each source has; those of sources left out go to the others.
+SHARES = {"goemotions-ekman": 0.42, "xed-en": 0.2, "sentences": 0.13, "replies": 0.25}
+#: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
+MOST_FITTED, MOST_MEASURED = 6000, 3000
+#: The answer check learns from pairs, twice as long as texts.
+ANSWER_SETTINGS = FineTuneSettings(steps=600, batch=32, balance=1.0, longest=160)
 
 
-@dataclass(frozen=True)
-class Example:
-    """A judge text. held_out: whether it serves for measuring only."""
-
-    label: str
-    register: str
-    text: str
-
-    @property
-    def held_out(self) -> bool:
-        """Decided by the text alone, so that adding texts moves none."""
-        return stable_share(f"judge/{self.text}", 0) < HELD_OUT
-
-
-def read_examples(paths: Sequence[Path]) -> list[Example]:
-    """Reads judge texts.
+def read_own(name: str, file: str) -> Source:
+    """A source of the project's own.
 
     Raises:
         DataError: naming file and line, if a label is unknown, a text empty, or a text is there twice.
     """
-    by_text: dict[str, Example] = {}
-    for path in paths:
-        for number, row in read_jsonl(path, "judge texts"):
-            label, text = row.get("label"), row.get("text")
-            if label not in LABELS or not (isinstance(text, str) and text.strip()):
-                raise DataError(f"{path}:{number}: expected 'label' to be one of {', '.join(LABELS)} and 'text' a text that is not empty")
-            if text in by_text:
-                raise DataError(f"{path}:{number}: this text is there twice; a held-out text must not be fitted on")
-            by_text[text] = Example(label, str(row.get("register", "")), text)
-    return list(by_text.values())
+    path, parts, seen = data_path(file), {False: list[Labelled](), True: list[Labelled]()}, set[str]()
+    for number, row in read_jsonl(path, "judge texts"):
+        label, text = row.get("label"), row.get("text")
+        if label not in LABELS or not (isinstance(text, str) and text.strip()):
+            raise DataError(f"{path}:{number}: expected 'label' to be one of {', '.join(LABELS)} and 'text' a text that is not empty")
+        if text in seen:
+            raise DataError(f"{path}:{number}: this text is there twice; a held-out text must not be fitted on")
+        seen.add(text)
+        parts[held_out(text)].append((text, label))
+    return Source(name, tuple(parts[False]), tuple(parts[True]), False, {path.name: sha256_file(path)})
 
 
-# ---- broken texts ----------------------------------------------------------------------------------------------------------------
+def read_banks() -> tuple[dict[str, list[Labelled]], list[Answered]]:
+    """The reply banks as (bank's name -> labelled replies, replies with their prompts)."""
+    labelled: dict[str, list[Labelled]] = {}
+    answered: list[Answered] = []
+    for name, (prompts, replies) in BANKS.items():
+        bank = read_bank(data_path(replies))
+        labelled[name] = [(text, label) for row in bank.values() for label, text in row.items()]
+        for group in read_groups(data_path(prompts)):
+            others = [bank.get(GroupKey(group.key.scenario, v), {}) for v in VALENCES if group.key.valence and v != group.key.valence]
+            for tone, reply in bank.get(group.key, {}).items():
+                answered.append(Answered(group.said, reply, tone, tuple(row[tone] for row in others if tone in row)))
+    return labelled, answered
 
 
-def _shuffled(words: list[str], rng: random.Random) -> str:
-    rng.shuffle(words)
-    return " ".join(words)
+# ---- measuring ---------------------------------------------------------------------------------------------------------------------
 
 
-def _shuffled_nearby(words: list[str], rng: random.Random) -> str:
-    size = rng.randint(3, 6)
-    parts = [words[i : i + size] for i in range(0, len(words), size)]
-    for part in parts:
-        rng.shuffle(part)
-    return " ".join(word for part in parts for word in part)
+def measure(probabilities: Tensor, answers: Tensor) -> dict[str, Any]:
+    """Accuracy with neutral and six-way (on the emotional texts, neutral left out), macro-F1 over the labels that occur, recall by label,
+    calibration error and the reliability curve (bins of a tenth: mean confidence, accuracy, texts).
 
-
-def _half_shuffled(words: list[str], rng: random.Random) -> str:
-    middle = len(words) // 3
-    rest = words[middle:]
-    rng.shuffle(rest)
-    return " ".join(words[:middle] + rest)
-
-
-def _content_only(words: list[str], rng: random.Random) -> str:
-    content = [word.strip(".,!?;:\"'") for word in words if len(word) > 4] or words
-    return " ".join(rng.choice(content) for _ in range(max(8, len(words))))
-
-
-def _one_word_again(words: list[str], rng: random.Random) -> str:
-    at = rng.randrange(len(words))
-    return " ".join(words[:at] + [words[at]] * rng.randint(5, 25) + (words[at + 1 :] if rng.random() < 0.3 else []))
-
-
-def _loop(words: list[str], rng: random.Random) -> str:
-    size = rng.randint(2, 6)
-    at = rng.randrange(max(1, len(words) - size))
-    return " ".join(words[:at] + words[at : at + size] * rng.randint(3, 8))
-
-
-def _doubled(words: list[str], rng: random.Random) -> str:
-    return " ".join(word for word in words for _ in range(rng.choice((1, 2, 2, 3))))
-
-
-def _hyphens(words: list[str], rng: random.Random) -> str:
-    at, size = rng.randrange(max(1, len(words) // 2)), rng.randint(5, 16)
-    chain = "-".join(word.strip(".,!?;:").lower() for word in words[at : at + size])
-    return " ".join([*words[:at], chain[: max(8, len(chain) - rng.randint(0, 4))]]) + "-"
-
-
-def _noise(words: list[str], rng: random.Random) -> str:
-    marks = ["!!", "??", "**", "##", "//", "...", "@", "|", "<|", "|>", "&&", "~~", "=="]
-    return " ".join(word if rng.random() < 0.5 else word + "".join(rng.choice(marks) for _ in range(rng.randint(1, 3))) for word in words)
-
-
-def _letters(words: list[str], rng: random.Random) -> str:
-    def bent(word: str) -> str:
-        inner = list(word)
-        rng.shuffle(inner)
-        return "".join(inner)
-
-    return " ".join(bent(word) if rng.random() < 0.6 else word for word in words)
-
-
-def _glued(words: list[str], rng: random.Random) -> str:
-    return "".join(word.strip(".,!?").capitalize() + (" " if rng.random() < 0.15 else "") for word in words)
-
-
-Breaker = Callable[[list[str], random.Random], str]
-#: fault -> ways of breaking a text.
-BREAKERS: dict[str, tuple[Breaker, ...]] = {
-    "order": (_shuffled, _shuffled_nearby, _half_shuffled, _content_only),
-    "repetition": (_one_word_again, _loop, _doubled),
-    "symbols": (_hyphens, _noise, _letters, _glued),
-}
-
-
-def broken(text: str, fault: str, rng: random.Random) -> str | None:
-    """The text, broken in a way of that fault; None where the text is too short to be broken or came out unbroken."""
-    words = text.split()
-    if len(words) < 6:
-        return None
-    made = rng.choice(BREAKERS[fault])(list(words), rng)
-    return made if made != text and made.split() != words else None
-
-
-def still_sound(texts: Sequence[str], rng: random.Random) -> list[str]:
-    """Other shapes that sound text comes in: two replies in a row, and cut off at a word."""
-    longer = [f"{text} {rng.choice(texts)}" for text in texts if rng.random() < 0.5]
-    cut = [" ".join(words[: rng.randint(len(words) // 2, len(words) - 1)]) for words in map(str.split, texts) if len(words) > 9]
-    return longer + rng.sample(cut, len(cut) // 2)
-
-
-def soundness_examples(texts: Sequence[str], foreign: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    """(label, text) for the soundness head, from sound English texts and texts in other languages."""
-    rng = random.Random(seed)
-    examples = [(SOUND, text) for text in texts]
-    examples += [(SOUND, text) for text in still_sound(texts, rng)]
-    for fault in BREAKERS:
-        made = ((fault, broken(text, fault, rng)) for text in texts if rng.random() < SHARE_BROKEN)
-        examples += [(label, text) for label, text in made if text is not None]
-    return examples + [("language", text) for text in foreign]
-
-
-# ---- fitting and measuring -------------------------------------------------------------------------------------------------------
-
-
-def measure_emotions(head: LinearHead, features: Tensor, answers: Tensor, registers: Sequence[str]) -> dict[str, Any]:
-    """Accuracy (seven-way, and six-way on the emotional ones), macro-F1, confusion, calibration error, and accuracy by register."""
-    probabilities = head.probabilities(features)
+    Args:
+        probabilities: [text, label]; answers: [text], indices of `LABELS`.
+    """
     guessed = probabilities.argmax(-1)
     right = (guessed == answers).float()
-    six = answers < len(LABELS) - 1
+    emotional = answers < len(LABELS) - 1
     confusion = torch.zeros(len(LABELS), len(LABELS), dtype=torch.long)
-    for answer, guess in zip(answers.tolist(), guessed.tolist(), strict=True):
-        confusion[answer, guess] += 1
-    hits = confusion.diag()
-    f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp_min(1)
+    confusion.index_put_((answers, guessed), torch.ones_like(answers), accumulate=True)
+    hits, given = confusion.diag(), confusion.sum(1)
+    f1 = (2 * hits / (confusion.sum(0) + given).clamp_min(1))[given > 0]
     sure = probabilities.amax(-1)
     bins = [(sure > low / 10) & (sure <= (low + 1) / 10) for low in range(10)]
-    gap = sum(abs((sure[b].mean() - right[b].mean()).item()) * b.sum().item() for b in bins if b.any()) / len(answers)
-    by = {name: right[[i for i, r in enumerate(registers) if r == name]] for name in sorted(set(registers))}
+    curve = [(round(sure[b].mean().item(), 4), round(right[b].mean().item(), 4), int(b.sum())) for b in bins if b.any()]
+    gap = sum(abs(confidence - accuracy) * n for confidence, accuracy, n in curve) / len(answers)
+    six = (probabilities[emotional][:, :-1].argmax(-1) == answers[emotional]).float()
     return {
         "n": len(answers),
         "accuracy": round(right.mean().item(), 4),
-        "accuracy_six_way": round((probabilities[six][:, :-1].argmax(-1) == answers[six]).float().mean().item(), 4),
+        "accuracy_six_way": round(six.mean().item(), 4) if len(six) else None,
         "macro_f1": round(f1.mean().item(), 4),
+        "recall": {label: round(hits[i].item() / given[i].item(), 4) for i, label in enumerate(LABELS) if given[i]},
         "expected_calibration_error": round(gap, 4),
+        "reliability": curve,
         "confusion": {label: dict(zip(LABELS, row.tolist(), strict=True)) for label, row in zip(LABELS, confusion, strict=True)},
-        "by_register": {name: {"n": len(hits_of), "accuracy": round(hits_of.mean().item(), 4)} for name, hits_of in by.items()},
     }
+
+
+def some_of(texts: Sequence[Labelled], most: int) -> list[Labelled]:
+    """At most so many of the texts, drawn by their own hash."""
+    return sorted(texts, key=lambda labelled: stable_share(f"drawn/{labelled[0]}", 0))[:most]
+
+
+def measured(judge: Any, tests: Mapping[str, Sequence[Labelled]]) -> dict[str, Any]:
+    """A judge on each source's held-out texts."""
+    results = {}
+    for name, texts in tests.items():
+        answers = torch.tensor([LABELS.index(label) for _, label in texts])
+        results[name] = measure(judge.probabilities([text for text, _ in texts]), answers)
+    return results
 
 
 def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -212,24 +143,38 @@ def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tup
     }
 
 
-def train(paths: Sequence[Path], foreign_path: Path, out: Path) -> dict[str, Any]:
-    """Fits both heads, writes them with their card to `out`, and returns the card."""
-    examples = read_examples(paths)
-    foreign = [str(row["text"]) for _, row in read_jsonl(foreign_path, "texts in other languages")]
-    encoder = SentenceEncoder()
-    note(f"reading {len(examples)} judge texts")
-    features = encoder.features([example.text for example in examples])
-    answers = torch.tensor([LABELS.index(example.label) for example in examples])
-    held = torch.tensor([example.held_out for example in examples])
-    emotion = fit_head(features[~held], answers[~held], LABELS)
-    card: dict[str, Any] = {
-        "fitted_on": int((~held).sum()),
-        "emotions": measure_emotions(emotion, features[held], answers[held], [e.register for e in examples if e.held_out]),
-    }
-    note("making broken texts and reading them")
+def measure_answers(judge: TunedJudge, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By relation of the hand-made pairs: the share that is called an answer."""
+    column = judge.labels.index(ANSWERS)
+    shares = judge.probabilities([pair_of(pair["prompt"], pair["reply"]) for pair in pairs])[:, column].tolist()
+    relations = dict.fromkeys(pair["relation"] for pair in pairs)
+    called = {r: [share >= ANSWERED for share, pair in zip(shares, pairs, strict=True) if pair["relation"] == r] for r in relations}
+    return {relation: {"n": len(hits), "called_answer": round(sum(hits) / len(hits), 4)} for relation, hits in called.items()}
+
+
+# ---- fitting -----------------------------------------------------------------------------------------------------------------------
+
+
+def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> TunedJudge:
+    """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
+    # a twentieth of the texts, by hash, serves for the temperature alone
+    kept = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) < 0.05] for s in sources}
+    fitted = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) >= 0.05] for s in sources}
+    adapter = fine_tune(fitted, SHARES, settings, f"judge '{name}'")
+    judge = TunedJudge.of(SentenceEncoder(), adapter, name)
+    texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
+    logits = judge.probabilities([text for text, *_ in texts]).log()
+    answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
+    adapter = calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
+    rounded = Adapter.of(adapter.labels, adapter.tensors())  # as it will be read back
+    return TunedJudge.of(judge.encoder, rounded, name)
+
+
+def fit_soundness(encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str]) -> tuple[LinearHead, dict[str, Any]]:
+    """The soundness head, and what it does on texts that were held out."""
     split = {
         part: soundness_examples(
-            [e.text for e in examples if e.held_out == part],
+            [text for text in texts if held_out(text) == part],
             [t for t in foreign if (stable_share(t, 0) < HELD_OUT) == part],
             seed=int(part),
         )
@@ -237,34 +182,104 @@ def train(paths: Sequence[Path], foreign_path: Path, out: Path) -> dict[str, Any
     }
     shown = {part: encoder.features([text for _, text in labelled]) for part, labelled in split.items()}
     names = (SOUND, *FAULTS)
-    soundness = fit_head(shown[False], torch.tensor([names.index(label) for label, _ in split[False]]), names)
-    card["soundness"] = measure_soundness(soundness, shown[True], split[True])
-    data = {path.name: sha256_file(path) for path in (*paths, foreign_path)}
-    provenance = Provenance(ENCODER, "", "", "linear heads on layer statistics", {"held_out": "by the text's hash, 1 in 7"}, data=data)
-    save_heads(out, {"emotion": emotion, "soundness": soundness}, card, provenance)
+    head = fit_head(shown[False], torch.tensor([names.index(label) for label, _ in split[False]]), names)
+    return head, measure_soundness(head, shown[True], split[True])
+
+
+class Linear:
+    """A linear head as a judge, for measuring."""
+
+    def __init__(self, encoder: SentenceEncoder, head: LinearHead) -> None:
+        self.encoder, self.head = encoder, head
+
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        return self.head.probabilities(self.encoder.features(texts))
+
+
+def train(public: Path, out: Path, settings: FineTuneSettings, leave_out: bool = True) -> dict[str, Any]:
+    """Fits everything, writes it with its card to `out`, and returns the card.
+
+    Args:
+        public: folder of the public texts; leave_out: also fit, to measure, with each source left out.
+    """
+    own = [read_own(name, file) for name, file in OWN.items()]
+    outside = read_public(public)
+    sources = [*outside, *own]
+    banks, answered = read_banks()
+    tests = {s.name: some_of(s.test, 10**6 if s.public and s.name.startswith("goemotions") else MOST_MEASURED) for s in sources}
+    emotional = {name: some_of([t for t in texts if t[1] in LABELS], MOST_MEASURED) for name, texts in banks.items()}
+    card: dict[str, Any] = {"settings": asdict(settings), "shares": SHARES, "fitted_on": {s.name: len(s.train) for s in sources}}
+    judges = {"embedded": tuned(sources, "embedded", settings), "public": tuned(outside, "public", settings)}
+    encoder = judges["embedded"].encoder
+    chosen = [t for s in sources for t in some_of(s.train, MOST_FITTED)]
+    note(f"fitting the linear judge on {len(chosen)} texts")
+    linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
+    card["emotions"] = {
+        name: measured(judge, {**tests, **emotional}) for name, judge in [*judges.items(), ("linear", Linear(encoder, linear))]
+    }
+    if leave_out:
+        card["left_out"] = {
+            source.name: measured(tuned([s for s in sources if s is not source], "embedded", settings), {source.name: tests[source.name]})[
+                source.name
+            ]
+            for source in sources
+        }
+    foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
+    soundness, card["soundness"] = fit_soundness(encoder, [text for s in own for text, _ in (*s.train, *s.test)], foreign)
+    pairs = pair_texts(answered, 4, 0)
+    adapter = fine_tune({"pairs": pairs}, {}, ANSWER_SETTINGS, "answers", labels=tuple(dict.fromkeys(label for _, label in pairs)))
+    check = TunedJudge.of(encoder, Adapter.of(adapter.labels, adapter.tensors()), "answers")
+    card["answers"] = measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")])
+    hashes = {name: digest for source in sources for name, digest in source.files.items()}
+    hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *(f for both in BANKS.values() for f in both))}
+    method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
+    provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
+    adapters = {**{name: judge.adapter for name, judge in judges.items()}, "answers": check.adapter}
+    save_judges(out, {"emotion": linear, "soundness": soundness}, adapters, card, provenance)
     return card
+
+
+# ---- printing ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_card(card: Mapping[str, Any]) -> None:
+    """The tables of a card."""
+    columns = ("texts of", "n", "with neutral", "six-way", "macro-F1", "calibration error", *LABELS)
+    for name, by_source in card["emotions"].items():
+        print(f"\n{name}, on texts that were held out (reply banks: none of their texts was fitted on); the last columns are recalls")
+        print_table(columns, [_line(source, row) for source, row in by_source.items()])
+    if "left_out" in card:
+        print("\nembedded, fitted without the source that it is measured on")
+        print_table(columns, [_line(source, row) for source, row in card["left_out"].items()])
+    print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
+    print_table(("text", "n", "called unsound"), [(name, *row.values()) for name, row in card["soundness"].items()])
+    print_table(("pair", "n", "called an answer"), [(name, *row.values()) for name, row in card["answers"].items()])
+
+
+def _line(source: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    shares = (row["accuracy"], row["accuracy_six_way"])
+    recalls = (f"{row['recall'][label]:.2f}" if label in row["recall"] else "-" for label in LABELS)
+    percent = ("-" if share is None else f"{share:.1%}" for share in shares)
+    return source, row["n"], *percent, f"{row['macro_f1']:.3f}", f"{row['expected_calibration_error']:.3f}", *recalls
 
 
 def main() -> None:
     """Fits, writes and prints."""
-    parser = argparse.ArgumentParser(description="Fit the embedded judge's heads on data/judge/.")
+    parser = argparse.ArgumentParser(description="Fit the judges that come along; public labelled texts are read from a folder.")
+    parser.add_argument("public", type=Path, help="folder of public labelled texts (emosteer.judges.sources fetches them)")
     parser.add_argument("--out", type=Path, default=ASSET)
+    parser.add_argument("--steps", type=int, default=FineTuneSettings.steps)
+    parser.add_argument("--skip-left-out", action="store_true", help="do not fit without each source in turn, which takes most of the time")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(2)  # sums in a fixed order: the same bits every time on one machine
-    card = train([data_path(name) for name in FILES], data_path(FOREIGN), options.out)
+    try:
+        card = train(options.public, options.out, replace(FineTuneSettings(), steps=options.steps), not options.skip_left_out)
+    except EmosteerError as error:
+        raise SystemExit(f"emosteer: {error}") from error
     if options.json:
         print(json.dumps(card, indent=2))
         return
-    emotions = card["emotions"]
-    print(
-        f"emotions: {emotions['accuracy']:.1%} of {emotions['n']} held-out texts (seven-way), six-way {emotions['accuracy_six_way']:.1%}, "
-        f"macro-F1 {emotions['macro_f1']:.3f}, calibration error {emotions['expected_calibration_error']:.3f}"
-    )
-    rows = [(label, *row.values()) for label, row in emotions["confusion"].items()]
-    print_table(("is \\ judged", *LABELS), rows)
-    print_table(("register", "n", "accuracy"), [(name, *row.values()) for name, row in emotions["by_register"].items()])
-    print_table(("text", "n", "called unsound"), [(name, *row.values()) for name, row in card["soundness"].items()])
+    print_card(card)
     print(f"wrote {options.out} ({sha256_file(options.out)})")
 
 

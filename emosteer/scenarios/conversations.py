@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from emosteer.base.errors import DataError
-from emosteer.scenarios.scenarios import text_field
-
-ROLES = ("system", "user", "assistant")
-
-
-class Message(NamedTuple):
-    """One turn. role: of `ROLES`."""
-
-    role: str
-    content: str
+from emosteer.scenarios.scenarios import Message, text_field
 
 
 def parse_messages(value: Any, where: str) -> tuple[Message, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from emosteer.base.errors import UsageError, suggest
+from emosteer.scenarios.scenarios import Message
 
 #: Appended to every prompt, elicited or not, so that replies stay short and comparable (paper section 3.2 asks the same).
 INSTRUCTION = "Keep the reply to at most two sentences."
@@ -29,30 +32,46 @@ _NO_STIMULUS = "This leaves you as you were: it is neither good nor bad for you,
 Messages = list[dict[str, str]]
 
 
-def plain(text: str, instruction: str = INSTRUCTION) -> Messages:
-    """The prompt without any emotion: what is steered, and the prompt of the `reply` elicitation."""
-    return [{"role": "user", "content": f"{text}\n{instruction}".strip()}]
+def plain(text: str, instruction: str = INSTRUCTION, earlier: Sequence[Message] = ()) -> Messages:
+    """The prompt without any emotion: what is steered, and the prompt of the `reply` elicitation.
+
+    Args:
+        earlier: what was said before the text.
+    """
+    return continued(earlier, [{"role": "user", "content": f"{text}\n{instruction}".strip()}])
 
 
-def elicit(elicitation: str, text: str, emotion: str | None, instruction: str = INSTRUCTION) -> Messages:
+def elicit(elicitation: str, text: str, emotion: str | None, instruction: str = INSTRUCTION, earlier: Sequence[Message] = ()) -> Messages:
     """The messages of an elicitation.
 
     Args:
         emotion: the emotion to ask for; None asks for a neutral reply in the same words, the baseline for patching.
+        earlier: what was said before the text.
 
     Raises:
         UsageError: for an unknown elicitation.
     """
     wanted = emotion or "neutrality"
     if elicitation == "reply":
-        return plain(text, instruction)
+        return plain(text, instruction, earlier)
     if elicitation == "tone":
         how = f"strong {emotion}" if emotion else "complete neutrality"
-        return plain(f"{text}\nReply to this in a tone of {how}.", instruction)
+        return plain(f"{text}\nReply to this in a tone of {how}.", instruction, earlier)
     if elicitation == "system":
-        return [{"role": "system", "content": f"Always reply in {wanted}."}, *plain(text, instruction)]
+        return continued(earlier, [{"role": "system", "content": f"Always reply in {wanted}."}, *plain(text, instruction)])
     if elicitation == "stimulus":
         # an emotion of the user's own has no sentence yet: its name must do
         stimulus = STIMULI.get(emotion, f"This fills you with {emotion}, and you cannot help it.") if emotion else _NO_STIMULUS
-        return plain(f"{text}\n{stimulus}", instruction)
+        return plain(f"{text}\n{stimulus}", instruction, earlier)
     raise UsageError(f"unknown elicitation '{elicitation}'{suggest(elicitation, ELICITATIONS)}; expected {', '.join(ELICITATIONS)}")
+
+
+def continued(earlier: Sequence[Message], last: Sequence[dict[str, str]]) -> Messages:
+    """A conversation with the messages of an elicitation as its end; their system line joins the conversation's at its head."""
+    messages = [message._asdict() for message in earlier]
+    if earlier and last[0]["role"] == "system":
+        system, *last = last
+        if messages[0]["role"] == "system":
+            system = {"role": "system", "content": f"{messages.pop(0)['content']}\n{system['content']}"}
+        messages.insert(0, system)
+    return [*messages, *last]

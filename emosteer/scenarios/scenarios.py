@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.files import read_jsonl
 
+#: The kind of prompt that a SEV file holds.
+SEV_KIND = "sev-vivid"
 VALENCES = ("positive", "neutral", "negative")
 #: The paper's six. The set is data, not code: every stage takes any list of names.
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
@@ -43,16 +45,30 @@ class GroupKey:
     valence: str
 
     def __str__(self) -> str:
-        return f"{self.scenario}/{self.valence}"
+        return f"{self.scenario}/{self.valence}" if self.valence else self.scenario
+
+
+class Message(NamedTuple):
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Group:
-    """One scenario-event as a prompt's text."""
+    """One scenario-event, or a prompt of another kind (`prompt_sets`), as the user's last turn. earlier: what was said before it."""
 
     key: GroupKey
     theme: str
     text: str
+    kind: str = SEV_KIND
+    earlier: tuple[Message, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """The whole conversation as one text."""
+        return " ".join([*(message.content for message in self.earlier), self.text])
 
 
 # ---- where the shipped data is -------------------------------------------------------------------------------------
@@ -136,7 +152,8 @@ Bank = dict[GroupKey, dict[str, str]]
 
 
 def read_bank(path: Path | str) -> Bank:
-    """Reads a reply bank: `{"skeleton_id", "valence", "emotion", "text"}` a line (what `generate --out` writes is one).
+    """Reads a reply bank: `{"skeleton_id", "valence", "emotion", "text"}` a line (what `generate --out` writes is one). Replies to
+    prompts that are no scenario-events have no valence.
 
     Returns:
         group -> emotion -> reply.
@@ -147,8 +164,9 @@ def read_bank(path: Path | str) -> Bank:
     bank: Bank = {}
     for number, row in read_jsonl(Path(path), "reply bank"):
         where = f"{path}:{number}"
-        scenario, valence, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "valence", "emotion", "text"))
-        if valence not in VALENCES:
+        scenario, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "emotion", "text"))
+        valence = "" if row.get("valence") is None else text_field(row["valence"], "valence", where)
+        if valence and valence not in VALENCES:
             raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
         replies = bank.setdefault(GroupKey(scenario, valence), {})
         if emotion in replies:

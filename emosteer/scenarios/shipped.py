@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
-from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read_bank, read_scenarios
+from emosteer.scenarios.prompt_sets import KINDS, of_kinds, read_groups
+from emosteer.scenarios.scenarios import SEV_KIND, Bank, Group, data_path, groups_of, read_bank, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
 
@@ -27,7 +31,7 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
         DataError: for whatever is wrong with them.
     """
     scenario_file = scenarios or data_path("sev/train.jsonl")
-    groups = groups_of(read_scenarios(scenario_file))
+    groups = read_groups(scenario_file)
     hashes = {scenario_file.name: sha256_file(scenario_file)}
     bank = None
     if elicitation == "reply":
@@ -45,20 +49,61 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
 
 
 def without_development(groups: list[Group], scenarios: Path | None = None) -> list[Group]:
-    """The groups outside the development split (a fifth of the scenarios), on which `calibrate` and `evaluate` choose."""
+    """The groups outside the development split (a fifth of the scenarios), on which `calibrate` and `evaluate` choose. Prompts of other
+    kinds have a development set of their own."""
+    events = {group.key.scenario for group in groups if group.kind == SEV_KIND}
+    if not events:
+        return groups
     kept_back = {scenario.id for scenario in split(read_scenarios(scenarios or data_path("sev/train.jsonl")), 0.2, 0)[1]}
-    return [group for group in groups if group.key.scenario not in kept_back]
+    return [group for group in groups if group.kind != SEV_KIND or group.key.scenario not in kept_back]
 
 
-def development_groups(count: int, scenarios: Path | None = None) -> tuple[list[Group], Path]:
-    """Scenario-events to choose strengths on, evenly drawn, and their file: of the shipped development split, or of a file of one's own,
-    which is not split."""
-    file = scenarios or data_path("sev/train.jsonl")
-    read = read_scenarios(file)
-    return spread(groups_of(read if scenarios else split(read, 0.2, 0)[1]), count), file
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts that are written to, and the files that they are from."""
+
+    groups: list[Group]
+    files: tuple[Path, ...]
+
+    def described(self) -> dict[str, Any]:
+        """How many, of which kinds, and the files with their hashes: what results keep."""
+        kinds = Counter(group.kind for group in self.groups)
+        return {"n_groups": len(self.groups), "kinds": dict(kinds), "files": {file.name: sha256_file(file) for file in self.files}}
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """File's name in its folder -> sha256."""
+        return {f"{file.parent.name}/{file.name}": sha256_file(file) for file in self.files}
 
 
-def unseen_groups(count: int, skip: int = 0, scenarios: Path | None = None) -> tuple[list[Group], Path]:
-    """Scenario-events that nothing was chosen on, and their file: of the shipped test set or of a file of one's own (see `unread`)."""
-    file = scenarios or data_path("sev/test.jsonl")
-    return unread(groups_of(read_scenarios(file)), count, skip), file
+def development_groups(count: int, scenarios: Path | None = None, kinds: Sequence[str] = KINDS) -> PromptSet:
+    """Prompts to choose strengths on, evenly drawn from the kinds: the shipped ones (the development split of the training scenarios, and
+    prompts of the other kinds), or those of a file of one's own, which is not split."""
+    if scenarios is not None:
+        return PromptSet(_some(read_groups(scenarios), kinds, count, scenarios), (scenarios,))
+    train, prompts = data_path("sev/train.jsonl"), data_path("prompts/dev.jsonl")
+    kept_back = groups_of(split(read_scenarios(train), 0.2, 0)[1])
+    return PromptSet(_some([*kept_back, *read_groups(prompts)], kinds, count, prompts), (train, prompts))
+
+
+def unseen_groups(count: int, skip: int = 0, scenarios: Path | None = None, kinds: Sequence[str] = KINDS) -> PromptSet:
+    """Prompts that nothing was chosen on, evenly drawn from the kinds: of the shipped test sets or of a file of one's own.
+
+    Args:
+        count: how many, 0 is all; skip: how many of each kind are left out, because they were read before (see `unread`).
+    """
+    files = (scenarios,) if scenarios is not None else (data_path("sev/test.jsonl"), data_path("prompts/test.jsonl"))
+    groups = [group for file in files for group in read_groups(file) if group.kind in kinds]
+    present = [kind for kind in kinds if any(group.kind == kind for group in groups)]
+    if not present:
+        raise DataError(f"{files[-1]} has no prompt of the kinds {', '.join(kinds)}; choose others with --kinds")
+    each = max(1, count // len(present)) if count else 0
+    drawn = [group for kind in present for group in unread([g for g in groups if g.kind == kind], each, skip)]
+    return PromptSet(drawn, files)
+
+
+def _some(groups: list[Group], kinds: Sequence[str], count: int, file: Path) -> list[Group]:
+    drawn = of_kinds(groups, kinds, count)
+    if not drawn:
+        raise DataError(f"{file} has no prompt of the kinds {', '.join(kinds)}; choose others with --kinds")
+    return drawn

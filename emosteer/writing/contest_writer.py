@@ -26,7 +26,7 @@ from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, plain
-from emosteer.scenarios.scenarios import Group, GroupKey
+from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
@@ -86,8 +86,9 @@ class ContestWriter:
         elicitation = METHODS[cell.method].elicitation
         place = f"{cell.method}/{cell.emotion}" if elicitation else "", str(cell.group.key)
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
-            text, instruction = cell.group.text, self.instruction
-            messages = elicit(elicitation, text, cell.emotion, instruction) if elicitation else plain(text, instruction)
+            text, earlier = cell.group.text, cell.group.earlier
+            asked = elicit(elicitation, text, cell.emotion, self.instruction, earlier) if elicitation else None
+            messages = asked or plain(text, self.instruction, earlier)
             self._prompts[place] = Request(str(cell.group.key), tuple(self.model.prompt_ids(messages)))
         return self._prompts[place]
 
@@ -193,11 +194,14 @@ def _row(cell: Cell, reply: Reply, nll: float) -> Row:
 
 def _write_work(path: Path, cells: Sequence[Cell], wanted: Sequence[list[int]]) -> None:
     """What is to be written, for the other processes. wanted: batches of indices of the cells."""
-    rows = [[*astuple(cell.group.key), cell.group.theme, cell.group.text, cell.emotion, cell.method, cell.strength] for cell in cells]
+    rows = [[*astuple(cell.group), cell.emotion, cell.method, cell.strength] for cell in cells]
     write_text(path, json.dumps({"cells": rows, "batches": wanted}))
 
 
 def _read_work(path: Path) -> tuple[list[Cell], list[list[int]]]:
     found = json.loads(read_text(path, "list of replies to write"))
-    cells = [Cell(Group(GroupKey(s, v), theme, text), emotion, *how) for s, v, theme, text, emotion, *how in found["cells"]]
+    cells = [
+        Cell(Group(GroupKey(*key), theme, text, kind, tuple(Message(*turn) for turn in earlier)), emotion, *how)
+        for key, theme, text, kind, earlier, emotion, *how in found["cells"]
+    ]
     return cells, found["batches"]

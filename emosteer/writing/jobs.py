@@ -15,9 +15,8 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
-from emosteer.scenarios.conversations import Message
 from emosteer.scenarios.prompts import elicit, plain
-from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.scenarios import Group, Message
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Job:
     @classmethod
     def of(cls, group: Group, emotion: str, method: str, strength: float | None) -> Job:
         """The job of a scenario-event."""
-        said = (Message("user", group.text),)
+        said = (*group.earlier, Message("user", group.text))
         return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, said, emotion, method, strength)
 
     @property
@@ -66,7 +65,7 @@ def jobs_for(
         name: of the scenario-event or text, the first part of each job's id; strength: None takes the circuit's default of the method;
             dialled: emotion -> strength, where an intensity was asked for; earlier: what was said before the text.
     """
-    key, messages = group.key, (*earlier, Message("user", group.text))
+    key, messages = group.key, (*group.earlier, *earlier, Message("user", group.text))
     jobs, part = [], METHODS[method].strength
     for emotion in emotions:
         how = dialled.get(emotion, strength)
@@ -115,20 +114,10 @@ class ReplyWriter(Protocol):
 def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
     """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike; what is asked and
     the instruction stand in the user's last turn."""
+    earlier = job.messages[:-1]
     asks = METHODS[job.method].asks
-    last = elicit(elicitation, job.text, job.emotion, instruction) if asks else plain(job.text, instruction)
-    return Request(job.id, tuple(model.prompt_ids(continued(job.messages[:-1], last))))
-
-
-def continued(earlier: Sequence[Message], last: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """A conversation with the messages of an elicitation as its end; their system line joins the conversation's at its head."""
-    messages = [message._asdict() for message in earlier]
-    if earlier and last[0]["role"] == "system":
-        system, *last = last
-        if messages[0]["role"] == "system":
-            system = {"role": "system", "content": f"{messages.pop(0)['content']}\n{system['content']}"}
-        messages.insert(0, system)
-    return [*messages, *last]
+    messages = elicit(elicitation, job.text, job.emotion, instruction, earlier) if asks else plain(job.text, instruction, earlier)
+    return Request(job.id, tuple(model.prompt_ids(messages)))
 
 
 def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:

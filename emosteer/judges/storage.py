@@ -1,0 +1,68 @@
+"""The judges' file: linear heads, adapters and the card that says how they do on texts they were not fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
+from emosteer.base.errors import ArtifactError
+from emosteer.judges.adapters import Adapter
+from emosteer.judges.embedded import ENCODER, KIND, LinearHead
+
+_HEAD = ("mean", "scale", "weight", "bias")
+
+
+def save_judges(
+    path: Path, heads: Mapping[str, LinearHead], adapters: Mapping[str, Adapter], card: Mapping[str, Any], provenance: Provenance
+) -> None:
+    """Writes heads, adapters and their card to one file."""
+    tensors = {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in _HEAD}
+    tensors = {name: value.half() if name.endswith(("weight", "bias")) else value for name, value in tensors.items()}
+    tensors |= {f"{name}:{part}": value for name, adapter in adapters.items() for part, value in adapter.tensors().items()}
+    fields = {
+        "labels": {name: list(head.labels) for name, head in heads.items()},
+        "adapters": {name: list(adapter.labels) for name, adapter in adapters.items()},
+        "encoder": ENCODER,
+        "card": dict(card),
+    }
+    artifacts.save(path, KIND, fields, tensors, provenance)
+
+
+def load_heads(path: Path) -> dict[str, LinearHead]:
+    """Reads the linear heads: name -> head.
+
+    Raises:
+        ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
+    """
+    artifact = _checked(path)
+    try:
+        return {
+            name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in _HEAD))
+            for name, labels in artifact.fields["labels"].items()
+        }
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error
+
+
+def load_adapter(path: Path, name: str) -> Adapter:
+    """Reads an adapter.
+
+    Raises:
+        ArtifactError: if it is not there, or as for `load_heads`.
+    """
+    artifact = _checked(path)
+    labels = dict(artifact.fields.get("adapters", {})).get(name)
+    if labels is None:
+        raise ArtifactError(f"{path} holds no judge '{name}'; run `make judge`")
+    tensors = {key.partition(":")[2]: value for key, value in artifact.tensors.items() if key.startswith(f"{name}:")}
+    return Adapter.of(labels, tensors)
+
+
+def _checked(path: Path) -> artifacts.Artifact:
+    artifact = artifacts.load(path, KIND)
+    if artifact.fields.get("encoder") != ENCODER:
+        raise ArtifactError(f"{path} reads the encoder {artifact.fields.get('encoder')}, expected {ENCODER}; run `make judge`")
+    return artifact
