@@ -212,7 +212,7 @@ def hold(
     body, rows = stage.evaluate(contest, jury, splits.dev.groups, splits.test.groups, defaults, settings)
     contest.crew.tell("over")
     result = {
-        "schema": 1,
+        "schema": 2,
         "kind": "evaluation",
         "model": contest.model.name,
         "model_sha256": contest.model.sha256,

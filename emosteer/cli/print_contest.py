@@ -8,6 +8,10 @@ from typing import Any
 from emosteer.base.tables import print_table
 
 Fields = Mapping[str, Any]
+EXPLANATION = (
+    "shares in %, 95% bootstrap intervals over prompts. good: the panel reads the wanted emotion (neutral allowed), and the reply is sound, "
+    "answers its prompt and does not name the emotion; six-way leaves neutral out; ratio: perplexity to the unsteered replies, 1 = as likely"
+)
 #: Ratios further apart than this are said to differ.
 NEAR = 0.02
 
@@ -15,12 +19,14 @@ NEAR = 0.02
 def print_evaluation(found: Fields, file: str) -> None:
     """The tables of `evaluate`. file: where the evaluation is."""
     test, dev = found["test"], found["dev"]
-    written = f"{test['n_groups']} scenario-events of {test['file']}, each for every emotion"
+    kinds = ", ".join(f"{kind} {n}" for kind, n in test["kinds"].items())
+    written = f"{test['n_groups']} prompts ({kinds}), each for every emotion"
     print(f"{found['model']}, judged by {found['judge']['name']}: {written} -> {file}")
-    print("shares in %, 95% bootstrap intervals over scenario-events; perplexity ratio to the unsteered replies, 1 = as likely")
+    print(EXPLANATION)
     _print_results(found["results"])
-    _print_emotions(found)
-    print(f"settings, chosen on {dev['n_groups']} other scenario-events of {dev['file']}: {_rule(found['budget'])}")
+    _print_parts(found)
+    _print_judges(found)
+    print(f"settings, chosen on {dev['n_groups']} other prompts: {_rule(found['budget'])}")
     rows = [(method, *(f"{own[e]:g}" for e in found["emotions"])) for method, own in found["chosen"].items() if any(own.values())]
     print_table(("strength", *found["emotions"]), rows)
     for method, what in found["unfit"].items():
@@ -34,39 +40,57 @@ def print_evaluation(found: Fields, file: str) -> None:
 
 def _rule(budget: Fields) -> str:
     return (
-        f"the highest mean P(target) with ratio up to {budget['ratio']:g}, naming up to {budget['names']:.0%} (or the least) "
+        f"the most good replies with ratio up to {budget['ratio']:g}, naming up to {budget['names']:.0%} (or the least) "
         f"and {budget['sound']:.0%} sound, all emotions together, and {budget['each_sound']:.0%} sound for each"
     )
 
 
 def _print_results(results: Sequence[Fields]) -> None:
-    shares = ("accuracy", "match")
-    plain = ("names", "sound", "repetition", "unfinished", "on_topic")
+    plain = ("sound", "answers", "names", "probability", "accuracy", "unfinished")
     rows = []
     for r in results:
-        ratio = r["ratio"]
+        ratio, worst = r["ratio"], r["worst_kind"]
         rows.append(
             (
                 r["method"],
-                *(_share(r[name], interval=True) for name in shares),
-                f"{_number(ratio['value'])} [{_number(ratio['low'])}, {_number(ratio['high'])}]",
-                _number(r["median_ratio"]["value"]),
+                _share(r["good"], interval=True),
+                f"{_share(r['by_kind'][worst]['good'])} {worst}",
+                _share(r["emotion"], interval=True),
                 *(_share(r[name]) for name in plain),
+                f"{_number(ratio['value'])} [{_number(ratio['low'])}, {_number(ratio['high'])}]",
                 _number(r["kept"]["value"]),
                 r["n"],
                 r["missing"],
             )
         )
-    print_table(("method", *shares, "ratio", "median", *plain, "kept", "n", "missing"), rows)
+    headings = ("method", "good", "worst kind", "emotion", "sound", "answers", "names", "P(target)", "six-way", "unfinished")
+    print_table((*headings, "ratio", "kept", "n", "missing"), rows)
 
 
-def _print_emotions(found: Fields) -> None:
-    for name, kinds in (("by_emotion", found["emotions"]), ("by_valence", list(found["results"][0]["by_valence"]))):
+def _print_parts(found: Fields) -> None:
+    """Good, emotion and answers by kind of prompt, worst first, and by emotion."""
+    results = found["results"]
+    kinds = list(results[0]["by_kind"])
+    best = max(results, key=lambda r: r["good"]["value"] or 0.0)
+    kinds.sort(key=lambda kind: best["by_kind"][kind]["good"]["value"] or 0.0)
+    for name, parts in (("by_kind", kinds), ("by_emotion", found["emotions"])):
         rows = [
-            (r["method"], *(f"{_share(r[name][k]['accuracy'])} @{_number(r[name][k]['ratio']['value'])}" for k in kinds))
-            for r in found["results"]
+            (r["method"], *(" / ".join(_share(r[name][part][figure]) for figure in ("good", "emotion", "answers")) for part in parts))
+            for r in results
         ]
-        print_table(("accuracy @ratio", *kinds), rows)
+        print_table(("good / emotion / answers", *parts), rows)
+
+
+def _print_judges(found: Fields) -> None:
+    """Each judge alone, how far they agree, and how far the words of the subject give the emotion away."""
+    agreement, names = found["agreement"], found["agreement"]["judges"]
+    rows = [(r["method"], _share(r["emotion"]), *(f"{100 * r['judges'][name]:.1f}" for name in names)) for r in found["results"]]
+    print_table(("emotion read by", "the panel", *names), rows)
+    alpha = "-" if agreement["alpha"] is None else f"{agreement['alpha']:.2f}"
+    pairs = ", ".join(f"{pair} {share:.0%}" for pair, share in agreement["pairs"].items())
+    print(
+        f"Krippendorff's alpha {alpha} over {agreement['n']} replies; equal labels: {pairs}; without a majority: {agreement['undecided']:.0%}"
+    )
 
 
 def _print_comparisons(comparisons: Sequence[Fields]) -> None:
@@ -74,11 +98,11 @@ def _print_comparisons(comparisons: Sequence[Fields]) -> None:
     known = {(row["a"], row["b"], row["metric"]): row for row in comparisons}
     rows = []
     for a, b in pairs:
-        accuracy, match, ratio, kept = (known[a, b, metric] for metric in ("accuracy", "match", "ratio", "kept"))
-        rows.append((f"{a} - {b}", *(_points(row) for row in (accuracy, match)), _plain(ratio), _plain(kept), accuracy["n"]))
+        good, emotion, answers, ratio = (known[a, b, metric] for metric in ("good", "emotion", "answers", "ratio"))
+        rows.append((f"{a} - {b}", *(_points(row) for row in (good, emotion, answers)), _plain(ratio), good["n"]))
     if rows:
-        print("paired differences: points (for ratio and kept: plain) with interval; p by sign flips of whole scenario-events")
-        print_table(("difference", "accuracy", "match", "ratio", "kept", "n"), rows)
+        print("paired differences: points (for ratio: plain) with interval; p by sign flips of whole prompts")
+        print_table(("difference", "good", "emotion", "answers", "ratio", "n"), rows)
 
 
 def equal_sentence(line: Fields) -> str:
@@ -86,9 +110,9 @@ def equal_sentence(line: Fields) -> str:
     apart = abs(line["ratio_a"] - line["ratio_b"]) > NEAR
     near = "no dose comes nearer" if apart else "equal"
     own = f"{line['a']} at {line['setting']:g} times its default has {line['ratio_a']:.3f}, {near}"
-    against = " against ".join(_share(line[name], interval=True) for name in ("accuracy_a", "accuracy_b"))
+    against = " against ".join(_share(line[name], interval=True) for name in ("good_a", "good_b"))
     return (
-        f"at the ratio of {line['b']} ({line['ratio_b']:.3f}; {own}): accuracy {against}, "
+        f"at the ratio of {line['b']} ({line['ratio_b']:.3f}; {own}): good {against}, "
         f"difference {_points(line)} (development split, {line['n']} replies each)"
     )
 

@@ -14,7 +14,7 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.methods import CONTROLS, METHODS, NONE, PROMPTS, STEERED, source_of
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, median, paired, sign_flip_p
 from emosteer.evaluation.doses import DosePoint, best_prompt, choose
-from emosteer.evaluation.metrics import Table, agreement_of, confusion, judge_shares, judged_rows, kept_tables, table_of
+from emosteer.evaluation.metrics import Table, agreement_of, confusion, contamination_of, judge_shares, judged_rows, kept_tables, table_of
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL
@@ -189,6 +189,7 @@ def result_of(
         "n_tokens": round(table["n_tokens"].mean().item(), 6),
         "confusion": confusion(rows, emotions),
         "judges": judge_shares(rows, emotions),
+        "contamination": contamination_of(rows),
         "worst_kind": min(by_kind, key=lambda kind: by_kind[kind]["good"]["value"] or 0.0),
         "by_kind": by_kind,
         "by_emotion": {emotion: part(slice(e, e + 1), everything) for e, emotion in enumerate(emotions)},

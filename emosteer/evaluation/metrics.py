@@ -15,6 +15,7 @@ from emosteer.judges.jury import Jury
 from emosteer.judges.panel import UNDECIDED, Reading, krippendorff_alpha, pairwise_agreement
 from emosteer.judges.protocol import ANSWERED, LABELS, Encoder, Opinion
 from emosteer.judges.soundness import repetition
+from emosteer.scenarios.contamination import FOLDS, Text, contamination
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import name_pattern, stem_pattern
 from emosteer.writing.contest_writer import Cell
@@ -138,6 +139,22 @@ def judge_shares(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, floa
                 hits.append(label == row["emotion"] if row["emotion"] != NONE else (label in emotions) / len(emotions))
         shares[name] = round(sum(hits) / len(hits), 6) if hits else 0.0
     return shares
+
+
+def contamination_of(rows: Sequence[Row]) -> Row | None:
+    """How far the subject gives the emotion of replies away (`scenarios.contamination`); None for unsteered replies and where there are
+    too few prompts."""
+    texts = [Text(row["text"], row["emotion"], f"{row['skeleton_id']}/{row['valence']}") for row in rows if row["emotion"] != NONE]
+    if len({text.group for text in texts}) < FOLDS or len({text.emotion for text in texts}) < 2:
+        return None
+    measured = contamination(texts)
+    return {
+        **{name: round(getattr(measured, name), 6) for name in ("accuracy", "subject", "chance")},
+        "by_emotion": {emotion: round(share, 6) for emotion, share in measured.by_emotion.items()},
+        "overused": {emotion: [vars(word) for word in words] for emotion, words in measured.overused.items()},
+        "phrases": {emotion: round(share, 6) for emotion, share in measured.phrases.items()},
+        "n": measured.n,
+    }
 
 
 def agreement_of(rows: Sequence[Row]) -> Row:

@@ -1,5 +1,5 @@
-"""Sound texts broken on purpose, in all the ways that steered replies break: what the soundness head is fitted on, so that no broken text has
-to be collected."""
+"""Sound texts broken on purpose, in all the ways that steered replies break: what the soundness head is fitted on, so that no broken text
+has to be collected."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class PromptSet:
     def described(self) -> dict[str, Any]:
         """How many, of which kinds, and the files with their hashes: what results keep."""
         kinds = Counter(group.kind for group in self.groups)
-        return {"n_groups": len(self.groups), "kinds": dict(kinds), "files": {file.name: sha256_file(file) for file in self.files}}
+        return {"n_groups": len(self.groups), "kinds": dict(kinds), "files": self.hashes}
 
     @property
     def hashes(self) -> dict[str, str]:
