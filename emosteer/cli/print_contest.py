@@ -9,8 +9,8 @@ from emosteer.base.tables import print_table
 
 Fields = Mapping[str, Any]
 EXPLANATION = (
-    "shares in %, 95% bootstrap intervals over prompts. good: the panel reads the wanted emotion (neutral allowed), and the reply is sound, "
-    "answers its prompt and does not name the emotion; six-way leaves neutral out; ratio: perplexity to the unsteered replies, 1 = as likely"
+    "shares in %, 95% bootstrap intervals over prompts. good: the panel reads the wanted emotion (neutral allowed), and the reply is "
+    "sound, answers its prompt and does not name the emotion; six-way leaves neutral out; ratio: perplexity to the unsteered replies"
 )
 #: Ratios further apart than this are said to differ.
 NEAR = 0.02

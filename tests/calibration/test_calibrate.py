@@ -326,7 +326,7 @@ def on(model: Model, circuit: Circuit, log: Path, groups: Sequence[Any] = GROUPS
 
 
 def jury(kept: KeyedLog, judge: Any = None) -> Jury:
-    return Jury(judge or WordJudge(), Calm(), lambda texts: torch.zeros(len(texts), 2), kept)
+    return Jury((judge or WordJudge(),), Calm(), WordAnswers(), lambda texts: torch.zeros(len(texts), 2), kept)
 
 
 def run(model: Model, circuit: Circuit, log: Path, settings: CalibrateSettings = LENIENT, judge: Any = None) -> Circuit:

@@ -170,6 +170,18 @@ class WordCheck:
         return [Soundness(not loop, ("repetition",) if loop else (), float(loop)) for loop in loops]
 
 
+@dataclass
+class WordAnswers:
+    """A reply answers its prompt unless it is empty or says "never"."""
+
+    key: str = "answers-1"
+    asked: list[tuple[str, str]] = field(default_factory=list)
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        self.asked += pairs
+        return [0.1 if not reply or "never" in reply.split() else 0.9 for _, reply in pairs]
+
+
 class BagEncoder:
     """Unit vectors of word counts: texts that share words are near."""
 
@@ -183,4 +195,6 @@ class BagEncoder:
 
 def jury(folder: Path, judge: WordJudge | None = None, check: WordCheck | None = None, paid: bool = False) -> Jury:
     """The judges, with what they say in a folder."""
-    return Jury(judge or WordJudge(), check or WordCheck(), BagEncoder(), KeyedLog(folder / "opinions.jsonl"), paid)
+    one = judge or WordJudge()
+    kept = KeyedLog(folder / "opinions.jsonl")
+    return Jury((one,), check or WordCheck(), WordAnswers(), BagEncoder(), kept, frozenset([one.key] if paid else ()))
