@@ -171,7 +171,7 @@ class Reader:
             self.silent = self.silent and said is None
             choice = bench.STOP if said is None else bench.meaning(said, question.kind)
             if self.terminal:
-                _tell(choice or "")
+                _tell(choice if choice and question.kind != bench.END else "")
             if choice == bench.KEYS:
                 _tell(_keys(question.kind))
             elif choice == bench.BACK and not question.back:

@@ -196,7 +196,7 @@ def test_going_back_reaches_what_was_labelled_in_an_earlier_session(path: Path) 
 
 
 def test_a_kill_at_any_byte_costs_at_most_the_label_that_was_being_written(path: Path) -> None:
-    cards, labels = draw(SHEET), ["fear", NOT_TEXT, "neutral", "anger"]
+    cards, labels = draw(SHEET, count=2), ["fear", NOT_TEXT]
     read_cards(cards, LabelLog(path, SHEET, "jürgen"), Script(*labels))
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
