@@ -40,6 +40,7 @@ from emosteer.scenarios.scenarios import EMOTIONS
 
 ROWS = [(f"reply {n}", {"id": f"s{n}/{EMOTIONS[n % 6]}", "emotion": EMOTIONS[n % 6], "method": "circuit"}) for n in range(4)]
 SHEET = sheet_of(ROWS)
+EXTRA = Card("extra", sha256_text("extra"), None)
 
 
 class Script:
@@ -105,6 +106,11 @@ def test_a_draw_is_balanced_over_targets_and_methods_and_grows() -> None:
         assert Counter(hidden[text][0] for text in drawn) == {"anger": 8, "fear": 8, "disgust": 8}
         assert Counter(hidden[text] for text in drawn) == {(e, m): 4 for e in counts for m in ("rare", "common")}
         assert set(drawn) < {card.text for card in draw(sheet, seed, 50)} and len(draw(sheet, seed, 500)) == 72
+    # three methods for one target take nothing from the other, which has a single one
+    uneven = [(f"a {n}", {"emotion": "anger", "method": f"m{n % 3}"}) for n in range(30)] + [
+        (f"f {n}", {"emotion": "fear"}) for n in range(30)
+    ]
+    assert Counter(card.text[0] for card in draw(sheet_of(uneven), 0, 12)) == {"a": 6, "f": 6}
     # without targets it is a plain draw
     assert len(draw(sheet_of([(text, {}) for text, _ in rows]), 0, 7)) == 7
 
@@ -253,6 +259,8 @@ def test_the_second_question_alone_for_texts_that_have_a_label(path: Path) -> No
     again = Script()  # and a session without it forgets no answer
     assert read_cards(draw(SHEET), LabelLog(path, SHEET), again)
     assert [label.answers for label in read_labels(path, SHEET).values()] == [True, None, False, True]
+    read_cards([*draw(SHEET), EXTRA], LabelLog(path, sheet_of([*ROWS, ("extra", {})])), Script(BACK, "surprise"))
+    assert (rows_of(path)[-1]["label"], rows_of(path)[-1]["answers"]) == ("surprise", True)
 
 
 # ---- files that are something else -------------------------------------------------------------------------------------------------
