@@ -40,7 +40,8 @@ PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 LIGHT = (
     *("__init__", "__main__", "api", "base", "scenarios", "models.weights", "cli"),
     *("directions.settings", "attribution.settings", "circuits.settings", "circuits.methods", "circuits.places", "circuits.dial"),
-    *("calibration.settings", "evaluation.settings", "writing.settings", "generation.decoding", "judges.registry"),
+    *("calibration.settings", "evaluation.settings", "writing.settings", "generation.decoding", "judges.registry", "judges.by_hand"),
+    "judges.by_hand_scores",
 )
 LIGHT_BUT = ("base.artifacts", "base.pieces", "cli.print_artifacts")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
+from emosteer.cli.by_hand import HandOptions, read_by_hand
 from emosteer.cli.options import DeviceOption, PanelOption
-from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL, JudgeSpec
 
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Texts judged before their rows are written; a kill costs no more.
 CHUNK = 256
+#: Where --help lists what belongs to --by-hand.
+HAND = "Reading by hand"
 JudgedRow = dict[str, Any]
 
 
@@ -54,11 +57,39 @@ def judge(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a summary.")] = False,
+    by_hand: Annotated[
+        bool, typer.Option("--by-hand", help="Read the texts yourself, blind, a key each; --out keeps the labels.", rich_help_panel=HAND)
+    ] = False,
+    score: Annotated[bool, typer.Option("--score", help="Score the judges against the labels now.", rich_help_panel=HAND)] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Compare with another reader's labels.", metavar="LABELS.jsonl", show_default=False, rich_help_panel=HAND),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Read this many, evenly over the targets.", show_default=False, rich_help_panel=HAND)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The order and the draw follow from it.", rich_help_panel=HAND)] = 0,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the prompt above the reply.", rich_help_panel=HAND)] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also ask whether the reply answers its prompt.", rich_help_panel=HAND)
+    ] = False,
+    reader: Annotated[
+        str | None, typer.Option(help="Your name, kept with each label.", metavar="NAME", show_default=False, rich_help_panel=HAND)
+    ] = None,
 ) -> None:
     """Judge texts: which emotion each voices, and whether it is sound text. Judges see the text and nothing else; of several, most decide.
 
     A judge that failed leaves the emotion null, with the problem beside it. A label of the input (emotion or label) is only compared.
+    With --by-hand a person judges the same way, and the judges are scored against them.
     """
+    hand = HandOptions(out, score, against, count, seed, show_prompt, answers, reader, as_json)
+    if by_hand:
+        if file == "-" or fresh:
+            problem = "--by-hand reads keys from stdin" if file == "-" else "--fresh would throw labels away"
+            raise UsageError(f"{problem}; {'name a FILE.jsonl' if file == '-' else 'name another --out instead'}")
+        make = _maker(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
+        return read_by_hand(file, _rows(file, field), spec, make, hand)
+    hand.refuse()
     lines = _lines(file, field)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise UsageError(f"--out {out} is the input file; name another one")
@@ -104,12 +135,23 @@ def judge(
 
 
 def _lines(file: str, field: str) -> list[Line]:
-    """The texts of a file or of stdin.
+    """The texts of a file or of stdin; raises as `_rows`."""
+    from emosteer.base.files import sha256_text
+
+    lines = []
+    for number, text, row in _rows(file, field):
+        given = next((row[name] for name in ("emotion", "label") if isinstance(row.get(name), str) and name != field), None)
+        lines.append(Line(str(row.get("id", f"line-{number}")), text, given, sha256_text(text)))
+    return lines
+
+
+def _rows(file: str, field: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """Line number, text and all fields of every line of a file or of stdin.
 
     Raises:
         UsageError: if nothing is piped. DataError: naming the line, if one is malformed or lacks the field.
     """
-    from emosteer.base.files import parse_jsonl, read_jsonl, sha256_text
+    from emosteer.base.files import parse_jsonl, read_jsonl
 
     if file == "-":
         if sys.stdin.isatty():
@@ -122,7 +164,7 @@ def _lines(file: str, field: str) -> list[Line]:
             raise DataError("stdin is empty; expected one JSON object a line")
     else:
         rows = list(read_jsonl(Path(file), "input file"))
-    found = []
+    complete = []
     for number, row in rows:
         where = f"{'stdin' if file == '-' else file}:{number}"
         text = row.get(field)
@@ -131,10 +173,23 @@ def _lines(file: str, field: str) -> list[Line]:
             texts = [name for name in row if name != field and isinstance(row[name], str)]
             hint = next((name for name in ("text", "reply", "response") if name in texts), "NAME")
             raise DataError(f"{where}: expected the text in a field '{field}', found {what}; name its field with --field {hint}")
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character could be neither sent nor written
-        given = next((row[name] for name in ("emotion", "label") if isinstance(row.get(name), str) and name != field), None)
-        found.append(Line(str(row.get("id", f"line-{number}")), text, given, sha256_text(text)))
-    return found
+        # half a character could be neither sent nor written
+        complete.append((number, text.encode("utf-8", "replace").decode("utf-8"), row))
+    return complete
+
+
+def _maker(specs: str, *, base_url: str | None, cache: Path | None, **options: Any) -> Callable[[str], EmotionJudge]:
+    """Makes the judges of a list one by one; an endpoint's address and cache go to the endpoints, and to all where there is none, to be
+    refused."""
+    from emosteer.judges.registry import make_judge
+
+    def endpoint(spec: str) -> bool:
+        return JudgeSpec.parse(spec).remote or not any(JudgeSpec.parse(one).remote for one in specs.split(","))
+
+    def make(spec: str) -> EmotionJudge:
+        return make_judge(spec, base_url=base_url if endpoint(spec) else None, cache=cache if endpoint(spec) else None, **options)
+
+    return make
 
 
 # ---- judging -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ from emosteer.cli.report import report
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+#: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="emosteer",
     help="Find emotion circuits in language models and write with them.",
@@ -94,7 +97,7 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what was finished is kept, the same command goes on from there", 130)
+        _interrupted()
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads any more, as with `| head`
         sys.exit(0)
@@ -103,7 +106,13 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
             raise
         _fail(_unforeseen(error), 1)
     else:
+        if status == INTERRUPTED:
+            _interrupted()
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _interrupted() -> None:
+    _fail("interrupted; what was finished is kept, the same command goes on from there", INTERRUPTED)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -51,7 +51,8 @@ class Plan:
     def strata_of(self, sample: Sample) -> list[str]:
         """The strata that a group counts in with its true labels."""
         half = HALVES[stable_share(f"half/{sample.key.scenario}", self.seed) < 0.5]
-        strata = [HELDOUT if sample.key.scenario in self.heldout else half, f"valence:{sample.key.valence}"]
+        strata = [HELDOUT if sample.key.scenario in self.heldout else half]
+        strata += [f"valence:{sample.key.valence}"] if sample.key.valence else []  # a prompt that is no scenario-event has none
         return strata + ([f"theme:{sample.theme}"] if sample.theme in self.themes else [])
 
     def shuffle(self, sample: Sample) -> list[int]:

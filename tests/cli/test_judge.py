@@ -247,7 +247,8 @@ def test_an_interruption_keeps_the_chunks_before_it(run: Run, tmp_path: Path, fa
 
     monkeypatch.setattr(fake, "opinions", interrupted)
     code, _, err = run("f.jsonl", "--out", "o.jsonl", "--parallel", 1)
-    assert code == 130 and len((tmp_path / "o.jsonl").read_text().splitlines()) == 32
+    assert code == 130 and err.endswith("emosteer: interrupted; what was finished is kept, the same command goes on from there\n")
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 32
     with (tmp_path / "o.jsonl").open("a") as file:
         file.write('{"id": "line-33", "emo')  # torn by a kill
     monkeypatch.setattr(fake, "opinions", opinions)
