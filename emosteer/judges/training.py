@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 from emosteer.base.artifacts import Provenance
+from emosteer.base.cache_folder import cache_dir
 from emosteer.base.errors import DataError, EmosteerError
-from emosteer.base.files import read_jsonl, sha256_file
+from emosteer.base.files import read_jsonl, sha256_file, sha256_text
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
-from emosteer.judges.answers import ANSWERS, Answered, pair_of, pair_texts
+from emosteer.judges.answers import ANSWERS, PAIR_LABELS, Answered, pair_of, pair_texts
 from emosteer.judges.broken_texts import soundness_examples
-from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, SentenceEncoder, fit_head
+from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, LinearJudge, SentenceEncoder, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
 from emosteer.judges.protocol import ANSWERED, LABELS
 from emosteer.judges.soundness import FAULTS, SOUND, verdicts_of
 from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
-from emosteer.judges.storage import save_judges
+from emosteer.judges.storage import load_adapter, save_judges
 from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
 from emosteer.scenarios.splits import stable_share
@@ -48,6 +49,8 @@ BANKS = {"bank": ("sev/train.jsonl", "replies/train.jsonl"), "spoken": ("prompts
 SHARES = {"goemotions-ekman": 0.42, "xed-en": 0.2, "sentences": 0.13, "replies": 0.25}
 #: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
 MOST_FITTED, MOST_MEASURED = 6000, 3000
+#: Steps of the fits that leave a source out: about half of the others', since there are four of them.
+LEFT_OUT_STEPS = 400
 #: The answer check learns from pairs, twice as long as texts.
 ANSWER_SETTINGS = FineTuneSettings(steps=600, batch=32, balance=1.0, longest=160)
 
@@ -155,19 +158,47 @@ def measure_answers(judge: TunedJudge, pairs: Sequence[Mapping[str, Any]]) -> di
 # ---- fitting -----------------------------------------------------------------------------------------------------------------------
 
 
-def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> TunedJudge:
+@dataclass(frozen=True)
+class Workshop:
+    """Where fitted adapters are kept, so that a run goes on where it was stopped and several can share the work. only: names to fit; the
+    others are left to other runs (None: fit what is not there)."""
+
+    folder: Path
+    only: tuple[str, ...] | None = None
+
+    def adapter(self, name: str, what: object, fit: Callable[[], Adapter]) -> Adapter | None:
+        """The kept adapter of a name that was fitted on the same texts in the same way, else a new one; None where it is not to be fitted.
+
+        Args:
+            what: everything that decides the result.
+        """
+        path = self.folder / f"{name}-{sha256_text(repr(what))[:12]}.safetensors"
+        if path.is_file():
+            return load_adapter(path, name)
+        if self.only is not None and name not in self.only:
+            return None
+        fitted = fit()
+        save_judges(path, {}, {name: fitted}, {}, Provenance(ENCODER, "", "", "one part of a run of `make judge`"))
+        return load_adapter(path, name)  # as it is rounded
+
+
+def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, workshop: Workshop) -> TunedJudge | None:
     """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
+    hashes = [sorted(source.files.items()) for source in sources]
+    adapter = workshop.adapter(name, [hashes, asdict(settings), SHARES], lambda: _tuned(sources, name, settings))
+    return None if adapter is None else TunedJudge.of(shared_encoder(), adapter, name)
+
+
+def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> Adapter:
     # a twentieth of the texts, by hash, serves for the temperature alone
     kept = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) < 0.05] for s in sources}
     fitted = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) >= 0.05] for s in sources}
     adapter = fine_tune(fitted, SHARES, settings, f"judge '{name}'")
-    judge = TunedJudge.of(SentenceEncoder(), adapter, name)
+    judge = TunedJudge.of(shared_encoder(), adapter, name)
     texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
     logits = judge.probabilities([text for text, *_ in texts]).log()
     answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
-    adapter = calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
-    rounded = Adapter.of(adapter.labels, adapter.tensors())  # as it will be read back
-    return TunedJudge.of(judge.encoder, rounded, name)
+    return calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
 
 
 def fit_soundness(encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str]) -> tuple[LinearHead, dict[str, Any]]:
@@ -186,55 +217,55 @@ def fit_soundness(encoder: SentenceEncoder, texts: Sequence[str], foreign: Seque
     return head, measure_soundness(head, shown[True], split[True])
 
 
-class Linear:
-    """A linear head as a judge, for measuring."""
-
-    def __init__(self, encoder: SentenceEncoder, head: LinearHead) -> None:
-        self.encoder, self.head = encoder, head
-
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
-        return self.head.probabilities(self.encoder.features(texts))
-
-
-def train(public: Path, out: Path, settings: FineTuneSettings, leave_out: bool = True) -> dict[str, Any]:
-    """Fits everything, writes it with its card to `out`, and returns the card.
+def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: int, workshop: Workshop) -> dict[str, Any] | None:
+    """Fits everything, writes it with its card to `out`, and returns the card; None where a part was left to other runs.
 
     Args:
-        public: folder of the public texts; leave_out: also fit, to measure, with each source left out.
+        public: folder of the public texts; left_out_steps: of the fits that leave out each source in turn, only to measure; 0 for none.
     """
     own = [read_own(name, file) for name, file in OWN.items()]
     outside = read_public(public)
     sources = [*outside, *own]
     banks, answered = read_banks()
-    tests = {s.name: some_of(s.test, 10**6 if s.public and s.name.startswith("goemotions") else MOST_MEASURED) for s in sources}
-    emotional = {name: some_of([t for t in texts if t[1] in LABELS], MOST_MEASURED) for name, texts in banks.items()}
-    card: dict[str, Any] = {"settings": asdict(settings), "shares": SHARES, "fitted_on": {s.name: len(s.train) for s in sources}}
-    judges = {"embedded": tuned(sources, "embedded", settings), "public": tuned(outside, "public", settings)}
-    encoder = judges["embedded"].encoder
+    pairs = pair_texts(answered, 4, 0)
+    made = {"embedded": tuned(sources, "embedded", settings, workshop), "public": tuned(outside, "public", settings, workshop)}
+    check = workshop.adapter(
+        "answers",
+        [pairs, asdict(ANSWER_SETTINGS)],
+        lambda: fine_tune({"pairs": pairs}, {}, ANSWER_SETTINGS, "answers", labels=PAIR_LABELS),
+    )
+    shorter = replace(settings, steps=left_out_steps)
+    without = {
+        source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, workshop)
+        for source in (sources if left_out_steps else [])
+    }
+    judges, left_out = {n: j for n, j in made.items() if j is not None}, {n: j for n, j in without.items() if j is not None}
+    if check is None or len(judges) < len(made) or len(left_out) < len(without):
+        return None
+    tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
+    emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
+    encoder = shared_encoder()
     chosen = [t for s in sources for t in some_of(s.train, MOST_FITTED)]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
-    card["emotions"] = {
-        name: measured(judge, {**tests, **emotional}) for name, judge in [*judges.items(), ("linear", Linear(encoder, linear))]
-    }
-    if leave_out:
-        card["left_out"] = {
-            source.name: measured(tuned([s for s in sources if s is not source], "embedded", settings), {source.name: tests[source.name]})[
-                source.name
-            ]
-            for source in sources
-        }
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
-    soundness, card["soundness"] = fit_soundness(encoder, [text for s in own for text, _ in (*s.train, *s.test)], foreign)
-    pairs = pair_texts(answered, 4, 0)
-    adapter = fine_tune({"pairs": pairs}, {}, ANSWER_SETTINGS, "answers", labels=tuple(dict.fromkeys(label for _, label in pairs)))
-    check = TunedJudge.of(encoder, Adapter.of(adapter.labels, adapter.tensors()), "answers")
-    card["answers"] = measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")])
+    soundness, how_sound = fit_soundness(encoder, [text for s in own for text, _ in (*s.train, *s.test)], foreign)
+    answer_judge = TunedJudge.of(encoder, check, "answers")
+    measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
+    card: dict[str, Any] = {
+        "settings": {**asdict(settings), "left_out_steps": left_out_steps},
+        "shares": SHARES,
+        "fitted_on": {s.name: len(s.train) for s in sources},
+        "emotions": {name: measured(judge, {**tests, **emotional}) for name, judge in measuring},
+        "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()},
+        "soundness": how_sound,
+        "answers": measure_answers(answer_judge, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]),
+    }
     hashes = {name: digest for source in sources for name, digest in source.files.items()}
     hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *(f for both in BANKS.values() for f in both))}
     method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
     provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
-    adapters = {**{name: judge.adapter for name, judge in judges.items()}, "answers": check.adapter}
+    adapters = {**{name: judge.adapter for name, judge in judges.items()}, "answers": check}
     save_judges(out, {"emotion": linear, "soundness": soundness}, adapters, card, provenance)
     return card
 
@@ -248,7 +279,7 @@ def print_card(card: Mapping[str, Any]) -> None:
     for name, by_source in card["emotions"].items():
         print(f"\n{name}, on texts that were held out (reply banks: none of their texts was fitted on); the last columns are recalls")
         print_table(columns, [_line(source, row) for source, row in by_source.items()])
-    if "left_out" in card:
+    if card["left_out"]:
         print("\nembedded, fitted without the source that it is measured on")
         print_table(columns, [_line(source, row) for source, row in card["left_out"].items()])
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
@@ -268,14 +299,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fit the judges that come along; public labelled texts are read from a folder.")
     parser.add_argument("public", type=Path, help="folder of public labelled texts (emosteer.judges.sources fetches them)")
     parser.add_argument("--out", type=Path, default=ASSET)
-    parser.add_argument("--steps", type=int, default=FineTuneSettings.steps)
-    parser.add_argument("--skip-left-out", action="store_true", help="do not fit without each source in turn, which takes most of the time")
+    parser.add_argument("--steps", type=int, default=FineTuneSettings.steps, help="of fine-tuning")
+    parser.add_argument(
+        "--left-out-steps", type=int, default=LEFT_OUT_STEPS, help="of the fits that leave out each source in turn; 0: none"
+    )
+    parser.add_argument(
+        "--parts", type=Path, help="folder that fitted parts are kept in, so that a run goes on; the cache folder by default"
+    )
+    parser.add_argument("--only", help="fit these parts alone, with commas, beside another run that fits the others")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    parts = options.parts or cache_dir() / "judge-training"
+    workshop = Workshop(parts, tuple(options.only.split(",")) if options.only else None)
     try:
-        card = train(options.public, options.out, replace(FineTuneSettings(), steps=options.steps), not options.skip_left_out)
+        card = train(options.public, options.out, replace(FineTuneSettings(), steps=options.steps), options.left_out_steps, workshop)
     except EmosteerError as error:
         raise SystemExit(f"emosteer: {error}") from error
+    if card is None:
+        print(f"parts are kept in {parts}; a run without --only fits what is missing and puts them together")
+        return
     if options.json:
         print(json.dumps(card, indent=2))
         return
