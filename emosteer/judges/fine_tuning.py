@@ -30,13 +30,13 @@ class FineTuneSettings:
     in the last `layers` layers; balance: 0 draws a source's labels as they occur, 1 equally often; longest: tokens of a text that are
     read; dtype: what the encoder computes in meanwhile."""
 
-    steps: int = 900
+    steps: int = 1000
     batch: int = 64
     rate: float = 2e-3
     warmup: int = 40
     rank: int = 32
     layers: int = 4
-    balance: float = 0.5
+    balance: float = 0.4
     smoothing: float = 0.05
     dropout: float = 0.1
     longest: int = 96
