@@ -49,8 +49,8 @@ BANKS = {"bank": ("sev/train.jsonl", "replies/train.jsonl"), "spoken": ("prompts
 SHARES = {"goemotions-ekman": 0.42, "xed-en": 0.2, "sentences": 0.13, "replies": 0.25}
 #: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
 MOST_FITTED, MOST_MEASURED = 6000, 3000
-#: Steps of the fits that leave a source out: about half of the others', since there are four of them.
-LEFT_OUT_STEPS = 400
+#: Steps of the fits that leave a source out: a third of the others', since there are four of them.
+LEFT_OUT_STEPS = 300
 #: The answer check learns from pairs, twice as long as texts.
 ANSWER_SETTINGS = FineTuneSettings(steps=600, batch=32, balance=1.0, longest=160)
 
