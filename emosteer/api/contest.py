@@ -153,7 +153,9 @@ def with_parts_of(settings: EvaluationSettings, circuit: Circuit, insisted: bool
     lacking = [method for method, part in parts.items() if part is not None and not circuit.has(part)]
     for method in lacking:
         part = parts[method]
-        message = f"{method} needs what this circuit lacks ({part.value if part else ''}); make it with `emosteer circuit --learn-residual`"
+        message = (
+            f"{method} needs {part.value if part else ''}, which this circuit lacks; make one with `emosteer circuit --learn-residual`"
+        )
         if insisted:
             raise ArtifactError(message)
         note(f"left out: {message}")

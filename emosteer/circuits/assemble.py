@@ -141,8 +141,8 @@ def _residual(
     """The learned residual vectors [emotion, layer of the band, d_model] and their record, beside what stands in that of the gains."""
     strength = DEFAULT_RESIDUAL_STRENGTH
     free = free_vectors(model, directions, residual_band(model.shape.n_layers), strength, spare, vector_settings)
-    vectors, found = learn_residual(model, free, groups, bank, directions, gain_settings)
-    record = {**vars(vector_settings), "start": strength, "curve": list(found.curve), "margin": list(found.margin)}
+    vectors, learned = learn_residual(model, free, groups, bank, directions, gain_settings)
+    record = {**vars(vector_settings), "start": strength, "curve": list(learned.curve), "margin": list(learned.margin)}
     return vectors, {"learned_residual": record}
 
 

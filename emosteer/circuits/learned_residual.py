@@ -32,7 +32,7 @@ class FreeVectors:
 
     first: [emotion, layer of the band, d_model], where learning starts; rms: [layer of the band]; layers: the band; names: [emotion,
     d_model], unit length, along which nothing is added, zero where there is no name to spare; step: how far one step of Adam moves a
-    vector, at most.
+    vector, about.
     """
 
     first: Tensor

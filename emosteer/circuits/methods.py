@@ -116,7 +116,13 @@ _ROWS = (
         generate=True,
     ),
     Method(
-        *(LEARNED_RESIDUAL, "Learned residual", "learned residual steering", Look("m-learned", "cross", (6, 2, 2, 2)), Kind.STEERED),
+        *(
+            LEARNED_RESIDUAL,
+            "Learned residual",
+            "learned residual steering",
+            Look("m-learned", "triangle-right", (6, 2, 2, 2)),
+            Kind.STEERED,
+        ),
         vectors=Part.LEARNED_STREAM,
         strength=Part.LEARNED_STREAM,
         turn=5,

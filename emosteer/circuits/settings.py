@@ -73,7 +73,7 @@ class GainSettings:
 class VectorSettings:
     """What learned residual vectors have of their own; everything else is `GainSettings`.
 
-    rate: how far one step of Adam moves a vector, at most, in units of strength (rms). With this one the margin between the wanted and
+    rate: how far one step of Adam moves a vector, about, in units of strength (rms). With this one the margin between the wanted and
     the other emotions' replies rises about as fast as under gains (docs/CIRCUITS.md).
     """
 

@@ -90,6 +90,7 @@ def test_the_page_names_and_draws_every_method() -> None:
     phrases = ["the circuit", "residual steering", "learned residual steering", *prompts, "no steering"]
     assert [wording.in_sentence(name) for name in METHODS] == [*phrases, "random heads", "random circuit", "random direction"]
     assert contest_figures.style("residual") == Style("m-residual", "square", (7, 3))
+    assert contest_figures.style("learned-residual") == Style("m-learned", "triangle-right", (6, 2, 2, 2))
     assert contest_figures.style("prompt-system") == Style("m-system", "triangle-down", (5, 2, 1, 2))
     assert contest_figures.style("none") == Style("m-none", "cross") and contest_figures.style("random-circuit").dash == (2, 4)
 

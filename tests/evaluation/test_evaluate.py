@@ -562,7 +562,7 @@ def test_a_circuit_without_learned_residual_vectors_holds_the_contest_without_th
 ) -> None:
     replace(parts()[1], learned_residual=None).save(tmp_path / "circuit.safetensors")
     code, out, err = run(*SMALL, "--json")
-    assert code == 0 and "left out: learned-residual needs what this circuit lacks (learned residual vectors)" in err
+    assert code == 0 and "left out: learned-residual needs learned residual vectors, which this circuit lacks" in err
     found = json.loads(out)
     assert {row["method"] for row in found["results"]} == set(CONTEST) - {"random-heads", "learned-residual"}
     assert "learned-residual" not in {*found["chosen"], *found["defaults"], *(row["b"] for row in found["comparisons"])}
