@@ -104,6 +104,43 @@ def test_the_default_circuit_learns_how_much_each_head_adds(run: Callable[..., A
     assert "learned" not in json.loads(run("inspect", str(out), "--json")[1])["provenance"]["method"]
 
 
+def test_residual_vectors_are_learned_with_the_gains_and_steer(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    def assembled(name: str, *options: str) -> tuple[int, str, Path]:
+        out = tmp_path / name
+        data = ["--scenarios", "sev.jsonl", "--replies", "bank.jsonl", "--no-tune", "--out", str(out)]
+        code, _, err = run("circuit", "-m", "./tiny", *data, *options)
+        return code, err, out
+
+    def written(circuit: Path, *options: str) -> tuple[int, str, str]:
+        some = ["--circuit", str(circuit), "--method", "learned-residual", "-e", "all", "--max-new-tokens", "8", "--json"]
+        return run("generate", "the train was late", "-m", "./tiny", *some, *options)
+
+    gains = ("--gain-steps", "3")
+    for options in (gains, (*gains, "--learn-residual")):
+        code, err, out = assembled("with", *options)
+        assert code == 0, err
+        found = json.loads(run("inspect", str(out), "--json")[1])
+        assert len(found["content"]["learned_residual"]["margin"]) == 3 and found["tensors"]["learned_residual"][1] == [3, 1, 32]
+    assert " --learn-residual " in found["command"], "kept as it was asked for"
+    code, printed, err = written(out)
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0 and [(row["method"], row["strength"]) for row in rows] == [("learned-residual", 1.0)] * 3
+    code, printed, _ = written(out, "--strength", "40")
+    assert code == 0 and [json.loads(line)["text"] for line in printed.splitlines()] != [row["text"] for row in rows]
+    assert written(out, "--intensity", "50")[0] == 2
+
+    _, _, bare = assembled("without", *gains, "--no-learn-residual")
+    assert json.loads(run("inspect", str(bare), "--json")[1])["content"]["learned_residual"] is None
+    for circuit in (bare, made / "artifacts/tiny/circuit.safetensors"):
+        for options in ((), ("--strength", "2")):
+            code, printed, err = written(circuit, *options)
+            assert code == 1 and printed == "" and one_line(err) and "`emosteer circuit --learn-residual`" in err
+    for options in (("--gain-steps", "0"), ("--heads", "0.25"), ("--preset", "paper")):
+        code, err, out = assembled("never", *options, "--learn-residual")
+        assert code == 2 and one_line(err) and "leave out --preset, --heads, --neurons and --gain-steps 0" in err and not out.exists()
+        assert assembled("ranked", *options)[0] == 0, "where no gains are learned, the default learns no vectors"
+
+
 def test_ablate_prints_checks_and_curves(run: Callable[..., Any], made: Path) -> None:
     options = [
         "--shares",

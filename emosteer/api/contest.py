@@ -75,11 +75,13 @@ def evaluate(
     seed: int = EvaluationSettings.seed,
     artifacts: PathLike = ARTIFACTS,
 ) -> dict[str, Any]:
-    """Holds the contest: prompts, residual steering, the circuit and random controls at the same decoding, judged blind.
+    """Holds the contest: prompts, residual steering, plain and learned, the circuit and random controls, at the same decoding and judged
+    blind.
 
     Args:
         circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own, by default.
-        directions: what the circuit was made from, for methods that need them (random-heads), which are left out where there are none.
+        directions: what the circuit was made from, for methods that need them (random-heads), which are left out where there are none,
+            as learned-residual is where the circuit has no learned vectors; what is named in `methods` is refused instead.
         folder: where replies and opinions are kept, so that the same call goes on, and where evaluation.json and test-replies.jsonl are
             written; None keeps nothing.
         judge: a specification (several judges with commas make a panel), what `make_judge` returns, or a list of such judges.
@@ -106,6 +108,7 @@ def evaluate(
         jury = panel(KeyedLog(place / "opinions.jsonl"))
         refuse_same_weights(jury.judges, bare.sha256)
         given = directions if directions is None or not isinstance(directions, (str, os.PathLike)) else Path(directions)
+        settings = with_parts_of(settings, ready, methods is not None)
         settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
         contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed), batch_size, place, ALONE)
         contest.adopt()
@@ -128,6 +131,29 @@ def settings_of(
     return EvaluationSettings(
         tuple(unknown) or order, tuple(sorted(set(doses))), control_groups=max(2, dev_groups // 2), budget=bounds, seed=seed
     )
+
+
+def with_parts_of(settings: EvaluationSettings, circuit: Circuit, insisted: bool) -> EvaluationSettings:
+    """Leaves out the methods that add a part which the circuit lacks, unless methods were asked for.
+
+    Raises:
+        ArtifactError: if they were.
+    """
+    from dataclasses import replace
+
+    from emosteer.base.progress import note
+
+    parts = {method: METHODS[method].vectors for method in settings.methods}
+    lacking = [method for method, part in parts.items() if part is not None and not circuit.has(part)]
+    for method in lacking:
+        part = parts[method]
+        message = (
+            f"{method} needs {part.value if part else ''}, which this circuit lacks; make one with `emosteer circuit --learn-residual`"
+        )
+        if insisted:
+            raise ArtifactError(message)
+        note(f"left out: {message}")
+    return replace(settings, methods=tuple(method for method in settings.methods if method not in lacking))
 
 
 def with_directions(

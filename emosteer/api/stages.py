@@ -15,7 +15,7 @@ from emosteer.base.errors import UsageError
 from emosteer.base.processes import ALONE, Crew
 from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSettings
 from emosteer.circuits.places import ARTIFACTS, own_bank_of
-from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import PANEL
@@ -118,6 +118,7 @@ def assemble(
     replies: PathLike | None = None,
     gain_steps: int | None = None,
     keep: float | None = None,
+    learn_residual: bool | None = None,
     tune: bool = True,
     strength: float | Mapping[str, float] | None = None,
     artifacts: PathLike = ARTIFACTS,
@@ -130,6 +131,8 @@ def assemble(
         directions: in memory or as a file; the model's own in `artifacts` by default.
         scenarios: SEV file; replies: bank that gains are learned on.
         gain_steps, keep: how long gains are learned, and the share of heads that is kept (`circuits.settings.GainSettings`).
+        learn_residual: whether to learn residual vectors in the same way, for the contest (method "learned-residual"), which takes as long
+            again; where gains are learned, unless told otherwise.
         tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
             those not named).
         settings: fields of `circuits.settings.CircuitSettings`.
@@ -149,6 +152,11 @@ def assemble(
     # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
     ranks = chosen.preset != "auto" or chosen.head_share is not None or chosen.neuron_share is not None or not gains.steps
     learns = made.elicitation == "reply" and not ranks
+    if learn_residual and not learns:
+        raise UsageError(
+            "residual vectors are learned beside gains, on the same data; leave out --preset, --heads, --neurons and --gain-steps 0, and "
+            "use directions of the elicitation 'reply'"
+        )
     file, bank = path_of(scenarios), path_of(replies) or (own_bank_of(made, path) if path else None)
     data = read_data(file, bank, "reply" if learns else "self")
     circuit = stage.assemble(
@@ -160,6 +168,7 @@ def assemble(
         parents={"directions": sha256},
         bank=data.bank,
         gain_settings=gains if learns else None,
+        vector_settings=None if learn_residual is False else VectorSettings(),
     )
     if tune and "" not in wanted and not wanted.keys() >= set(circuit.emotions):
         circuit = tune_strength(bare, circuit, data.groups, TuneSettings(seed=chosen.seed))

@@ -92,7 +92,7 @@ class SteeredModel:
             strength: multiplier of the steering, one or one per prompt; the circuit's default for the emotion if neither this nor
                 `intensity` is given.
             intensity: 0 (unsteered) to 100 (as strong as the text bears); needs a calibrated circuit.
-            method: "circuit" (the default), "residual", "prompt" (just asks) or "none".
+            method: "circuit" (the default), "residual", "learned-residual", "prompt" (just asks) or "none".
             instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
@@ -219,6 +219,9 @@ class SteeredModel:
                 f"circuit=, or use method='prompt'"
             )
         self.circuit.index(emotion)
+        part = METHODS[method].vectors
+        if part is not None:
+            self.circuit.require(part)
         return self.circuit
 
     def _writer(self, options: WritingOptions) -> Writer:

@@ -20,8 +20,10 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.circuit import Circuit, has_learned_gains, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import learn_gains
+from emosteer.circuits.learned_residual import free_vectors, learn_residual
 from emosteer.circuits.name_sparing import without_names
-from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.precision import chosen_dtype
+from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.activations import Sample
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.models.model import Model
@@ -127,6 +129,23 @@ def _with_gains(
     return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
 
 
+def _residual(
+    model: Model,
+    directions: Directions,
+    spare: bool,
+    groups: Sequence[Group],
+    bank: Bank,
+    gain_settings: GainSettings,
+    vector_settings: VectorSettings,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The learned residual vectors [emotion, layer of the band, d_model] and their record, beside what stands in that of the gains."""
+    strength = DEFAULT_RESIDUAL_STRENGTH
+    free = free_vectors(model, directions, residual_band(model.shape.n_layers), strength, spare, vector_settings)
+    vectors, learned = learn_residual(model, free, groups, bank, directions, gain_settings)
+    record = {**vars(vector_settings), "start": strength, "curve": list(learned.curve), "margin": list(learned.margin)}
+    return vectors, {"learned_residual": record}
+
+
 def assemble(
     model: Model,
     directions: Directions,
@@ -137,6 +156,7 @@ def assemble(
     parents: Mapping[str, str] | None = None,
     bank: Bank | None = None,
     gain_settings: GainSettings | None = None,
+    vector_settings: VectorSettings | None = None,
 ) -> Circuit:
     """The stage `circuit`: ranks, budgets, assembles and measures one circuit per emotion.
 
@@ -144,6 +164,7 @@ def assemble(
         groups: scenario-events whose plain prompts effects are measured on; use train, never test.
         bank, gain_settings: with both, how much each head adds is learned (`gains.learn_gains`) and the heads that are left make the
             circuit; otherwise every head of the ranking adds its mean contrast.
+        vector_settings: with gains, learn residual vectors as well, on the same data in the same way, for the contest.
 
     Raises:
         ArtifactError: if the directions are another model's.
@@ -152,9 +173,13 @@ def assemble(
     n = len(directions.emotions)
     _ = model.bridge  # made and proved now: what cannot be measured should not cost minutes of learning first
     learned: dict[str, Any] = {}
-    plain_contrast = directions, settings.spare_names
+    plain_contrast, residual = (directions, settings.spare_names), None
     if bank is not None and gain_settings is not None and gain_settings.steps:
+        gain_settings = replace(gain_settings, dtype=chosen_dtype(model, gain_settings.dtype))  # once, so that both are learned alike
         directions, settings, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
+        if vector_settings is not None:
+            residual, record = _residual(model, *plain_contrast, groups, bank, gain_settings, vector_settings)
+            learned |= record
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
@@ -180,7 +205,7 @@ def assemble(
             model, directions, e, units, samples, v_ref[e], settings, plain_contrast if learned else None
         )
     hashes = directions.provenance.data if data is None else data
-    circuit = _circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {})
+    circuit = replace(_circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {}), learned_residual=residual)
     metrics["overlap"] = overlap(circuit)
     return circuit
 
@@ -188,6 +213,11 @@ def assemble(
 #: Strength of a ranked circuit that nobody has calibrated (2 to 4 on every model tried; learned gains are learned at strength 1);
 #: residual steering in rms.
 DEFAULT_STRENGTH, DEFAULT_RESIDUAL_STRENGTH = 3.0, 1.0
+
+
+def residual_band(n_layers: int) -> tuple[int, ...]:
+    """The layers that residual steering writes to: the upper half but the last ones."""
+    return tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15)))
 
 
 def _circuit(
@@ -207,7 +237,6 @@ def _circuit(
     index = mlp_mask.nonzero()
     heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
-    n_layers = model.shape.n_layers
     provenance = Provenance(
         model=model.name,
         model_sha256=model.sha256,
@@ -230,7 +259,7 @@ def _circuit(
         importance=importance,
         vectors=directions.at(RESID_POST),
         rms=directions.rms[post],
-        residual_layers=tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15))),
+        residual_layers=residual_band(model.shape.n_layers),
         residual_strength=DEFAULT_RESIDUAL_STRENGTH,
         d_mlp=model.shape.d_mlp,
         preset=settings.preset,

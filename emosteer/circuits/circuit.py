@@ -17,9 +17,11 @@ from emosteer.circuits.dial import check_intensity, strength_for
 from emosteer.circuits.methods import METHODS, Part, source_of
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
-from emosteer.models.sites import Head, Neuron, Site, Unit
+from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
 
 KIND = "circuit"
+#: Default strength of learned residual vectors: the one that they are learned at.
+LEARNED_STRENGTH = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class Circuit:
     elsewhere; neuron_index: [n, 3] (emotion, layer, neuron) and neuron_delta: [n]; strength: [emotion], the default; importance:
     [emotion, layer, 2], of the attention and MLP sublayers. For residual steering, the comparison: vectors [emotion, layer,
     d_model] (v_post, unit length), rms [layer], residual_layers and residual_strength. metrics: what `circuit` measured.
+    learned_residual: [emotion, layer of residual_layers, d_model], vectors learned as the gains were, at strength 1; None where none
+    were learned.
     """
 
     emotions: tuple[str, ...]
@@ -48,6 +52,7 @@ class Circuit:
     instruction: str
     metrics: Mapping[str, Any]
     provenance: Provenance
+    learned_residual: Tensor | None = None
 
     def index(self, emotion: str) -> int:
         """Position of an emotion.
@@ -82,9 +87,38 @@ class Circuit:
         """Residual steering with the same directions: site -> [emotion, d_model], at strength 1 (one rms per layer)."""
         return residual_vectors(self.vectors, self.rms, self.residual_layers)
 
+    def learned_stream(self) -> dict[Site, Tensor]:
+        """Learned residual steering: site -> [emotion, d_model], at strength 1.
+
+        Raises:
+            ArtifactError: if the circuit has none.
+        """
+        if self.learned_residual is None:
+            raise lacking(Part.LEARNED_STREAM)
+        return {Site(layer, RESID_POST): self.learned_residual[:, place] for place, layer in enumerate(self.residual_layers)}
+
     def added(self, part: Part, model: Model) -> dict[Site, Tensor]:
-        """What a method adds that takes a part of the circuit as it is: site -> [emotion, d_model], at strength 1."""
-        return self.steering(model) if part is Part.UNITS else self.residual()
+        """What a method adds that takes a part of the circuit as it is: site -> [emotion, d_model], at strength 1.
+
+        Raises:
+            ArtifactError: if the circuit lacks this part.
+        """
+        if part is Part.UNITS:
+            return self.steering(model)
+        return self.residual() if part is Part.STREAM else self.learned_stream()
+
+    def has(self, part: Part) -> bool:
+        """Whether the circuit has a part; only the learned residual vectors can be missing."""
+        return part is not Part.LEARNED_STREAM or self.learned_residual is not None
+
+    def require(self, part: Part) -> None:
+        """Refuses what the circuit lacks, before anything is written with it.
+
+        Raises:
+            ArtifactError: with the command that makes a circuit that has it.
+        """
+        if not self.has(part):
+            raise lacking(part)
 
     def with_strength(self, strength: Sequence[float], residual_strength: float | None = None) -> Circuit:
         """The same circuit with other default strengths."""
@@ -96,8 +130,11 @@ class Circuit:
         return round(self.strength[self.index(emotion)].item(), 6)
 
     def default_strength_of(self, part: Part, emotion: str) -> float:
-        """The same for steering by any part of the circuit; residual steering has one strength for all emotions."""
-        return self.default_strength(emotion) if part is Part.UNITS else self.residual_strength
+        """The same for steering by any part of the circuit; residual steering has one strength for all emotions, learned or plain: what is
+        learned is learned at strength 1."""
+        if part is Part.UNITS:
+            return self.default_strength(emotion)
+        return self.residual_strength if part is Part.STREAM else LEARNED_STRENGTH
 
     @property
     def learned_gains(self) -> bool:
@@ -127,7 +164,8 @@ class Circuit:
 
     def save(self, path: Path) -> None:
         """Writes the artefact."""
-        names = ("heads", "z_delta", "neuron_index", "neuron_delta", "strength", "importance", "vectors", "rms")
+        names = ["heads", "z_delta", "neuron_index", "neuron_delta", "strength", "importance", "vectors", "rms"]
+        names += ["learned_residual"] * (self.learned_residual is not None)
         fields = {
             "emotions": list(self.emotions),
             "residual_layers": list(self.residual_layers),
@@ -175,6 +213,11 @@ class Circuit:
 def has_learned_gains(metrics: Mapping[str, Any]) -> bool:
     """Whether a circuit's metrics tell of learned gains."""
     return "gains" in metrics
+
+
+def lacking(part: Part) -> ArtifactError:
+    """The refusal of a circuit that lacks a part."""
+    return ArtifactError(f"this circuit has no {part.value}; make one that has them with `emosteer circuit --learn-residual`")
 
 
 def default_strengths(circuit: Circuit, methods: Sequence[str]) -> dict[str, dict[str, float | None]]:

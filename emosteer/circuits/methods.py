@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-CIRCUIT, RESIDUAL, PROMPT, NONE = "circuit", "residual", "prompt", "none"
+CIRCUIT, RESIDUAL, LEARNED_RESIDUAL, PROMPT, NONE = "circuit", "residual", "learned-residual", "prompt", "none"
 
 
 class Kind(Enum):
@@ -22,11 +22,12 @@ class Kind(Enum):
 
 
 class Part(Enum):
-    """A part of a circuit that vectors and default strengths come from: its heads and neurons, or the directions and layers of residual
-    steering."""
+    """A part of a circuit that vectors and default strengths come from: its heads and neurons, the directions and layers of residual
+    steering, or the vectors that were learned for these layers."""
 
     UNITS = "units"
     STREAM = "residual stream"
+    LEARNED_STREAM = "learned residual vectors"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ _ROWS = (
         vectors=Part.UNITS,
         strength=Part.UNITS,
         dial=True,
-        turn=5,
+        turn=6,
         generate=True,
         vllm=True,
     ),
@@ -112,6 +113,19 @@ _ROWS = (
         vectors=Part.STREAM,
         strength=Part.STREAM,
         turn=4,
+        generate=True,
+    ),
+    Method(
+        *(
+            LEARNED_RESIDUAL,
+            "Learned residual",
+            "learned residual steering",
+            Look("m-learned", "triangle-right", (6, 2, 2, 2)),
+            Kind.STEERED,
+        ),
+        vectors=Part.LEARNED_STREAM,
+        strength=Part.LEARNED_STREAM,
+        turn=5,
         generate=True,
     ),
     Method(
@@ -124,9 +138,9 @@ _ROWS = (
     _prompt("system", Look("m-system", "triangle-down", (5, 2, 1, 2)), turn=1),
     _prompt("stimulus", Look("m-stimulus", "diamond", (1, 3)), turn=3),
     Method(NONE, "Unsteered", "no steering", Look("m-none", "cross"), Kind.UNSTEERED, turn=0, generate=True, vllm=True),
-    _control("random-heads", Look("m-control", "circle", (4, 4)), Part.UNITS, CIRCUIT, turn=6, directions=True),
-    _control("random-circuit", Look("m-control", "square", (2, 4)), Part.UNITS, CIRCUIT, turn=7),
-    _control("random-direction", Look("m-control", "diamond", (1, 4)), Part.STREAM, RESIDUAL, turn=8, singular=True),
+    _control("random-heads", Look("m-control", "circle", (4, 4)), Part.UNITS, CIRCUIT, turn=7, directions=True),
+    _control("random-circuit", Look("m-control", "square", (2, 4)), Part.UNITS, CIRCUIT, turn=8),
+    _control("random-direction", Look("m-control", "diamond", (1, 4)), Part.STREAM, RESIDUAL, turn=9, singular=True),
 )
 
 

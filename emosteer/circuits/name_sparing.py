@@ -40,6 +40,13 @@ def name_direction(model: Model, emotion: str) -> Tensor | None:
     return direction / direction.norm()
 
 
+def name_directions(model: Model, emotions: Sequence[str]) -> Tensor:
+    """The direction of every emotion's name [emotion, d_model], float32, on the model's device; zero where no token is the name."""
+    blank = torch.zeros(model.shape.d_model, device=model.device)
+    directions = [name_direction(model, emotion) for emotion in emotions]
+    return torch.stack([blank if direction is None else direction.to(blank) for direction in directions])
+
+
 def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delta: Tensor, push: float = 0.0) -> tuple[Tensor, Tensor]:
     """Takes the direct effect on each emotion's own name out of its contrast.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from emosteer.base.errors import UsageError, suggest
 
 PRESETS = ("auto", "paper")
+#: What gradients are taken in.
+READ_IN = ("auto", "bfloat16", "float32")
 RANKINGS = ("contrast", "raw", "effect")
 
 
@@ -44,7 +47,8 @@ class GainSettings:
     """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
     preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
     others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
-    model is read in meanwhile (a copy; half the time, and one number per head does not need more), "float32" for none.
+    model is read in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or "auto",
+    the faster of the two as measured (`circuits.precision`).
     """
 
     steps: int = 40
@@ -56,8 +60,25 @@ class GainSettings:
     others: int = 2
     keep: float = 0.5
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.dtype not in READ_IN:
+            raise UsageError(f"unknown dtype '{self.dtype}'{suggest(self.dtype, READ_IN)}; expected {', '.join(READ_IN)}")
         if self.steps < 0 or not 0 < self.keep <= 1:
             raise UsageError(f"expected --gain-steps of at least 0 and --keep above 0 and up to 1, found {self.steps} and {self.keep}")
+
+
+@dataclass(frozen=True)
+class VectorSettings:
+    """What learned residual vectors have of their own; everything else is `GainSettings`.
+
+    rate: how far one step of Adam moves a vector, about, in units of strength (rms). With this one the margin between the wanted and
+    the other emotions' replies rises about as fast as under gains (docs/CIRCUITS.md).
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < math.inf:
+            raise UsageError(f"expected a rate above 0, found {self.rate}")

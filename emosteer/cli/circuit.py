@@ -45,6 +45,14 @@ def circuit(
         int, typer.Option(min=0, help="Steps of learning how much each head adds, on the reply bank; 0 ranks heads instead.")
     ] = GainSettings.steps,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
+    learn_residual: Annotated[
+        bool | None,
+        typer.Option(
+            "--learn-residual/--no-learn-residual",
+            help="Learn residual vectors in the same way, for the contest; doubles the time of learning. On where gains are learned.",
+            show_default=False,
+        ),
+    ] = None,
     strength: Annotated[
         str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
     ] = None,
@@ -74,6 +82,7 @@ def circuit(
         replies=replies,
         gain_steps=gains.steps,
         keep=gains.keep,
+        learn_residual=learn_residual,
         tune=tune,
         strength=wanted,
         artifacts=root,

@@ -87,10 +87,10 @@ def evaluate(
     root: RootOption = ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold the contest: prompts, residual steering, the circuit and random controls, judged blind. A rerun goes on."""
+    """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
     decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
-    from emosteer.api.contest import Splits, contest_of, hold, with_directions
+    from emosteer.api.contest import Splits, contest_of, hold, with_directions, with_parts_of
 
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
     splits = Splits.of(scenarios, sizes["groups"], skip, sizes["dev_groups"], parse_kinds(kinds))
@@ -112,6 +112,7 @@ def evaluate(
     jury = panel(KeyedLog(folder / "opinions.jsonl")) if panel is not None else None
     if jury is not None:
         refuse_same_weights(jury.judges, loaded.sha256)
+    settings = with_parts_of(settings, ready, methods is not None)
     settings, known = with_directions(settings, loaded, ready, directions, root, methods is not None)
     contest = contest_of(loaded, ready, known, settings, decoding, batch_size, folder, crew)
     if jury is None:

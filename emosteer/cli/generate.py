@@ -48,7 +48,7 @@ def generate(
         str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
-    method: Annotated[str, typer.Option(help="circuit, residual, prompt (just asks) or none (unsteered).")] = CIRCUIT,
+    method: Annotated[str, typer.Option(help="circuit, residual, learned-residual, prompt (just asks) or none (unsteered).")] = CIRCUIT,
     strength: Annotated[
         float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
     ] = None,
@@ -117,6 +117,8 @@ def generate(
         found = _circuit_or_made(loaded, circuit, model, root) if auto else require_circuit(loaded, circuit, root)
     elif chosen.asks and circuit is not None:
         found = require_circuit(loaded, circuit, root)
+    if found and chosen.vectors is not None:
+        found[0].require(chosen.vectors)
     if found and intensity is not None:
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None

@@ -181,6 +181,7 @@ def circuit_summary(found: Circuit) -> Summary:
         "strength": dict(zip(found.emotions, _rounded(found.strength), strict=True)),
         "residual_strength": found.residual_strength,
         "residual_layers": list(found.residual_layers),
+        "learned_residual": None,  # unless the metrics tell of some
         **{key: value for key, value in found.metrics.items()},
     }
 
@@ -195,6 +196,7 @@ def print_circuit(summary: Summary) -> None:
     overlap = summary["overlap"]
     print("overlap of units (Jaccard)")
     print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
+    print(_learned(summary))
     if "tuning" in summary:
         tuning = summary["tuning"]
         print(f"strength tuned on training prompts, {tuning['rule']}; nats per token of the replies alone:")
@@ -202,6 +204,15 @@ def print_circuit(summary: Summary) -> None:
             print(f"  {method}: " + ", ".join(f"{strength} -> {cost:.2f}" for strength, cost in tuning[method].items()))
     if "calibration" in summary:
         print_calibration(summary["calibration"])
+
+
+def _learned(summary: Summary) -> str:
+    """Whether residual vectors were learned for the contest, and how far."""
+    record = summary["learned_residual"]
+    if record is None:
+        return "learned residual vectors: none (`emosteer circuit --learn-residual` makes a circuit that has them)"
+    margins = "".join(f", {margin[0]:.2f} -> {margin[-1]:.2f}" for margin in [record["margin"]] if margin)
+    return f"learned residual vectors: {len(record['margin'])} steps{margins} nats per token between the wanted and the other replies"
 
 
 def print_calibration(table: Mapping[str, Any]) -> None:

@@ -35,7 +35,8 @@ def vectors_of(model: Model, circuit: Circuit, directions: Directions | None, me
     """What a method adds at strength 1: site -> [emotion, d_model]; nothing for prompts and `none`.
 
     Raises:
-        ArtifactError: if random-heads lacks the directions, or they are another model's or lack an emotion.
+        ArtifactError: if random-heads lacks the directions, or they are another model's or lack an emotion; if the circuit lacks what the
+            method adds.
     """
     row = METHODS[method]
     if row.built:
@@ -104,6 +105,8 @@ def added_key(circuit: Circuit, directions: Directions | None, method: str, seed
         parts += [_hash([circuit.z_delta, circuit.neuron_index, circuit.neuron_delta, circuit.heads])]
     if row.vectors is Part.STREAM:
         parts += [_hash([circuit.vectors, circuit.rms]), circuit.residual_layers]
+    if row.vectors is Part.LEARNED_STREAM:
+        parts += [_hash(list(circuit.learned_stream().values())), circuit.residual_layers]
     if row.needs_directions and directions is not None:
         parts += [_hash([directions.z.mean, directions.mlp.mean]), circuit.provenance.params.get("spare_names", True)]
     if row.built:

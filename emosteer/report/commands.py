@@ -85,6 +85,8 @@ def rebuilt(kind: str, item: Any, reference: str) -> str:
         ]
     written = [f"{name} {shlex.quote(str(value))}" for name, value, usual in options if value != usual and value is not None]
     bare = " --no-curves" if kind == "scores" and not curves else ""
+    if kind == "circuit" and item.metrics.get("gains") and item.learned_residual is None:
+        bare = " --no-learn-residual"
     return " ".join([maker(kind, reference), *written]) + bare
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.methods import CIRCUIT, CONTROLS, METHODS, NONE, RESIDUAL
+from emosteer.circuits.methods import CIRCUIT, CONTROLS, LEARNED_RESIDUAL, METHODS, NONE, RESIDUAL
 from emosteer.report.dial_figures import spots
 from emosteer.report.measured import Measured
 from emosteer.report.wording import (
@@ -64,7 +64,8 @@ def verdict(contest: Measured | None, circuit: Circuit | None, check: Mapping[st
     if CIRCUIT not in contest.results:
         return Verdict("The circuit was not evaluated", "The evaluation holds other methods only; run it again with the circuit.", dial)
     works, cost = _works(contest), _cost(contest)
-    findings = [works, *_emotions(contest), cost, _prompting(contest), _residual(contest), *_content(contest), _controls(contest)]
+    findings = [works, *_emotions(contest), cost, _prompting(contest), _residual(contest), *_learned(contest)]
+    findings += [*_content(contest), _controls(contest)]
     return Verdict(_headline(works.tone, cost.tone), _lead(contest, model), [*findings, *dial, *_missing(contest)])
 
 
@@ -204,6 +205,17 @@ def _residual(contest: Measured) -> Finding:
     if RESIDUAL not in contest.results:
         return Finding(question, "Not compared", "The evaluation holds no residual steering.", UNKNOWN)
     return _comparison(contest, question, RESIDUAL, "residual steering along the same directions")
+
+
+def _learned(contest: Measured) -> list[Finding]:
+    """Whether the place makes the difference, or only the learning; nothing where no residual vectors were learned."""
+    if LEARNED_RESIDUAL not in contest.results:
+        return []
+    question, name = (
+        "Better than residual steering that is learned in the same way?",
+        "residual vectors learned as the circuit's gains were",
+    )
+    return [_comparison(contest, question, LEARNED_RESIDUAL, name)]
 
 
 def _comparison(contest: Measured, question: str, other: str, name: str) -> Finding:

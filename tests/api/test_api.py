@@ -119,6 +119,8 @@ def test_strengths_per_prompt(steered: SteeredModel) -> None:
         (lambda m: m.generate([{"role": "user", "content": ""}]), (UsageError, DataError), "conversation 1"),
         (lambda m: m.generate("the " * 400), DataError, "256"),
         (lambda m: m.steering("anger", method="prompt").__enter__(), UsageError, "steers nothing"),
+        (lambda m: m.generate("the boss", "anger", method="learned-residual"), ArtifactError, "--learn-residual"),
+        (lambda m: m.steering("anger", method="learned-residual", strength=1.0).__enter__(), ArtifactError, "--learn-residual"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_words(steered: SteeredModel, call: Any, error: Any, message: str) -> None:
@@ -162,6 +164,13 @@ def test_functions_and_commands_make_the_same_artefacts(tmp_path: Path, monkeypa
     circuit = emosteer.assemble(m, scenarios="sev.jsonl", head_share=0.25, strength=2.0)
     written = emosteer.Circuit.load(Path("artifacts/tiny/circuit.safetensors"))
     assert torch.equal(circuit.z_delta, written.z_delta) and torch.equal(circuit.strength, written.strength)
+    with pytest.raises(UsageError, match="residual vectors are learned beside gains"):
+        emosteer.assemble(m, scenarios="sev.jsonl", head_share=0.25, learn_residual=True)
+    learned = dict(data, gain_steps=2, tune=False)
+    steered = SteeredModel(m.model, emosteer.assemble(m, **learned))
+    assert steered.circuit is not None and steered.circuit.learned_residual is not None, "the default"
+    assert steered.generate("the boss", "anger", method="learned-residual", strength=9.0, **LONG).ids != steered.generate("the boss").ids
+    assert emosteer.assemble(m, learn_residual=False, **learned).learned_residual is None
     assert circuit.metrics == written.metrics and circuit.provenance.parents == written.provenance.parents
     assert m.circuit is not None and torch.equal(m.circuit.z_delta, written.z_delta), "load finds what the command made"
 

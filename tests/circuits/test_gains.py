@@ -16,12 +16,13 @@ from torch.nn.functional import cross_entropy
 from emosteer.attribution.gradients import prompt_samples
 from emosteer.base.errors import DataError, UsageError
 from emosteer.circuits import assemble as assembly
-from emosteer.circuits import gains
+from emosteer.circuits import gains, learning, precision
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.faithfulness import NAME_PUSH
-from emosteer.circuits.gains import Gains, learn_gains, strongest_mask
+from emosteer.circuits.gains import HeadGains, learn_gains, strongest_mask
+from emosteer.circuits.learning import Learned
 from emosteer.circuits.name_sparing import spare_names, without_names
-from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.directions.extract import extract
 from emosteer.directions.settings import Settings
@@ -76,7 +77,8 @@ def cost_by_hand(model: Model, group: Group, reply: str, z: Tensor, gain: Tensor
 
 
 def costs(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], gain: Tensor, z: Tensor) -> Tensor:
-    return gains._costs(model, group, replies, shifts, gain, gains._written(model, z), INSTRUCTION)
+    added = HeadGains(gains.head_outputs(model, z), GainSettings()).added(gain)
+    return learning.reply_costs(model, group, replies, shifts, added, INSTRUCTION)
 
 
 def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) -> None:
@@ -137,7 +139,7 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
     model, settings = double("llama"), GainSettings(preference=2.0, sharpness=1.5)
     z, gain, group = contrast(model), random_gains().requires_grad_(), GROUPS[1]
     replies = [BANK[group.key][e] for e in EMOTIONS]
-    slopes = torch.autograd.grad(gains._loss(costs(model, group, replies, (1, 2), gain, z), settings), gain)[0]
+    slopes = torch.autograd.grad(learning.objective(costs(model, group, replies, (1, 2), gain, z), settings), gain)[0]
     found, by_hand, draw, dose = [], [], random.Random(0), 1e-3
     for _ in range(12):
         e, layer, head = draw.randrange(3), draw.randrange(3), draw.randrange(4)
@@ -155,14 +157,14 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
 
 def test_every_other_emotion_is_compared_with(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    usual = gains._costs
+    usual = learning.reply_costs
 
     def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], *rest: Any) -> Tensor:
         seen.append(tuple(shifts))
         assert list(replies) == [BANK[group.key][e] for e in EMOTIONS]
         return usual(model, group, replies, shifts, *rest)
 
-    monkeypatch.setattr(gains, "_costs", watched)
+    monkeypatch.setattr(learning, "reply_costs", watched)
     learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=2, others=1))
     assert {shift for shifts in seen for shift in shifts} == {1, 2} and all(len(shifts) == 1 for shifts in seen)
     seen.clear()
@@ -182,12 +184,12 @@ def mean_cost(model: Model, z: Tensor, values: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def learned(tiny: Model) -> tuple[Tensor, GainSettings, Gains]:
+def learned(tiny: Model) -> tuple[Tensor, GainSettings, Learned]:
     z, settings = contrast(tiny), GainSettings(steps=24, groups=2, keep=0.5, start=1.0)
     return z, settings, learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, settings)
 
 
-def test_learning_makes_the_wanted_replies_likelier(tiny: Model, learned: tuple[Tensor, GainSettings, Gains]) -> None:
+def test_learning_makes_the_wanted_replies_likelier(tiny: Model, learned: tuple[Tensor, GainSettings, Learned]) -> None:
     z, settings, found = learned
     after, nothing = mean_cost(tiny, z, found.values), mean_cost(tiny, z, torch.zeros(3, 3, 4))
     start = mean_cost(tiny, z, torch.full((3, 3, 4), settings.start))
@@ -213,14 +215,73 @@ def test_the_curve_is_the_cost_of_the_wanted_replies(tiny: Model) -> None:
 
 
 def test_a_float32_model_is_read_in_lower_precision_and_not_changed(tiny: Model) -> None:
-    z, few = contrast(tiny), GainSettings(steps=3, groups=3)
+    z, few = contrast(tiny), GainSettings(steps=3, groups=3, dtype="bfloat16")
     rough = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, few)
     exact = learn_gains(tiny, z, GROUPS, BANK, EMOTIONS, INSTRUCTION, replace(few, dtype="float32"))
-    assert few.dtype == "bfloat16" and tiny.dtype == torch.float32 and rough.values.dtype == torch.float32
+    assert tiny.dtype == torch.float32 and rough.values.dtype == torch.float32
     assert not torch.equal(rough.values, exact.values) and rough.curve == pytest.approx(exact.curve, abs=0.15)
-    copied = gains._reader(tiny, "bfloat16")
+    copied = precision.reader(tiny, "bfloat16")
     assert copied.dtype == torch.bfloat16 and copied.hf is not tiny.hf
-    assert gains._reader(tiny, "float32") is tiny and gains._reader(copied, "bfloat16") is copied
+    assert precision.reader(tiny, "float32") is tiny and precision.reader(copied, "bfloat16") is copied
+
+
+def timed(patch: pytest.MonkeyPatch, seconds: Mapping[torch.dtype, float]) -> list[torch.dtype]:
+    """Trials take as long as given here; returns the list of those that were made."""
+    tried: list[torch.dtype] = []
+
+    def step_seconds(model: Model) -> float:
+        tried.append(model.dtype)
+        return seconds[model.dtype]
+
+    patch.setattr(precision, "step_seconds", step_seconds)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("exact", "rough", "chosen"),
+    [(1.0, 0.5, "bfloat16"), (1.0, 4.0, "float32"), (1.0, 1.0, "float32"), (0.01, 0.001, "float32")],
+)
+def test_the_faster_precision_is_measured_and_kept_in_the_record(
+    tiny: Model,
+    directions: Directions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    exact: float,
+    rough: float,
+    chosen: str,
+) -> None:
+    tried = timed(monkeypatch, {torch.float32: exact, torch.bfloat16: rough})
+    auto = GainSettings(steps=2, groups=1)
+    assert auto.dtype == "auto" and precision.chosen_dtype(tiny, "auto") == chosen
+    quick = exact < precision.QUICK
+    assert tried == [torch.float32] + [torch.bfloat16] * (not quick), "where a step takes no time, no copy is made to try"
+    lines = [line for line in capsys.readouterr().err.splitlines() if f"gradients in {chosen}" in line]
+    assert len(lines) == (not quick)
+    made = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=auto, vector_settings=VectorSettings())
+    wanted = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=replace(auto, dtype=chosen), vector_settings=VectorSettings())
+    assert made.metrics["gains"]["dtype"] == chosen and len(tried) == 2 * (2 - quick), "once for gains and vectors"
+    assert torch.equal(made.z_delta, wanted.z_delta) and same(made, wanted)
+
+
+def test_what_is_named_or_cannot_be_copied_is_not_measured(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = timed(monkeypatch, {})
+    half = precision.reader(tiny, "bfloat16")
+    assert precision.chosen_dtype(half, "auto") == "bfloat16" and precision.reader(half, "auto") is half
+    assert [precision.chosen_dtype(tiny, name) for name in ("bfloat16", "float32")] == ["bfloat16", "float32"] and not tried
+    with pytest.raises(UsageError, match="unknown dtype 'bfloat32'.*expected auto, bfloat16, float32"):
+        GainSettings(dtype="bfloat32")
+
+
+def test_a_trial_takes_time_and_leaves_nothing_behind(family: Model) -> None:
+    passes: list[torch.Size] = []
+    handle = family.body.register_forward_hook(lambda _module, _args, out: passes.append(out.last_hidden_state.shape))
+    try:
+        assert precision.step_seconds(family) > 0
+    finally:
+        handle.remove()
+    assert passes == [(1, precision.TOKENS, 32)] * (1 + precision.REPEATS)
+    assert all(parameter.grad is None for parameter in family.hf.parameters())
+    assert precision.step_seconds(precision.reader(family, "bfloat16")) > 0
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0.5, 6), (0.25, 3), (0.01, 1), (1.0, 12)])
@@ -240,7 +301,7 @@ def test_the_kept_heads_are_those_that_write_most(family: Model) -> None:
             for head in range(4):
                 part = slice(head * family.shape.d_head, (head + 1) * family.shape.d_head)
                 size[e, layer * 4 + head] = (values[e, layer, head] * weight[:, part] @ z[e, layer, part]).norm()
-    found = strongest_mask(values, gains._written(family, z), 0.4).flatten(1)
+    found = strongest_mask(values, gains.head_outputs(family, z), 0.4).flatten(1)
     for e in range(3):
         order = sorted(range(12), key=lambda i: -size[e, i])
         assert set(found[e].nonzero().flatten().tolist()) == set(order[:5])
@@ -407,7 +468,7 @@ def test_steering_with_the_circuit_costs_what_was_learned(tiny: Model, direction
     circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings(steps=4, groups=1))
     added = without_names(tiny, EMOTIONS, directions.z.mean)
     values = learn_gains(tiny, added, GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=1)).values
-    wanted = torch.einsum("elh,elhm->elm", values, gains._written(tiny, added))
+    wanted = torch.einsum("elh,elhm->elm", values, gains.head_outputs(tiny, added))
     vectors = {site: vector for site, vector in circuit.steering(tiny).items() if vector.any()}
     assert {(site.layer, site.kind) for site in vectors} == {(layer, ATTN_OUT) for layer in range(3) if wanted[:, layer].any()}
     for site, vector in vectors.items():
@@ -418,7 +479,7 @@ def test_measures_are_of_what_the_circuit_really_adds(tiny: Model, directions: D
     """Known gains instead of learned ones, injected by bare hooks; against the plain contrast of all heads at the same length."""
     values = torch.zeros(3, 3, 4)
     values[:, 1, 2], values[:, 2, 0], values[:, 0, 3] = 1.5, -2.0, 0.5
-    monkeypatch.setattr(assembly, "learn_gains", lambda *_: Gains(values, (1.0,), (0.0,)))
+    monkeypatch.setattr(assembly, "learn_gains", lambda *_: Learned(values, (1.0,), (0.0,)))
     circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings())
     v_ref = reference_directions(directions, stable_band(directions))
     case = Case(tiny, directions, GROUPS, prompt_samples(tiny, GROUPS, 2, 3, INSTRUCTION), v_ref)

@@ -33,7 +33,7 @@ from tests.helpers.contest_setup import EMOTIONS, groups, parts
 
 PACKAGE = Path(__file__).parents[2] / "emosteer"
 #: A name as methods have it, in a string of the source.
-NAMES = re.compile(r"\b(?:prompt|random)-[a-z]+\b")
+NAMES = re.compile(r"\b(?:prompt|random|learned)-[a-z]+\b")
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------------
@@ -64,22 +64,33 @@ def test_methods_are_told_apart() -> None:
 def test_the_orders_are_what_results_and_pages_keep() -> None:
     controls = ("random-heads", "random-circuit", "random-direction")
     prompts = ("prompt-tone", "prompt-system", "prompt-stimulus")
-    assert ("none", "prompt-system", "prompt-tone", "prompt-stimulus", "residual", "circuit", *controls) == CONTEST
-    assert wording.ordered(CONTEST) == ["circuit", "residual", *prompts, "none", *controls]
-    assert GENERATE == ("circuit", "residual", "prompt", "none") and VLLM == ("circuit", "prompt", "none")
+    assert ("none", "prompt-system", "prompt-tone", "prompt-stimulus", "residual", "learned-residual", "circuit", *controls) == CONTEST
+    assert wording.ordered(CONTEST) == ["circuit", "residual", "learned-residual", *prompts, "none", *controls]
+    assert GENERATE == ("circuit", "residual", "learned-residual", "prompt", "none") and VLLM == ("circuit", "prompt", "none")
     assert PROMPTS == ("prompt-system", "prompt-tone", "prompt-stimulus")
-    assert controls == CONTROLS and STEERED == ("circuit", "residual")
+    assert controls == CONTROLS and STEERED == ("circuit", "residual", "learned-residual")
     assert [source_of(name) for name in CONTROLS] == ["circuit", "circuit", "residual"]
     assert EvaluationSettings().methods == CONTEST
 
 
 def test_the_page_names_and_draws_every_method() -> None:
-    labels = ["Circuit", "Residual steering", "Prompt", "Prompt: tone", "Prompt: system", "Prompt: stimulus", "Unsteered"]
-    assert [wording.label(name) for name in METHODS] == [*labels, "Random heads", "Random circuit", "Random direction"]
+    steered, prompts = (
+        ["Circuit", "Residual steering", "Learned residual"],
+        ["Prompt", "Prompt: tone", "Prompt: system", "Prompt: stimulus"],
+    )
+    assert [wording.label(name) for name in METHODS] == [
+        *steered,
+        *prompts,
+        "Unsteered",
+        "Random heads",
+        "Random circuit",
+        "Random direction",
+    ]
     prompts = ["the prompt", "the tone prompt", "the system prompt", "the stimulus prompt"]
-    phrases = ["the circuit", "residual steering", *prompts, "no steering", "random heads", "random circuit", "random direction"]
-    assert [wording.in_sentence(name) for name in METHODS] == phrases
+    phrases = ["the circuit", "residual steering", "learned residual steering", *prompts, "no steering"]
+    assert [wording.in_sentence(name) for name in METHODS] == [*phrases, "random heads", "random circuit", "random direction"]
     assert contest_figures.style("residual") == Style("m-residual", "square", (7, 3))
+    assert contest_figures.style("learned-residual") == Style("m-learned", "triangle-right", (6, 2, 2, 2))
     assert contest_figures.style("prompt-system") == Style("m-system", "triangle-down", (5, 2, 1, 2))
     assert contest_figures.style("none") == Style("m-none", "cross") and contest_figures.style("random-circuit").dash == (2, 4)
 
@@ -97,10 +108,14 @@ def test_a_method_of_another_version_is_shown_by_its_name() -> None:
 def test_rivals_follow_from_the_table() -> None:
     assert rivals_of(CONTEST, "prompt-tone") == [
         ("circuit", "residual"),
+        ("circuit", "learned-residual"),
+        ("residual", "learned-residual"),
         ("circuit", "prompt-tone"),
         ("residual", "prompt-tone"),
+        ("learned-residual", "prompt-tone"),
         ("circuit", "none"),
         ("residual", "none"),
+        ("learned-residual", "none"),
         ("circuit", "random-heads"),
         ("circuit", "random-circuit"),
         ("residual", "random-direction"),
@@ -124,6 +139,7 @@ def test_default_strengths_come_from_the_part_that_a_row_names() -> None:
     units, stream = dict(zip(EMOTIONS, (1.0, 2.0, 3.0), strict=True)), dict.fromkeys(EMOTIONS, 0.5)
     assert default_strengths(varied, CONTEST) == {
         "residual": stream,
+        "learned-residual": dict.fromkeys(EMOTIONS, 1.0),
         "circuit": units,
         "random-heads": units,
         "random-circuit": units,
@@ -132,7 +148,8 @@ def test_default_strengths_come_from_the_part_that_a_row_names() -> None:
     (group,) = groups(1)
     for name in GENERATE:
         found = [job.strength for job in jobs_for("x", group, EMOTIONS, name, None, varied, {})]
-        assert found == {Part.UNITS: [1.0, 2.0, 3.0], Part.STREAM: [0.5] * 3, None: [None] * 3}[METHODS[name].strength]
+        wanted = {Part.UNITS: [1.0, 2.0, 3.0], Part.STREAM: [0.5] * 3, Part.LEARNED_STREAM: [1.0] * 3, None: [None] * 3}
+        assert found == wanted[METHODS[name].strength]
 
 
 def test_only_what_steers_adds_vectors_and_only_what_asks_has_its_own_prompt() -> None:

@@ -95,6 +95,8 @@ def test_a_kept_command_run_again_in_a_fresh_folder_gives_the_same_bytes(call: C
     old.save(first / "old.safetensors")
     shown = json.loads(call(first, ["inspect", "old.safetensors", "--json"]))
     assert "command" not in shown["provenance"] and shown["command"] == "emosteer circuit --model tiny --gain-steps 2 --keep 0.25"
+    unlearned = replace(old, learned_residual=None)
+    assert made_by("circuit", unlearned, "m") == "emosteer circuit --model m --gain-steps 2 --keep 0.25 --no-learn-residual"
     plain = replace(old, metrics={name: value for name, value in old.metrics.items() if name != "gains"})
     assert made_by("circuit", plain, "m") == "emosteer circuit --model m --gain-steps 0", "gains were not learned, as was asked for"
     dialled = replace(old, provenance=replace(old.provenance, command="emosteer calibrate --top 3.0"))

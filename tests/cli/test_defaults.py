@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "circuit": {
         **{name: vars(CIRCUIT)[name] for name in ("preset", "ranking", "share", "seed")},
         **{"heads": CIRCUIT.head_share, "neurons": CIRCUIT.neuron_share, "gain_steps": GAINS.steps, "keep": GAINS.keep},
+        "learn_residual": None,  # where gains are learned
     },
     "calibrate": {
         **{name: vars(CALIBRATE)[name] for name in ("top", "points", "refine", "ratio", "default_intensity")},

@@ -365,6 +365,7 @@ def test_the_planted_circuit_wins_and_random_ones_do_not(held: tuple[Row, list[R
     assert list(results) == list(CONTEST)
     assert results[NONE]["accuracy"]["value"] == pytest.approx(1 / 3) and results[NONE]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert results["circuit"]["accuracy"]["value"] > 0.8 < results["residual"]["accuracy"]["value"]
+    assert results["learned-residual"]["accuracy"]["value"] == results["residual"]["accuracy"]["value"], "the same vectors, at other units"
     for control in CONTROLS:
         assert results[control]["accuracy"]["value"] < 0.6
     (found,) = [r for r in body["comparisons"] if (r["a"], r["b"], r["metric"]) == ("circuit", "random-circuit", "accuracy")]
@@ -380,7 +381,7 @@ def test_results_agree_with_the_replies_on_disk(held: tuple[Row, list[Row]]) -> 
     """Every figure can be had again from test-replies.jsonl, by plain loops."""
     body, rows = held
     some = {str(group.key): group for group in groups(6)}
-    assert len(rows) == 6 + 8 * 18 and {f"{row['skeleton_id']}/{row['valence']}" for row in rows} == set(some)
+    assert len(rows) == 6 + 9 * 18 and {f"{row['skeleton_id']}/{row['valence']}" for row in rows} == set(some)
     base = sum(row["nll"] for row in rows if row["method"] == NONE) / 6
     for result in body["results"]:
         mine = [row for row in rows if row["method"] == result["method"]]
@@ -522,7 +523,7 @@ def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[in
     assert found["test"]["n_groups"] == 3 and found["test"]["file"] == "test.jsonl" and len(found["test"]["sha256"]) == 64
     assert {row["method"] for row in found["results"]} == set(CONTEST)
     rows = [json.loads(line) for line in (folder / "test-replies.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 + 8 * 9
+    assert len(rows) == 3 + 9 * 9
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert run(*SMALL, "--json")[:2] == (0, out) and (folder / "evaluation.json").read_bytes() == first
     assert {file.name: file.stat().st_size for file in folder.iterdir()} == sizes, "nothing was written or asked again"
@@ -554,6 +555,23 @@ def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Calla
     assert {row["method"] for row in json.loads(out)["results"]} == set(CONTEST) - {"random-heads"}
     code, out, err = run(*SMALL, "--methods", "circuit,random-heads")
     assert code == 1 and out == "" and "emosteer extract" in err and err.count("\n") == 1
+
+
+def test_a_circuit_without_learned_residual_vectors_holds_the_contest_without_them(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    replace(parts()[1], learned_residual=None).save(tmp_path / "circuit.safetensors")
+    code, out, err = run(*SMALL, "--json")
+    assert code == 0 and "left out: learned-residual needs learned residual vectors, which this circuit lacks" in err
+    found = json.loads(out)
+    assert {row["method"] for row in found["results"]} == set(CONTEST) - {"random-heads", "learned-residual"}
+    assert "learned-residual" not in {*found["chosen"], *found["defaults"], *(row["b"] for row in found["comparisons"])}
+    code, out, err = run(*SMALL, "--methods", "circuit,learned-residual", "--out", "there")
+    assert code == 1 and out == "" and "`emosteer circuit --learn-residual`" in err and err.count("\n") == 1
+    parts()[1].save(tmp_path / "circuit.safetensors")
+    code, out, err = run(*SMALL, "--methods", "circuit,learned-residual", "--out", "there", "--json")
+    assert code == 0 and [row["method"] for row in json.loads(out)["results"]] == [NONE, "learned-residual", "circuit"]
+    assert {(row["a"], row["b"]) for row in json.loads(out)["comparisons"]} >= {("circuit", "learned-residual")}
 
 
 def test_a_judge_that_is_the_steered_model_is_refused(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from emosteer.base.jsonl import JsonlLog, KeyedLog
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.methods import CIRCUIT, CONTEST, RESIDUAL, source_of
+from emosteer.circuits.methods import CIRCUIT, CONTEST, LEARNED_RESIDUAL, RESIDUAL, source_of
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.directions.directions import Directions
 from emosteer.directions.extract import extract
@@ -79,7 +79,9 @@ def parts() -> tuple[Model, Circuit, Directions]:
             z[e, layer, columns] = torch.linalg.lstsq(written.T, wanted[e]).solution * (16.0 if layer == 2 else 0.5)
     vectors = wanted[:, None].expand(-1, model.shape.n_layers, -1).contiguous()
     planted = replace(circuit, z_delta=z, heads=heads, vectors=vectors, strength=torch.full((len(EMOTIONS),), 2.0), residual_strength=4.0)
-    return model, planted, directions
+    # as if learning had found the length that plain steering needs its strength for
+    learned = 4.0 * vectors[:, list(planted.residual_layers)] * planted.rms[list(planted.residual_layers), None]
+    return model, replace(planted, learned_residual=learned), directions
 
 
 def contest(
@@ -101,7 +103,7 @@ def contest(
 
 def defaults() -> dict[str, dict[str, float | None]]:
     """Default strengths of every method that has any."""
-    strengths = {CIRCUIT: 2.0, RESIDUAL: 4.0}
+    strengths = {CIRCUIT: 2.0, RESIDUAL: 4.0, LEARNED_RESIDUAL: 1.0}
     return {method: dict.fromkeys(EMOTIONS, strengths[source_of(method)]) for method in CONTEST if source_of(method) in strengths}
 
 

@@ -35,6 +35,7 @@ TRUTH = {
     "prompt-tone": (0.55, 1.05, 0.16),
     "prompt-stimulus": (0.38, 1.02, 0.02),
     "residual": (0.81, 1.08, 0.012),
+    "learned-residual": (0.79, 1.07, 0.01),
     "circuit": (0.83, 1.06, 0.008),
     "random-heads": (0.31, 1.05, 0.004),
     "random-circuit": (0.19, 1.03, 0.001),
@@ -246,7 +247,7 @@ def compared(a: str, b: str, metric: str = "accuracy", by: float | None = None, 
 
 def evaluation(circuit_sha256: str = "", methods: Sequence[str] = tuple(TRUTH), **changes: Any) -> dict[str, Any]:
     """A whole evaluation.json. changes: parts that are otherwise."""
-    others = [m for m in ("residual", "prompt-tone", "none", "random-heads", "random-circuit") if m in methods]
+    others = [m for m in ("residual", "learned-residual", "prompt-tone", "none", "random-heads", "random-circuit") if m in methods]
     equal = {"setting": 0.75, "ratio_a": 1.05, "ratio_b": 1.05, "accuracy_a": around(0.79), "accuracy_b": around(0.55)}
     body = {
         "schema": 1,

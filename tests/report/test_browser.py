@@ -105,8 +105,8 @@ def test_plots_and_page_change_with_the_scheme_and_stay_readable(visit: Open) ->
             return found;
         };
         const style = getComputedStyle(document.documentElement);
-        const names = ['paper', 'ink', 'muted', 'link', 'good', 'mixed', 'bad', 'm-circuit', 'm-residual', 'm-tone', 'm-system',
-            'm-stimulus', 'm-none', 'm-control', 'series-1', 'series-2', 'series-3'];
+        const names = ['paper', 'ink', 'muted', 'link', 'good', 'mixed', 'bad', 'm-circuit', 'm-residual', 'm-learned', 'm-tone',
+            'm-system', 'm-stimulus', 'm-none', 'm-control', 'series-1', 'series-2', 'series-3'];
         const mark = document.querySelector('#fig-frontier .wide path[fill="var(--m-circuit)"]');
         return { colours: Object.fromEntries(names.map((name) => [name, rgb(style.getPropertyValue('--' + name))])),
             mark: getComputedStyle(mark).fill, body: getComputedStyle(document.body).backgroundColor };

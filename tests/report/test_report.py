@@ -233,7 +233,7 @@ def test_calibration_marks_strengths_that_broke(whole: Node) -> None:
 
 def test_small_and_the_same_bytes_again(tmp_path: Path) -> None:
     _, made = whole_page()
-    assert made.size == made.path.stat().st_size < 5_000_000 and made.replies == made.replies_total == 294 and not made.missing
+    assert made.size == made.path.stat().st_size < 5_000_000 and made.replies == made.replies_total == 330 and not made.missing
     places = write_all(tmp_path, ("directions", "replies"))
     first, second = (build_report(places, tmp_path / name).path.read_bytes() for name in ("1.html", "2.html"))
     assert first == second and str(tmp_path).encode() not in first
@@ -285,9 +285,9 @@ def test_all_methods_of_evenly_chosen_prompts_fit_the_budget() -> None:
     assert (everything.shown, everything.prompts_shown) == (len(rows), 60)
     budget = len(json.dumps(everything.data, ensure_ascii=False)) // 3
     some = browser(rows, EMOTIONS, budget)
-    assert 15 <= some.prompts_shown <= 21 and some.shown == some.prompts_shown * 49 and some.total == len(rows)
+    assert 15 <= some.prompts_shown <= 21 and some.shown == some.prompts_shown * 55 and some.total == len(rows)
     assert len(json.dumps(some.data, ensure_ascii=False, separators=(",", ":")).encode()) <= 1.1 * budget
-    assert all(len(group) == 49 for group in some.data["replies"])
+    assert all(len(group) == 55 for group in some.data["replies"])
     valences = [prompt[1] for prompt in some.data["prompts"]]
     assert max(map(valences.count, valences)) - min(map(valences.count, valences)) <= 2
     assert browser(rows, EMOTIONS, 0).shown == 0 and browser([], EMOTIONS, 100).total == 0
@@ -316,9 +316,9 @@ def test_rounding_never_turns_a_miss_into_a_match() -> None:
 def test_what_was_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "REPLY_BYTES", 20_000)
     made = build_report(write_all(tmp_path, ("replies",), replies=reply_rows(groups=20)), tmp_path / "page.html")
-    assert 0 < made.replies < made.replies_total == 980
+    assert 0 < made.replies < made.replies_total == 1100
     text = Reader(made.path.read_text(encoding="utf-8")).root.text
-    assert f"{made.replies:,} of 980 replies" in text and f"{980 - made.replies:,} replies are left out" in text
+    assert f"{made.replies:,} of 1,100 replies" in text and f"{1100 - made.replies:,} replies are left out" in text
 
 
 # ---- what the stages really write ----------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     for line in body["results"]:
         assert lines[label(line["method"])] == share_range(Interval.of(line["accuracy"]))
     assert len(lines) == len(TRUTH) and f"{100 * body['results'][0]['accuracy']['value']:.1f}" in lines["Unsteered"]
-    assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 5 and len(figure(root, "confusion").all("svg")) == len(TRUTH)
+    assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 6 and len(figure(root, "confusion").all("svg")) == len(TRUTH)
 
 
 # ---- missing -------------------------------------------------------------------------------------------------------------------
@@ -452,6 +452,10 @@ def test_the_verdict_of_a_good_evaluation() -> None:
     assert found["Better than asking for it in the prompt?"].answer == "Yes, by 28.0 points"
     assert "+24.0 points" in found["Better than asking for it in the prompt?"].detail
     assert found["Better than residual steering?"].tone == MIXED  # 2 points, interval over zero
+    learned = found["Better than residual steering that is learned in the same way?"]
+    assert (learned.tone, learned.answer) == (GOOD, "Yes, by 4.0 points") and "learned as the circuit's gains were" in learned.detail
+    earlier = judge(results=[result(method) for method in TRUTH if method != "learned-residual"])
+    assert "learned in the same way" not in " ".join(earlier), "an evaluation of before, or of a circuit that has none"
     assert found["Does it keep more of the content than residual steering?"].tone == GOOD
     assert found["Better than random interventions of the same size?"].answer == "Yes, though random heads also do something"
     assert found["Was everything judged?"].answer == "3 replies were not"
@@ -543,7 +547,7 @@ def test_methods_are_told_apart_by_the_colour_blind_too(eyes: str) -> None:
     """Distances in CIELAB: 2.3 is just noticeable, 20 is plain. Shapes and dashes tell methods apart besides."""
     style = (Path(page.__file__).parent / "style.css").read_text(encoding="utf-8")
     names = re.findall(r"--(m-\w+|series-\d): #(\w{6})", style)
-    assert len(names) == 2 * 10
+    assert len(names) == 2 * 11
     for theme in (dict(names[: len(names) // 2]), dict(names[len(names) // 2 :])):
         for some in ([n for n in theme if n.startswith("m-")], [n for n in theme if n.startswith("series")]):
             for a, b in itertools.combinations(some, 2):
@@ -611,7 +615,7 @@ def test_the_command_writes_the_page_and_says_where(
     out, err = capsys.readouterr()
     said = json.loads(out)
     assert done.value.code == 0 and said["file"] == str(tmp_path / "r.html") and said["bytes"] == (tmp_path / "r.html").stat().st_size
-    assert said["replies"] == 294 and WHAT["evaluation"] in said["missing"] and "not on the page: the evaluation" in err
+    assert said["replies"] == 330 and WHAT["evaluation"] in said["missing"] and "not on the page: the evaluation" in err
     assert opened == [(tmp_path / "r.html").as_uri()]
     with pytest.raises(SystemExit) as done:
         cli.main(["report", "--model", "nobody", "--artifacts", str(tmp_path)])

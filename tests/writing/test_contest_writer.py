@@ -13,7 +13,7 @@ import torch
 
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.circuits.faithfulness import random_units
-from emosteer.circuits.methods import CONTEST, NONE, PROMPTS
+from emosteer.circuits.methods import CONTEST, NONE, PROMPTS, STEERED
 from emosteer.evaluation.controls import added_key, random_circuit, random_direction, random_heads, vectors_of
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
@@ -55,9 +55,9 @@ def test_every_reply_is_what_generate_writes_alone(tmp_path: Path) -> None:
         text, how = cell.group.text, cell.method.removeprefix("prompt-")
         messages = elicit(how, text, cell.emotion, INSTRUCTION) if cell.method in PROMPTS else plain(text, INSTRUCTION)
         plan = SteeringPlan.none(1)
-        if cell.method in ("circuit", "residual"):
-            vectors = circuit.steering(model) if cell.method == "circuit" else circuit.residual()
-            plan = plan_for(vectors, [EMOTIONS.index(cell.emotion)], [STRENGTH])
+        if cell.method in STEERED:
+            vectors = {"circuit": circuit.steering(model), "residual": circuit.residual(), "learned-residual": circuit.learned_stream()}
+            plan = plan_for(vectors[cell.method], [EMOTIONS.index(cell.emotion)], [STRENGTH])
         if not cell.method.startswith("random"):
             alone = generate(model, [Request("x", tuple(model.prompt_ids(messages)))], plan, found.decoding)[0]
             assert (row["text"], row["finish_reason"], row["n_tokens"]) == (alone.text, alone.finish_reason, alone.n_tokens), cell
@@ -87,7 +87,7 @@ def test_all_methods_meet_the_same_chances(tmp_path: Path) -> None:
     some = groups(5)
     base = [row["text"] for row in found.write(cells_of(NONE, some, {}), "test")]
     assert len(set(base)) > 2
-    for method in ("circuit", "residual", "random-heads", "random-circuit", "random-direction"):
+    for method in (*STEERED, "random-heads", "random-circuit", "random-direction"):
         rows = found.write(cells_of(method, some, dict.fromkeys(EMOTIONS, 0.0)), "test")
         assert [row["text"] for row in rows] == [text for text in base for _ in EMOTIONS]
     other = contest(tmp_path, decoding=replace(decoding, seed=1))
@@ -170,7 +170,12 @@ def test_a_reply_is_kept_under_everything_that_shapes_it(tmp_path: Path) -> None
         assert added_key(stronger, directions, method, 0) == key, "default strengths and metrics add nothing"
         assert (added_key(circuit, directions, method, 1) == key) == (not method.startswith("random"))
     keys = [added_key(circuit, directions, m, 0) for m in CONTEST if m not in (NONE, *PROMPTS)]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
+    assert circuit.learned_residual is not None
+    turned = replace(circuit, learned_residual=circuit.learned_residual * 1.01)
+    for method in CONTEST:
+        same = added_key(turned, directions, method, 0) == added_key(circuit, directions, method, 0)
+        assert same == (method != "learned-residual"), "and nothing else is written again"
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

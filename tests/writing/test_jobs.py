@@ -14,8 +14,7 @@ from emosteer.generation.generate import Decoding, Request, batches
 from emosteer.models import tokens
 from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
-from emosteer.scenarios.scenarios import Message
-from emosteer.scenarios.scenarios import Group, GroupKey
+from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.contest_writer import ContestWriter, cells_of
 from emosteer.writing.jobs import Job, job_key, jobs_for, request_of, row_of
 from emosteer.writing.reply_files import write_file

@@ -1,0 +1,170 @@
+"""Learning what to add, on the reply bank, by its effect on the final score: the loop that every learned contender goes through.
+
+Under what is learned for emotion e, the bank's reply in e should become likely, and above all likelier than the bank's replies in the
+other emotions to the same prompt. The preference saturates: what is told apart already pulls no more. What is free, and where it is
+added, is a `Parametrisation`: gains of heads (`gains.py`), or vectors of the residual stream (`learned_residual.py`). Draws, objective,
+steps and schedule are the same for all, so that what differs between their results is the place and not the training. The model's
+weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, softplus
+
+from emosteer.base.errors import DataError
+from emosteer.base.progress import bar
+from emosteer.circuits.precision import reader
+from emosteer.circuits.settings import GainSettings
+from emosteer.directions.activations import TokenRow, make_batch
+from emosteer.models.hooks import Edit
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+from emosteer.scenarios.prompts import plain
+from emosteer.scenarios.scenarios import Bank, Group
+
+
+class Parametrisation(Protocol):
+    """What is learned, and what it adds where. label: for people; rate: Adam's, in the units of its values."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    def start(self) -> Tensor:
+        """The values before the first step, on the model's device, float32. The first dimension is the emotion."""
+        ...
+
+    def kept(self, values: Tensor) -> Tensor:
+        """Ones for the values that are learned on after half of the steps, zeros for those that are dropped."""
+        ...
+
+    def added(self, values: Tensor) -> Mapping[Site, Tensor]:
+        """What they add: site -> [emotion, d_model]. Gradients flow through it to the values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """values: as the parametrisation has them, 0 for those that were dropped; curve, margin: by step, mean nats per token of the wanted
+    replies, and how many more the other emotions' replies cost."""
+
+    values: Tensor
+    curve: tuple[float, ...]
+    margin: tuple[float, ...]
+
+
+def learn(
+    model: Model,
+    what: Parametrisation,
+    groups: Sequence[Group],
+    bank: Bank,
+    emotions: Sequence[str],
+    instruction: str,
+    settings: GainSettings,
+) -> Learned:
+    """Fits the values of a parametrisation; for one seed the draws of scenario-events and comparisons are the same for all of them.
+
+    Args:
+        groups: scenario-events of train; those that the bank lacks an emotion's reply to are left out.
+
+    Raises:
+        DataError: if no scenario-event has a reply in every emotion, or a prompt and its reply exceed the model's sliding window.
+    """
+    usable = [group for group in groups if set(emotions) <= bank.get(group.key, {}).keys()]  # as in `extract`: complete groups only
+    if not usable:
+        raise DataError("no scenario-event has bank replies in every emotion to learn gains from; give --replies, or --gain-steps 0")
+    model = reader(model, settings.dtype)
+    values = what.start().requires_grad_()
+    mask = torch.ones_like(values)
+    optimiser = torch.optim.Adam([values], lr=what.rate, betas=(0.9, 0.95))
+    draw, waiting, curve, margin = random.Random(settings.seed), list[Group](), list[float](), list[float]()
+    with bar(f"learning {what.label} (steps)", settings.steps) as advance:
+        for step in range(settings.steps):
+            if step == settings.steps // 2:
+                mask = what.kept(values.detach())
+            optimiser.param_groups[0]["lr"] = what.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
+            total = apart = 0.0
+            for _ in range(settings.groups):
+                if not waiting:
+                    waiting = draw.sample(usable, len(usable))
+                group = waiting.pop()
+                shifts = draw.sample(range(1, len(emotions)), min(settings.others, len(emotions) - 1))
+                replies = [bank[group.key][emotion] for emotion in emotions]
+                costs = reply_costs(model, group, replies, shifts, what.added(values * mask), instruction)
+                (objective(costs, settings) / settings.groups).backward()
+                total += costs[0].mean().item() / settings.groups
+                apart += (costs[1:] - costs[0]).mean().item() / settings.groups
+            optimiser.step()
+            optimiser.zero_grad()
+            curve.append(round(total, 4))
+            margin.append(round(apart, 4))
+            advance(1)
+    return Learned((values.detach() * mask).cpu(), tuple(curve), tuple(margin))
+
+
+def objective(costs: Tensor, settings: GainSettings) -> Tensor:
+    """What is minimised. costs: [1 + other, emotion], the wanted reply first."""
+    preference = softplus(settings.sharpness * (costs[0] - costs[1:])).mean(0)
+    return (costs[0] + settings.preference * preference).sum()
+
+
+def reply_costs(
+    model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], added: Mapping[Site, Tensor], instruction: str
+) -> Tensor:
+    """Mean nats per token, under what is added for each emotion, of its own reply and of those that stand `shifts` further in the list
+    of emotions. Shape [1 + shift, emotion].
+
+    One forward pass: the prompt stands once, all replies behind it see it but not each other.
+
+    Args:
+        replies: one per emotion; added: site -> [emotion, d_model], wherever a token of a reply is written.
+    """
+    n = len(replies)
+    prompt = model.prompt_ids(plain(group.text, instruction, group.earlier))
+    ending = [model.tokenizer.eos_token_id] if model.tokenizer.eos_token_id is not None else []
+    texts = [model.text_ids(reply) + ending for reply in replies]
+    segments = [(emotion, texts[(emotion + shift) % n]) for shift in (0, *shifts) for emotion in range(n)]
+    ids, positions, owner, vector, target = list(prompt[:-1]), list(range(len(prompt) - 1)), [0] * (len(prompt) - 1), [], []
+    for number, (emotion, reply) in enumerate(segments, start=1):
+        ids += [prompt[-1], *reply[:-1]]
+        positions += range(len(prompt) - 1, len(prompt) - 1 + len(reply))
+        owner += [number] * len(reply)
+        vector += [emotion] * len(reply)
+        target += reply
+    window, longest = model.window, 1 + max(positions)
+    if window is not None and longest > window:  # the mask is taken as it is, so that a reply would see further back than it does alone
+        raise DataError(f"{group.key}: {longest} tokens do not fit the sliding window of {model.name} ({window}); use --gain-steps 0")
+    row = TokenRow(tuple(ids), tuple(positions), tuple(owner), ((len(prompt) - 1,),))
+    batch = make_batch(model, [row])
+    hidden = model.run(
+        batch.ids, _edits(added, len(prompt) - 1, vector), attention_mask=batch.mask, position_ids=batch.positions, bridge=False
+    )
+    logits = model.logits(hidden[0, len(prompt) - 1 :]).float()
+    costs = cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
+    sizes = [len(reply) for _, reply in segments]
+    return torch.stack([part.mean() for part in costs.split(sizes)]).view(-1, n)
+
+
+def _edits(added: Mapping[Site, Tensor], start: int, vector: Sequence[int]) -> Mapping[Site, Edit]:
+    """Adds each reply position's emotion at every site; gradients flow to what is added."""
+
+    def adding(value: Tensor) -> Edit:
+        index = torch.tensor(vector, device=value.device)
+
+        def edit(activation: Tensor) -> Tensor:
+            shifted = activation.clone()
+            shifted[:, start:] += value[index].to(activation.dtype)
+            return shifted
+
+        return edit
+
+    return {site: adding(value) for site, value in added.items()}

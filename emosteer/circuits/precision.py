@@ -1,0 +1,67 @@
+"""In which precision gradients are taken: measured, because processors differ by more than an order of magnitude in it.
+
+A copy in bfloat16 takes half the time of float32 where the processor has units for it, and several times as long where it has none.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from torch import Tensor
+
+from emosteer.base.progress import note
+from emosteer.models.model import Model
+from emosteer.models.sites import ATTN_OUT, Site
+
+#: Tokens of the trial, repeats of it (the fastest counts: other work on the machine only slows), and the seconds below which no copy is
+#: worth making, nor a trial of one.
+TOKENS, REPEATS, QUICK = 128, 3, 0.05
+
+
+def chosen_dtype(model: Model, wanted: str) -> str:
+    """The precision to take gradients in, by name: as wanted, or for "auto" the faster one, found by one short step in each.
+
+    Returns:
+        "auto" never; for a model that is not read in float32, or that no copy can be made of, its own.
+    """
+    if wanted != "auto":
+        return wanted
+    if model.dtype != torch.float32 or model.spread:
+        return str(model.dtype).removeprefix("torch.")
+    exact = step_seconds(model)
+    if exact < QUICK:
+        return "float32"
+    rough = step_seconds(reader(model, "bfloat16"))
+    faster = "bfloat16" if rough < exact else "float32"
+    note(f"gradients in {faster}: a step of {TOKENS} tokens takes {exact:.2f} s in float32, {rough:.2f} s in bfloat16")
+    return faster
+
+
+def reader(model: Model, dtype: str) -> Model:
+    """The model to take gradients through: a copy in lower precision where the model is in float32 and one is wanted."""
+    dtype = chosen_dtype(model, dtype)
+    if model.dtype != torch.float32 or dtype == "float32" or model.spread:  # a copy of a spread model would run the original's layers
+        return model
+    return Model(copy.deepcopy(model.hf).to(getattr(torch, dtype)), model.tokenizer, model.name, model.sha256)
+
+
+def step_seconds(model: Model) -> float:
+    """How long one forward and backward pass of a short sequence takes, from the first layer's vectors to the logits and back."""
+    ids = torch.arange(min(TOKENS, model.shape.context), device=model.device).remainder(model.shape.d_vocab)[None]
+
+    def step() -> float:
+        begin = time.perf_counter()
+        free = torch.zeros(model.shape.d_model, device=model.device, requires_grad=True)
+
+        def edit(activation: Tensor) -> Tensor:
+            return activation + free.to(activation.dtype)
+
+        model.logits(model.run(ids, {Site(0, ATTN_OUT): edit}, bridge=False)).float().logsumexp(-1).mean().backward()
+        assert free.grad is not None
+        free.grad.sum().item()  # waits for a GPU
+        return time.perf_counter() - begin
+
+    step()  # the first one also makes room and chooses kernels
+    return min(step() for _ in range(REPEATS))
