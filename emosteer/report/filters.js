@@ -6,22 +6,26 @@
   const data = JSON.parse(source.textContent);
   const PER_PAGE = 4;
   const by = (id) => document.getElementById(id);
-  const fields = ["emotion", "valence", "theme", "method", "sound", "match", "text", "only"].map((name) => by("f-" + name));
-  const [emotionField, valenceField, themeField, methodField, soundField, matchField, textField, onlyField] = fields;
+  const fields = ["emotion", "kind", "valence", "theme", "method", "sound", "good", "text", "only"].map((name) => by("f-" + name));
+  const [emotionField, kindField, valenceField, themeField, methodField, soundField, goodField, textField, onlyField] = fields;
   const THIN = "\u202f";
 
   // one case: a prompt and an emotion, with a reply of every method; replies without an emotion (unsteered) belong to every case
   const cases = [];
-  const reply = (emotion, [of, method, text, judged, shares, sound, reasons, strength, tokens]) => {
+  const reply = (emotion, [of, method, text, judged, shares, sound, reasons, strength, tokens, votes, answers, named]) => {
     const target = (of === emotion ? shares[0] : shares[emotion]) ?? null;
-    return { method, text, judged, target, match: target === null ? null : target >= data.match, sound, reasons, strength, tokens };
+    const carries = judged < 0 ? null : data.judged[judged] === data.emotions[emotion];
+    const answered = answers === null ? null : answers >= data.answered;
+    const names = named.includes(emotion);
+    const good = carries === null ? null : carries && sound === 1 && answered === true && !names;
+    return { method, text, judged, target, carries, good, sound, reasons, strength, tokens, votes, answers, answered, names };
   };
-  data.prompts.forEach(([prompt, valence, theme, scenario], index) => {
+  data.prompts.forEach(([prompt, valence, theme, scenario, kind], index) => {
     for (let emotion = 0; emotion < data.asked; emotion++) {
       const rows = data.replies[index].filter((row) => row[0] === emotion || row[0] >= data.asked).map((row) => reply(emotion, row));
       rows.sort((a, b) => a.method - b.method);
       for (const row of rows) row.low = (row.text + "\n" + prompt).toLowerCase();
-      cases.push({ prompt, valence, theme, scenario, emotion, rows });
+      cases.push({ prompt, valence, theme, scenario, kind, emotion, rows });
     }
   });
   // neighbours on the page differ in emotion and in prompt: the emotions take turns, each starting elsewhere in the list
@@ -46,6 +50,7 @@
   };
   const seen = (values) => [...new Set(values)].filter(Boolean).sort();
   data.emotions.slice(0, data.asked).forEach((name, index) => option(emotionField, String(index), name));
+  seen(mixed.map((item) => item.kind)).forEach((name) => option(kindField, name, name));
   seen(mixed.map((item) => item.valence)).forEach((name) => option(valenceField, name, name));
   seen(mixed.map((item) => item.theme)).forEach((name) => option(themeField, name, name));
   data.methods.forEach(([, label], index) => option(methodField, String(index), label));
@@ -56,17 +61,18 @@
   const fits = (row) => {
     if (methodField.value && row.method !== Number(methodField.value)) return false;
     if (soundField.value && row.sound !== Number(soundField.value)) return false;
-    if (matchField.value === "none" && row.judged >= 0) return false;
-    if ((matchField.value === "1" || matchField.value === "0") && row.match !== (matchField.value === "1")) return false;
+    if (goodField.value === "none" && row.judged >= 0) return false;
+    if ((goodField.value === "1" || goodField.value === "0") && row.good !== (goodField.value === "1")) return false;
     const words = textField.value.trim().toLowerCase();
     return !words || row.low.includes(words);
   };
-  const perReply = () => Boolean(methodField.value || soundField.value || matchField.value || textField.value.trim());
+  const perReply = () => Boolean(methodField.value || soundField.value || goodField.value || textField.value.trim());
 
   const search = () => {
     found = [];
     for (const item of mixed) {
       if (emotionField.value && item.emotion !== Number(emotionField.value)) continue;
+      if (kindField.value && item.kind !== kindField.value) continue;
       if (valenceField.value && item.valence !== valenceField.value) continue;
       if (themeField.value && item.theme !== themeField.value) continue;
       const fitting = new Set(item.rows.filter(fits));
@@ -85,8 +91,15 @@
     const add = (className, text) => list.append(element("li", className, text));
     if (row.judged >= 0) {
       const share = row.target === null ? "" : `, ${emotion} ${row.target.toFixed(2)}`;
-      add(row.match ? "yes" : "no", `${row.match ? "\u2713" : "\u2717"} judged ${data.judged[row.judged]}${share}`);
+      add(row.good ? "yes" : "no", row.good ? "\u2713 good" : "\u2717 not good");
+      add(row.carries ? "plain" : "no", `panel: ${data.judged[row.judged]}${share}`);
     } else add("none", "not judged");
+    row.votes.forEach((vote, index) => {
+      const said = vote ? `${data.judged[vote[0]]} ${vote[1].toFixed(2)}` : "no opinion";
+      add("vote", `${data.judges[index]}: ${said}`);
+    });
+    if (row.answered !== null) add(row.answered ? "plain" : "no", `${row.answered ? "answers" : "does not answer"}, ${row.answers.toFixed(2)}`);
+    if (row.names) add("no", `names ${emotion}`);
     if (row.sound !== null) add(row.sound ? "plain" : "no", (row.sound ? "sound" : "unsound") + (row.reasons ? `: ${row.reasons}` : ""));
     if (row.strength !== null) add("plain", `strength ${row.strength}`);
     if (row.tokens !== null) add("plain", `${row.tokens}${THIN}tokens`);
@@ -97,7 +110,7 @@
     const article = element("article", "case");
     const emotion = data.emotions[item.emotion];
     const heading = element("h3", "", `${emotion} asked for`);
-    heading.append(element("span", "about", [item.valence && `${item.valence} event`, item.theme, item.scenario].filter(Boolean).join(" \u00b7 ")));
+    heading.append(element("span", "about", [item.kind, item.valence && `${item.valence} event`, item.theme, item.scenario].filter(Boolean).join(" \u00b7 ")));
     const prompt = element("blockquote", "prompt", item.prompt);
     prompt.dir = "auto";
     const list = element("ul", "answers");

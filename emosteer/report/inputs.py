@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.directions.directions import Directions
 from emosteer.report import commands
 from emosteer.report.figures import Absent
-from emosteer.report.measured import Measured
+from emosteer.report.measured import EARLIER, Measured, OutdatedError
+from emosteer.report.wording import kind_counts
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ WHAT = {
     "evaluation": "the evaluation",
     "replies": "the test replies",
 }
+#: What every line of the test replies holds since there is a panel.
+_PANEL_FIELDS = ("opinions", "answers", "kind")
 
 
 def read_inputs(places: Places, model: str | None = None) -> Inputs:
@@ -83,20 +86,24 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
     """
     name = places.folder.name
     present: dict[str, Any] = {}
+    outdated: dict[str, OutdatedError] = {}
     for kind, path, load in (
         ("directions", places.directions, Directions.load),
         ("scores", places.scores, Scores.load),
         ("circuit", _circuit_file(places), Circuit.load),
         ("check", places.folder / "calibration-check.json", _read_check),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
+        ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
         if path is not None and path.is_file():
-            present[kind] = (path, load(path))
-    replies = places.folder / "evaluation" / "test-replies.jsonl"
-    if replies.is_file():
-        present["replies"] = (replies, [row for _, row in read_jsonl(replies, "file of test replies", may_be_empty=True)])
+            try:
+                present[kind] = (path, load(path))
+            except OutdatedError as error:
+                outdated[kind] = error
     reference = model or _name(present) or name
-    if not set(present) - {"circuit"} and (not present or present["circuit"][0] != places.circuit):
+    if outdated and not present:
+        raise next(iter(outdated.values()))
+    if not outdated and not set(present) - {"circuit"} and (not present or present["circuit"][0] != places.circuit):
         raise ArtifactError(f"expected artefacts of {reference} in {places.folder}, found none; {commands.first_steps(reference)}")
     value = {kind: item for kind, (_, item) in present.items()}
     sources = {kind: _source(kind, path, item, places, reference) for kind, (path, item) in present.items()}
@@ -109,7 +116,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         contest=value.get("evaluation"),
         replies=value.get("replies", []),
         sources=sources,
-        absent=_absent(value, reference),
+        absent=_absent(value, outdated, reference),
         warnings=_warnings(value, sources),
     )
 
@@ -117,6 +124,19 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
 def _circuit_file(places: Places) -> Path | None:
     """The model's own circuit, else the shipped one, as `evaluate` and `generate` choose."""
     return places.circuit if places.circuit.is_file() else packaged_circuit(places.folder.name)
+
+
+def _read_replies(path: Path) -> list[dict[str, Any]]:
+    """The judged replies of the test split.
+
+    Raises:
+        OutdatedError: if no panel read them.
+    """
+    rows = [row for _, row in read_jsonl(path, "file of test replies", may_be_empty=True)]
+    lacking = [name for name in _PANEL_FIELDS if any(name not in row for row in rows)]
+    if lacking:
+        raise OutdatedError(f"expected every line of {path} to have '{lacking[0]}', found some without: {EARLIER}")
+    return rows
 
 
 def _read_check(path: Path) -> dict[str, Any]:
@@ -143,7 +163,7 @@ def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
 
 
-def _absent(value: Mapping[str, Any], reference: str) -> list[Absent]:
+def _absent(value: Mapping[str, Any], outdated: Container[str], reference: str) -> list[Absent]:
     made = {kind: commands.maker(kind, reference) for kind in WHAT}
     lost = [Absent(WHAT[kind], made[kind]) for kind in ("directions", "scores") if kind not in value]
     if "scores" in value and not value["scores"].curves:
@@ -154,7 +174,12 @@ def _absent(value: Mapping[str, Any], reference: str) -> list[Absent]:
         lost.append(Absent(WHAT["calibration"], made["calibration"], "not stored in the circuit"))
     elif "check" not in value:
         lost.append(Absent(WHAT["check"], made["check"]))
-    return lost + [Absent(WHAT[kind], made[kind]) for kind in ("evaluation", "replies") if not value.get(kind)]
+    for kind in ("evaluation", "replies"):
+        if kind in outdated:
+            lost.append(Absent(WHAT[kind], made[kind], EARLIER))
+        elif not value.get(kind):
+            lost.append(Absent(WHAT[kind], made[kind]))
+    return lost
 
 
 # ---- provenance ------------------------------------------------------------------------------------------------------
@@ -172,7 +197,7 @@ def _source(kind: str, path: Path, item: Any, places: Places, reference: str) ->
             "model": str(item.get("model") or ""),
             "circuit": str(item.get("circuit_sha256")),
             "judge": f"{judge.get('name')} {judge.get('key')}",
-            "data": f"{test.get('n_groups')} scenario-events, {test.get('file')} {test.get('sha256')}",
+            "data": _split_facts(test),
         }
         command = str(item.get("command") or commands.maker(kind, reference))
         return Source(title, file, sha256_file(path), command, {k: v for k, v in facts.items() if v})
@@ -196,15 +221,23 @@ def _facts(provenance: Provenance) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
+def _split_facts(split: Mapping[str, Any]) -> str:
+    """How many prompts, of which kinds, from which files."""
+    kinds = kind_counts(split.get("kinds"))
+    files = split.get("files") or {split.get("file"): split.get("sha256")}  # a check of the dial by an earlier version names one file
+    return f"{split.get('n_groups')} prompts{f' ({kinds})' if kinds else ''}, {', '.join(f'{file} {sha}' for file, sha in files.items())}"
+
+
 def _contest_facts(contest: Measured) -> dict[str, str]:
     raw = contest.raw
     judge, decoding = raw.get("judge") or {}, raw.get("decoding") or {}
     parts = {split: raw.get(split) or {} for split in ("dev", "test")}
-    splits = [f"{name}: {p.get('n_groups')} scenario-events, {p.get('file')} {p.get('sha256')}" for name, p in parts.items() if p]
+    splits = [f"{name}: {_split_facts(p)}" for name, p in parts.items() if p]
     facts = {
         "model": f"{raw['model']}, weights {raw.get('model_sha256')}",
         "circuit": str(raw.get("circuit_sha256") or ""),
-        "judge": f"{judge.get('name')} {judge.get('key')}" if judge else "",
+        "judges": f"{judge.get('name')} {judge.get('key')}" if judge else "",
+        "checks": ", ".join(f"{name} {judge[name]}" for name in ("soundness", "answers") if judge.get(name)),
         "decoding": ", ".join(f"{k} {v}" for k, v in decoding.items()),
         "instruction": str(raw.get("instruction") or ""),
         "precision": str(raw.get("dtype") or ""),

@@ -18,7 +18,8 @@ from emosteer import __version__
 from emosteer.base.errors import EmosteerError
 from emosteer.base.files import write_text
 from emosteer.circuits.places import Places
-from emosteer.report.figures import CellValue, FigureTable
+from emosteer.report.disputes import disputes
+from emosteer.report.figures import Absent, CellValue, FigureTable
 from emosteer.report.inputs import Inputs, read_inputs
 from emosteer.report.replies import Browser, browser, clean
 from emosteer.report.sections import sections
@@ -32,7 +33,8 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Built:
-    """A written page. missing: what is not on it; replies, replies_total: embedded and in the artefact."""
+    """A written page. missing: what is not on it, and why where it was not merely not found; replies, replies_total: embedded
+    and in the artefact."""
 
     path: Path
     size: int
@@ -54,7 +56,7 @@ def build_report(places: Places, out: Path, model: str | None = None) -> Built:
     inputs = read_inputs(places, model)
     text, shown = render(inputs)
     write_text(out, text)
-    missing = [item.what for item in inputs.absent]
+    missing = [item.what if item.why == Absent.why else f"{item.what} ({item.why})" for item in inputs.absent]
     return Built(out, len(text.encode()), missing, inputs.warnings, shown.shown, shown.total)
 
 
@@ -68,6 +70,7 @@ def render(inputs: Inputs) -> tuple[str, Browser]:
         "sections": sections(inputs),
         "verdict": verdict(inputs.contest, inputs.circuit, inputs.check, inputs.model),
         "inputs": inputs,
+        "disputes": disputes(inputs.replies),
         "version": __version__,
     }
     environment = _environment()

@@ -148,20 +148,24 @@ def dots(
     percent: bool = True,
     at: float | None = None,
     domain: tuple[float, float] | None = None,
+    apart: bool = False,
 ) -> Spec:
-    """One line per row: a point and its interval.
+    """One line per label: points and their intervals.
 
     Args:
-        rows: label, series, value, low, high, tip. at: a reference line.
+        rows: label, series, value, low, high, tip. at: a reference line; apart: the series of one label stand below each other.
     """
     form = {"percent": True} if percent else {"format": ".2~f"}
     x = quantity("value", domain=domain, **form)
     y = category("label", room_for=[row["label"] for row in rows])
     color = named("series", styles)
-    spread = mark("rule", {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": color}, strokeWidth=2)
+    across = {"y": y, "yOffset": {"field": "series", "sort": list(styles)}} if apart else {"y": y}
+    spread = mark("rule", {"x": {**x, "field": "low"}, "x2": {"field": "high"}, **across, "color": color}, strokeWidth=2)
     shape = named("series", styles, "shape")
-    point = mark("point", {"x": x, "y": y, "color": color, "shape": shape, "description": told()}, size=62, filled=True, opacity=1)
-    return chart(rows, [*([rule("x", at)] if at is not None else []), spread, point], 22 * len({row["label"] for row in rows}) + 30)
+    point = mark("point", {"x": x, **across, "color": color, "shape": shape, "description": told()}, size=62, filled=True, opacity=1)
+    lines_each = len(styles) if apart else 1
+    height = (22 if lines_each == 1 else 8 + 12 * lines_each) * len({row["label"] for row in rows}) + 30
+    return chart(rows, [*([rule("x", at)] if at is not None else []), spread, point], height)
 
 
 def lines(

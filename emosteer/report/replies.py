@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from emosteer.base.files import sha256_text
-from emosteer.report.wording import finite, label, ordered
-
-#: P(target) from which a reply matches the emotion asked for, as in the evaluation.
-MATCH = 0.5
+from emosteer.judges.protocol import ANSWERED
+from emosteer.report.votes import votes
+from emosteer.report.wording import finite, kind_label, label, ordered
+from emosteer.scenarios.words import stem_pattern
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,20 @@ class Browser:
 
 
 def browser(rows: Sequence[Mapping[str, Any]], emotions: Sequence[str], budget: int) -> Browser:
-    """Chooses prompts evenly over valences, themes and scenarios until the budget is used, each with every emotion and method.
+    """Chooses prompts evenly over kinds, valences, themes and scenarios until the budget is used, each with every emotion and method.
 
     Args:
         budget: bytes of JSON that may be embedded.
     """
-    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[_text(row, "valence"), _text(row, "theme"), _text(row, "skeleton_id"), _text(row, "prompt")].append(row)
-    keys = sorted(groups)  # so that evenly spaced ones are spread over valences, themes and scenarios
+        groups[tuple(_text(row, name) for name in ("kind", "valence", "theme", "skeleton_id", "prompt"))].append(row)
+    keys = sorted(groups)  # so that evenly spaced ones are spread over kinds, valences, themes and scenarios
     lists = _Lists(
         ordered(list({_text(row, "method") for row in rows})),
         [*emotions, *sorted({_text(row, "emotion") for row in rows} - set(emotions))],
-        list(dict.fromkeys(label for row in rows for label in _judged(row))),
+        list(dict.fromkeys(label for row in rows for label in _labels(row))),
+        list(dict.fromkeys(vote.judge for row in rows for vote in votes(row))),
         len(emotions),
     )
     packed = {key: lists.pack(groups[key]) for key in keys}
@@ -49,12 +50,18 @@ def browser(rows: Sequence[Mapping[str, Any]], emotions: Sequence[str], budget: 
         "methods": [[method, label(method)] for method in lists.methods],
         "emotions": lists.emotions,
         "asked": len(emotions),
-        "match": MATCH,
+        "answered": ANSWERED,
         "judged": lists.judged,
-        "prompts": [[prompt, valence, theme, scenario] for valence, theme, scenario, prompt in chosen],
+        "judges": lists.judges,
+        "prompts": [_prompt(*key) for key in chosen],
         "replies": [packed[key] for key in chosen],
     }
     return Browser(data, sum(len(groups[key]) for key in chosen), len(rows), len(chosen), len(keys))
+
+
+def _prompt(kind: str, valence: str, theme: str, scenario: str, prompt: str) -> list[str]:
+    """A prompt as the script reads it; one that is no scenario-event has its kind for a theme, which is said once."""
+    return [prompt, valence, "" if theme == kind else theme, scenario, kind_label(kind)]
 
 
 def evenly(sizes: Sequence[int], budget: int) -> list[int]:
@@ -76,11 +83,13 @@ class _Lists:
     methods: list[str]
     emotions: list[str]
     judged: list[str]
+    judges: list[str]
     asked: int
 
     def pack(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-        """Rows as [emotion, method, text, judged or -1, P(target) or P per emotion, sound, reasons, strength, tokens]; match is left to
-        the reader, who knows which emotion an unsteered reply is held against."""
+        """Rows as [emotion, method, text, judged or -1, P(target) or P per emotion, sound, reasons, strength, tokens, votes, P(answers),
+        emotions it names]; a vote is [label, its probability] by judge, or None. Whether a reply is good is left to the reader, who knows
+        which emotion an unsteered one is held against."""
         packed = [self._row(row) for row in rows]
         return sorted(packed, key=lambda row: (row[0], row[1]))
 
@@ -88,24 +97,33 @@ class _Lists:
         emotion, judged, shares = _text(row, "emotion"), _judged(row), row.get("probabilities")
         wanted = [emotion] if emotion in self.emotions[: self.asked] else self.emotions[: self.asked]
         probabilities = [finite(shares.get(name)) for name in wanted] if isinstance(shares, Mapping) else []
-        sound = row.get("sound")
+        sound, answers, text = row.get("sound"), finite(row.get("answers")), clean(_text(row, "text"))
+        said = {vote.judge: [self.judged.index(vote.label), round(vote.share, 2)] for vote in votes(row) if vote.label and vote.share}
         return [
             self.emotions.index(emotion),
             self.methods.index(_text(row, "method")),
-            clean(_text(row, "text")),
+            text,
             self.judged.index(judged[0]) if judged else -1,
-            [None if share is None else rounded(share) for share in probabilities],
+            [None if share is None else round(share, 2) for share in probabilities],
             int(sound) if isinstance(sound, bool) else None,
             ", ".join(str(reason) for reason in row.get("reasons") or ()),
             finite(row.get("strength")),
             row.get("n_tokens") if isinstance(row.get("n_tokens"), int) else None,
+            [said.get(judge) for judge in self.judges],
+            None if answers is None else rounded(answers),
+            [self.emotions.index(name) for name in wanted if stem_pattern(name).search(text)],
         ]
 
 
 def rounded(share: float) -> float:
-    """Two digits, but never across the line that decides a match."""
+    """Two digits, but never across the line from which a reply answers its prompt."""
     short = round(share, 2)
-    return share if (short >= MATCH) != (share >= MATCH) else short
+    return share if (short >= ANSWERED) != (share >= ANSWERED) else short
+
+
+def _labels(row: Mapping[str, Any]) -> list[str]:
+    """The panel's label, then the judges'."""
+    return [*_judged(row), *(vote.label for vote in votes(row) if vote.label is not None)]
 
 
 def _judged(row: Mapping[str, Any]) -> list[str]:

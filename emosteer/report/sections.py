@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from emosteer.report import circuit_figures, contest_figures, curve_figures, dial_figures, direction_figures, score_figures
+from emosteer.report import circuit_figures, contest_figures, curve_figures, dial_figures, direction_figures, panel_figures, score_figures
 from emosteer.report.figures import Figure, Section
 from emosteer.report.inputs import Inputs
 from emosteer.report.measured import Measured
-from emosteer.report.wording import percent, plural
+from emosteer.report.wording import kind_counts, percent, plural
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -14,6 +14,8 @@ def sections(inputs: Inputs) -> list[Section]:
     return [
         _contest(inputs),
         _parts(inputs),
+        _panel(inputs),
+        _topic(inputs),
         _dial(inputs),
         _replies(inputs),
         _directions(inputs),
@@ -38,29 +40,57 @@ def _contest(inputs: Inputs) -> Section:
 
 
 def _contest_words(contest: Measured) -> str:
-    judge = (contest.raw.get("judge") or {}).get("name")
-    n = contest.size("test")
-    size = f" ({plural(n, 'scenario-event')})" if n else ""
+    n, kinds = contest.size("test"), kind_counts((contest.raw.get("test") or {}).get("kinds"))
+    size = f" ({plural(n, 'prompt')}{f': {kinds}' if kinds else ''})" if n else ""
     return (
         "All methods write replies to the same prompts with the same decoding and seeds. Their settings are chosen on a development "
-        f"split under one budget; the test split{size} is read once. The judge"
-        f"{f' ({judge})' if judge else ''} reads each reply without knowing what was asked for."
+        f"split under one budget; the test split{size} is read once. A panel of judges "
+        "reads each reply without knowing what was asked for. A reply is good where the panel reads the wanted emotion, though it could "
+        "have said neutral, and the text is sound, answers its prompt and does not name the emotion."
     )
 
 
 def _parts(inputs: Inputs) -> Section:
-    title = "By emotion and by valence"
+    title = "By emotion, kind of prompt and valence"
     contest = inputs.contest
     if contest is None:
         return Section("parts", title, absent=inputs.lacks("evaluation"))
-    figures = [
-        contest_figures.by_part(contest, by, name)
-        for by, name in (("by_emotion", "emotion"), ("by_valence", "valence"))
-        if contest.parts(by)
-    ]
+    figures = [contest_figures.by_part(contest, "by_emotion", "emotion")] if contest.parts("by_emotion") else []
+    figures += [contest_figures.by_kind(contest)] if contest.parts("by_kind") else []
+    figures += [contest_figures.by_part(contest, "by_valence", "valence")] if contest.parts("by_valence") else []
     if any(row.get("confusion") for row in contest.results.values()):
         figures.append(contest_figures.confusion(contest))
     return Section("parts", title, "", figures)
+
+
+def _panel(inputs: Inputs) -> Section:
+    title, contest = "The panel of judges", inputs.contest
+    lost = [*inputs.lacks("evaluation"), *inputs.lacks("replies")]
+    if contest is None:
+        return Section("panel", title, absent=lost)
+    names = (contest.raw.get("judge") or {}).get("name")
+    intro = (
+        f"Several judges that err differently read every reply{f' ({names})' if names else ''}. The panel's reading is the label that more "
+        "than half of them give, neutral among the labels; where none has a majority, the reply is undecided and does not count as one "
+        "that carries the emotion."
+    )
+    figure, table = panel_figures.judges(contest), panel_figures.agreement_table(contest)
+    return Section("panel", title, intro, [figure] if figure else [], [table] if table else [], absent=lost)
+
+
+def _topic(inputs: Inputs) -> Section:
+    title, contest = "Emotion or topic", inputs.contest
+    if contest is None:
+        return Section("topic", title, absent=inputs.lacks("evaluation"))
+    table, figure = panel_figures.contamination_table(contest), panel_figures.contamination(contest)
+    if table is None or figure is None:
+        return Section("topic", title, "Not measured: the evaluation has too few prompts to tell topic from emotion.")
+    words = panel_figures.main_words_table(contest)
+    intro = (
+        "Replies that are angry because they are about refunds, and sad because they are about a sickroom, show a script instead of an "
+        "emotion. Here the emotion words are taken out, and a word counter guesses the emotion from what is left."
+    )
+    return Section("topic", title, intro, [figure], [table], [words] if words else [])
 
 
 def _dial(inputs: Inputs) -> Section:

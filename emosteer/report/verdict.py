@@ -6,7 +6,7 @@ Every sentence follows from the numbers by the rules below; nothing is written b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from emosteer.report.wording import (
     asked_by,
     finite,
     in_sentence,
+    kind_label,
     number,
     number_range,
     percent,
@@ -34,6 +35,10 @@ AHEAD, BEHIND, LEVEL, UNCLEAR = "ahead", "behind", "level", "unclear"
 TONES = {AHEAD: GOOD, BEHIND: BAD, LEVEL: MIXED, UNCLEAR: UNKNOWN}
 #: Controls may stray this far from the unsteered model before they are said to do something.
 NEAR = 0.05
+#: From this share of good replies on, more replies are good than not.
+HALF = 0.5
+#: Krippendorff's alpha from which labels are reliable, and from which conclusions from them are tentative.
+RELIABLE, TENTATIVE = 0.8, 0.667
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ def verdict(contest: Measured | None, circuit: Circuit | None, check: Mapping[st
     if CIRCUIT not in contest.results:
         return Verdict("The circuit was not evaluated", "The evaluation holds other methods only; run it again with the circuit.", dial)
     works, cost = _works(contest), _cost(contest)
-    findings = [works, *_emotions(contest), cost, _prompting(contest), _residual(contest), *_learned(contest)]
-    findings += [*_content(contest), _controls(contest)]
+    findings = [works, *_emotions(contest), *_kinds(contest), cost, _prompting(contest), _residual(contest), *_learned(contest)]
+    findings += [*_content(contest), _controls(contest), *_agreement(contest)]
     return Verdict(_headline(works.tone, cost.tone), _lead(contest, model), [*findings, *dial, *_missing(contest)])
 
 
@@ -73,18 +78,21 @@ def _headline(works: str, cost: str) -> str:
     if works == BAD:
         return "The circuit does not steer this model"
     if works == UNKNOWN:
-        return "The evaluation says nothing about accuracy"
+        return "The evaluation says nothing about good replies"
     start = "The circuit works" if works == GOOD else "The circuit works in part"
     return start + {GOOD: ", and the text holds", MIXED: ", and the text nearly holds", BAD: ", but the text pays for it"}.get(cost, "")
 
 
 def _lead(contest: Measured, model: str) -> str:
-    accuracy, ratio, n = contest.metric(CIRCUIT, "accuracy"), contest.metric(CIRCUIT, "ratio"), contest.results[CIRCUIT].get("n")
+    good, emotion, ratio = (contest.metric(CIRCUIT, name) for name in ("good", "emotion", "ratio"))
+    n, worst = contest.results[CIRCUIT].get("n"), contest.worst_kind(CIRCUIT)
     replies = f"{n:,} test replies" if isinstance(n, int) else "its test replies"
     cost = f", at {number(ratio.value)} times the perplexity of unsteered text" if ratio.value is not None else ""
+    fewest = contest.part(CIRCUIT, "by_kind", worst, "good") if worst is not None else Interval(None)
+    where = f" Worst kind of prompt: {kind_label(worst)}, {percent(fewest.value)}." if worst is not None else ""
     return (
-        f"In {replies} of {model}, a blind judge named the emotion that the circuit was set to in {percent(accuracy.value)} of cases "
-        f"(chance {percent(contest.chance)}){cost}."
+        f"With the circuit set to an emotion, {percent_range(good)} of {replies} of {model} are good: a blind panel reads that emotion "
+        f"(it does in {percent(emotion.value)}), and the reply is sound, answers its prompt and does not name the emotion{cost}.{where}"
     )
 
 
@@ -93,35 +101,65 @@ def _lead(contest: Measured, model: str) -> str:
 
 def _works(contest: Measured) -> Finding:
     question = "Does it work?"
-    mine, none, match = contest.metric(CIRCUIT, "accuracy"), contest.metric(NONE, "accuracy"), contest.metric(CIRCUIT, "match")
+    mine, none = contest.metric(CIRCUIT, "good"), contest.metric(NONE, "good")
     if mine.value is None:
-        return Finding(question, "Not measured", "The evaluation has no accuracy of the circuit.", UNKNOWN)
-    floor = max(contest.chance, none.high or none.value or 0.0)
+        return Finding(question, "Not measured", "The evaluation has no share of good replies of the circuit.", UNKNOWN)
     low = mine.low if mine.low is not None else mine.value
-    tone = BAD if low <= floor else GOOD if low >= 0.5 else MIXED
-    detail = f"Named right among {len(contest.emotions)} emotions: {percent_range(mine)}, chance {percent(contest.chance)}"
-    detail += f", the unsteered model {percent_range(none)}." if none.value is not None else "."
-    if match.value is not None:
-        detail += f" With neutral among the answers, at least one half for the target: {percent_range(match)}."
+    tone = BAD if low <= _reach(none) else GOOD if low >= HALF else MIXED
+    detail = f"Good replies: {percent_range(mine)}{f', unsteered {percent_range(none)}' if none.value is not None else ''}."
+    parts = (("emotion", "the emotion is read in"), ("sound", "sound"), ("answers", "answers its prompt"), ("names", "names the emotion"))
+    shares = [f"{what} {percent(share.value)}" for name, what in parts if (share := contest.metric(CIRCUIT, name)).value is not None]
+    detail += f" Of its parts: {', '.join(shares)}." if shares else ""
+    if (six := contest.metric(CIRCUIT, "accuracy")).value is not None:
+        detail += f" As counted before there was a panel, among {len(contest.emotions)} emotions without neutral: {percent_range(six)}"
+        detail += f", chance {percent(contest.chance)}."
     return Finding(question, {GOOD: "Yes", MIXED: "In part", BAD: "No"}[tone], detail, tone)
+
+
+def _reach(unsteered: Interval) -> float:
+    """What unsteered replies reach, with their interval: no more than that is nothing that was shown."""
+    return unsteered.high or unsteered.value or 0.0
 
 
 def _emotions(contest: Measured) -> list[Finding]:
     question = "For every emotion?"
-    intervals = {emotion: contest.part(CIRCUIT, "by_emotion", emotion, "accuracy") for emotion in contest.emotions}
-    known = {emotion: interval.value for emotion, interval in intervals.items() if interval.value is not None}
+    known = _known_parts(contest, "by_emotion", contest.emotions)
     if not known:
         return []
-    worst, best = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-    detail = f"Strongest: {best}, {percent_range(intervals[best])}. Weakest: {worst}, {percent_range(intervals[worst])}."
-    lows = {emotion: value if intervals[emotion].low is None else intervals[emotion].low for emotion, value in known.items()}
-    weak = [emotion for emotion, low in lows.items() if low is not None and low <= contest.chance]
-    half = [emotion for emotion, value in known.items() if value < 0.5]
+    worst, best = (pick(known, key=lambda emotion: known[emotion].value or 0.0) for pick in (min, max))
+    detail = f"Most good replies: {best}, {percent_range(known[best])}. Fewest: {worst}, {percent_range(known[worst])}."
+    return [_everywhere(contest, question, "by_emotion", known, detail, str)]
+
+
+def _kinds(contest: Measured) -> list[Finding]:
+    question = "For every kind of prompt?"
+    worst = contest.worst_kind(CIRCUIT)
+    known = _known_parts(contest, "by_kind", contest.parts("by_kind"))
+    if worst is None or worst not in known:
+        return []
+    emotion, answers = (contest.part(CIRCUIT, "by_kind", worst, name).value for name in ("emotion", "answers"))
+    detail = f"Worst: {kind_label(worst)}, {percent_range(known[worst])} good, emotion {percent(emotion)}, answers {percent(answers)}."
+    return [_everywhere(contest, question, "by_kind", known, detail, kind_label)]
+
+
+def _known_parts(contest: Measured, by: str, names: Sequence[str]) -> dict[str, Interval]:
+    """The circuit's shares of good replies, where they were measured."""
+    shares = {name: contest.part(CIRCUIT, by, name, "good") for name in names}
+    return {name: share for name, share in shares.items() if share.value is not None}
+
+
+def _everywhere(
+    contest: Measured, question: str, by: str, known: Mapping[str, Interval], detail: str, named: Callable[[str], str]
+) -> Finding:
+    """Whether the circuit does better than unsteered replies in every part, and more good than not."""
+    lows = {name: share.value if share.low is None else share.low for name, share in known.items()}
+    weak = [named(name) for name, low in lows.items() if (low or 0.0) <= _reach(contest.part(NONE, by, name, "good"))]
+    half = [named(name) for name, share in known.items() if (share.value or 0.0) < HALF]
     if weak:
-        return [Finding(question, f"Not shown for {words(weak)}", f"{detail} The interval reaches down to chance.", BAD)]
+        return Finding(question, f"Not shown for {words(weak)}", f"{detail} The interval reaches down to the unsteered replies.", BAD)
     if half:
-        return [Finding(question, f"Above chance for all, but below one half for {words(half)}", detail, MIXED)]
-    return [Finding(question, "Yes", detail, GOOD)]
+        return Finding(question, f"Above the unsteered model for all, but below one half for {words(half)}", detail, MIXED)
+    return Finding(question, "Yes", detail, GOOD)
 
 
 def _cost(contest: Measured) -> Finding:
@@ -177,8 +215,8 @@ class Against:
 
 
 def against(contest: Measured, other: str) -> Against:
-    """Compares accuracies: by the paired difference, or else by whether the intervals are apart."""
-    mine, theirs = contest.metric(CIRCUIT, "accuracy"), contest.metric(other, "accuracy")
+    """Compares shares of good replies: by the paired difference, or else by whether the intervals are apart."""
+    mine, theirs = contest.metric(CIRCUIT, "good"), contest.metric(other, "good")
     ratios = [contest.metric(method, "ratio").value for method in (CIRCUIT, other)]
     costs = f" at perplexity ratios {number(ratios[0])} and {number(ratios[1])}" if None not in ratios else ""
     values = f"{percent(mine.value)} against {percent(theirs.value)}{costs}"
@@ -245,9 +283,9 @@ def _content(contest: Measured) -> list[Finding]:
     detail = (
         f"Similarity to the unsteered reply {number_range(mine)} against {number_range(theirs)}, difference {number_range(difference, 3)}."
     )
-    topic, plain = contest.metric(CIRCUIT, "on_topic"), contest.metric(NONE, "on_topic")
-    if topic.value is not None and plain.value is not None:
-        detail += f" On topic: {percent_range(topic)}, unsteered {percent(plain.value)}."
+    answers, plain = contest.metric(CIRCUIT, "answers"), contest.metric(NONE, "answers")
+    if answers.value is not None and plain.value is not None:
+        detail += f" Answers its prompt: {percent_range(answers)}, unsteered {percent(plain.value)}."
     return [Finding("Does it keep more of the content than residual steering?", answer, detail, TONES[side])]
 
 
@@ -255,21 +293,32 @@ def _controls(contest: Measured) -> Finding:
     question, controls = "Better than random interventions of the same size?", [c for c in CONTROLS if c in contest.results]
     if not controls:
         return Finding(question, "Not compared", "The evaluation holds no random control.", UNKNOWN)
-    accuracy = {control: contest.metric(control, "accuracy") for control in controls}
+    good = {control: contest.metric(control, "good") for control in controls}
     behind = [in_sentence(control) for control in controls if against(contest, control).side != AHEAD]
-    floor = max(contest.metric(NONE, "accuracy").value or 0.0, contest.chance) + NEAR
-    moved = [control for control in controls if (accuracy[control].value or 0.0) > floor]
-    accuracies = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in accuracy.items())
-    detail = f"{accuracies[0].upper()}{accuracies[1:]}."
+    floor = (contest.metric(NONE, "good").value or 0.0) + NEAR
+    moved = [control for control in controls if (good[control].value or 0.0) > floor]
+    shares = "; ".join(f"{in_sentence(control)} {percent_range(interval)}" for control, interval in good.items())
+    detail = f"Good replies: {shares}."
     if behind:
         return Finding(question, f"Not shown against {words(behind, 'or')}", detail, BAD)
     if moved:
         do = "does" if len(moved) == 1 and METHODS[moved[0]].singular else "do"
         return Finding(question, f"Yes, though {words([in_sentence(control) for control in moved])} also {do} something", detail, MIXED)
-    return Finding(question, "Yes; the controls stay near chance", detail, GOOD)
+    return Finding(question, "Yes; the controls stay near the unsteered model", detail, GOOD)
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------------
+
+
+def _agreement(contest: Measured) -> list[Finding]:
+    """Whether several judges read the same, by Krippendorff's own bounds; one judge has nobody to agree with."""
+    alpha, undecided = (finite(contest.agreement.get(name)) for name in ("alpha", "undecided"))
+    if alpha is None or len(contest.judges) < 2:
+        return []
+    tone = GOOD if alpha >= RELIABLE else MIXED if alpha >= TENTATIVE else BAD
+    answer = {GOOD: "Yes", MIXED: "Enough for tentative conclusions", BAD: "Too little to rely on the panel alone"}[tone]
+    detail = f"Krippendorff's alpha {number(alpha)} (1 is perfect, 0 is chance); no majority for {percent(undecided)} of replies."
+    return [Finding("Do the judges agree?", answer, detail, tone)]
 
 
 def _dial(circuit: Circuit | None, check: Mapping[str, Any] | None) -> list[Finding]:
@@ -290,7 +339,7 @@ def _missing(contest: Measured) -> list[Finding]:
     if not lost:
         return []
     total = sum(row.get("n") or 0 for row in contest.results.values())
-    detail = f"The judge failed on {lost:,} of {total:,} replies; they count as missing, not as misses."
+    detail = f"No judge had an opinion of {lost:,} of {total:,} replies; they count as missing, not as misses."
     return [Finding("Was everything judged?", f"{plural(lost, 'reply was', 'replies were')} not", detail, MIXED)]
 
 

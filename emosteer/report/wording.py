@@ -32,6 +32,51 @@ def asked_by(prompt: str) -> str:
     return (METHODS[prompt].elicitation if prompt in METHODS else None) or prompt
 
 
+#: Measures of the contest as headings; in tables of shares "%" is added.
+MEASURES = {
+    "good": "Good",
+    "emotion": "Emotion",
+    "sound": "Sound",
+    "answers": "Answers",
+    "names": "Names it",
+    "synonyms": "Names it or a synonym",
+    "probability": "P(target)",
+    "ratio": "Perplexity ratio",
+    "median_ratio": "Median ratio",
+    "kept": "Content kept",
+    "repetition": "Repetition",
+    "unfinished": "Unfinished",
+    "n_tokens": "Tokens",
+    "accuracy": "Six-way",
+}
+#: Kinds of prompt (`scenarios.prompt_sets.KINDS`) as a reader meets them.
+KINDS = {
+    "sev-vivid": "vivid event",
+    "sev-plain": "plain event",
+    "one-liner": "one-liner",
+    "question": "question",
+    "request": "request",
+    "small-talk": "small talk",
+    "bare-fact": "bare fact",
+    "chat": "chat",
+}
+
+
+def measure(name: str) -> str:
+    """A measure's heading; one that is not in the table goes by its name."""
+    return MEASURES.get(name, name)
+
+
+def kind_label(kind: str) -> str:
+    """A kind of prompt for people."""
+    return KINDS.get(kind, kind)
+
+
+def kind_counts(kinds: Any) -> str:
+    """`vivid event 20, question 20`; empty for what is no table of counts."""
+    return ", ".join(f"{kind_label(str(kind))} {count}" for kind, count in kinds.items()) if isinstance(kinds, Mapping) else ""
+
+
 def place(method: str) -> tuple[int, str]:
     """Sort key: the page's order of methods, unknown ones last."""
     return (list(METHODS).index(method) if method in METHODS else len(METHODS), method)

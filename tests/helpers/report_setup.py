@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import json
 import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,20 @@ from emosteer.attribution.scores import Scores
 from emosteer.attribution.unit_scores import UnitScores
 from emosteer.base.artifacts import Provenance
 from emosteer.base.files import sha256_file, write_text
+from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places
 from emosteer.directions.directions import Directions, Evidence, UnitStats
+from emosteer.judges.jury import Jury
 from emosteer.models.sites import RESID_MID, RESID_POST, Site
 from emosteer.report.page import Built, build_report
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES
 
 MODEL, LAYERS, HEADS, D_HEAD, D_MLP, D = "toy/model-1", 4, 3, 2, 10, 6
 INSTRUCTION = "Keep the reply to at most two sentences."
-#: method -> accuracy, perplexity ratio, naming: what the invented evaluation says.
+#: method -> share of good replies, perplexity ratio, naming: what the invented evaluation says.
 TRUTH = {
-    "none": (0.18, 1.0, 0.001),
+    "none": (0.02, 1.0, 0.001),
     "prompt-system": (0.41, 1.04, 0.11),
     "prompt-tone": (0.55, 1.05, 0.16),
     "prompt-stimulus": (0.38, 1.02, 0.02),
@@ -38,10 +42,13 @@ TRUTH = {
     "learned-residual": (0.79, 1.07, 0.01),
     "circuit": (0.83, 1.06, 0.008),
     "random-heads": (0.31, 1.05, 0.004),
-    "random-circuit": (0.19, 1.03, 0.001),
-    "random-direction": (0.18, 1.07, 0.002),
+    "random-circuit": (0.03, 1.03, 0.001),
+    "random-direction": (0.02, 1.07, 0.002),
 }
 JUDGED = (*EMOTIONS, "neutral")
+JUDGES = ("alpha-judge", "beta-judge", "gamma-judge")
+#: Kinds of prompt of the invented contest, and how far each is from a method's share of good replies.
+KIND_SHIFTS = {"sev-vivid": 0.06, "sev-plain": 0.02, "question": -0.3, "small-talk": -0.1}
 THEMES = ("work", "travel", "housing", "health")
 #: Methods without a strength.
 UNSTEERED = ("none", "prompt-system", "prompt-tone", "prompt-stimulus")
@@ -188,33 +195,66 @@ def around(value: float, width: float = 0.02) -> dict[str, float]:
     return {"value": value, "low": max(0.0, value - width), "high": value + width}
 
 
-def confusion(accuracy: float) -> dict[str, dict[str, float]]:
-    """The diagonal gets the accuracy, the rest is shared out."""
-    rest = (1 - accuracy) / (len(JUDGED) - 1)
-    return {target: {seen: accuracy if seen == target else rest for seen in JUDGED} for target in EMOTIONS}
+def confusion(share: float) -> dict[str, dict[str, float]]:
+    """The diagonal gets the share, the rest is shared out; "undecided" is a column of its own."""
+    columns = (*JUDGED, "undecided")
+    rest = (1 - share) / (len(columns) - 1)
+    return {target: {seen: share if seen == target else rest for seen in columns} for target in EMOTIONS}
+
+
+def contamination(method: str) -> dict[str, Any] | None:
+    """What the subject of a method's replies gives away; unsteered replies have no emotion."""
+    if method == "none":
+        return None
+    good = TRUTH[method][0]
+    words = {"anger": [("refund", 5.25, 0.3, 0.01), ("manager", 3.5, 0.2, 0.05)], "fear": [("dark", 4.125, 0.25, 0.02)]}
+    row = ("word", "z", "share", "elsewhere")
+    return {
+        "accuracy": 0.2 + 0.5 * good,
+        "subject": 0.18 + 0.25 * good,
+        "chance": 0.166667,
+        "by_emotion": {emotion: 0.2 + 0.01 * i for i, emotion in enumerate(EMOTIONS)},
+        "overused": {emotion: [dict(zip(row, word, strict=True)) for word in words.get(emotion, [])] for emotion in EMOTIONS},
+        "phrases": {emotion: 0.02 * i for i, emotion in enumerate(EMOTIONS)},
+        "n": 960,
+    }
+
+
+def agreement() -> dict[str, Any]:
+    """How far the invented judges agree."""
+    pairs = {f"{a} - {b}": 0.8 - 0.05 * i for i, (a, b) in enumerate(itertools.combinations(JUDGES, 2))}
+    return {"judges": list(JUDGES), "alpha": 0.7123, "pairs": pairs, "undecided": 0.0456, "n": 5123}
 
 
 def result(method: str, n: int = 960) -> dict[str, Any]:
     """One line of the evaluation's results."""
-    accuracy, ratio, names = TRUTH[method]
-    shares = {"match": 0.8 * accuracy, "probability": 0.85 * accuracy, "synonyms": 2 * names, "sound": 0.975, "repetition": 0.03}
-    shares |= {"unfinished": 0.1, "on_topic": 0.9, "kept": 0.6}
+    good, ratio, names = TRUTH[method]
+    shares = {"emotion": good + 0.05, "answers": 0.92, "accuracy": good + 0.09, "probability": 0.85 * good, "sound": 0.975}
+    shares |= {"synonyms": 2 * names, "repetition": 0.03, "unfinished": 0.1, "kept": 0.6}
 
     def part(shift: float) -> dict[str, Any]:
-        shifted = min(1.0, max(0.0, accuracy + shift))
-        return {"accuracy": around(shifted, 0.05), "ratio": around(ratio), "names": around(names, 0.005), "n": n // 6}
+        shifted = min(1.0, max(0.0, good + shift))
+        near = {"good": shifted, "emotion": min(1.0, shifted + 0.04), "answers": 0.92 + shift / 10, "accuracy": min(1.0, shifted + 0.08)}
+        row = {name: around(value, 0.05) for name, value in near.items()}
+        return {**row, "sound": around(0.97), "ratio": around(ratio), "names": around(names, 0.005), "n": n // 6}
+
+    by_kind = {kind: part(shift) for kind, shift in KIND_SHIFTS.items()}
 
     return {
         "method": method,
         "n": n,
         "missing": 3 if method == "residual" else 0,
-        "accuracy": around(accuracy),
+        "good": around(good),
         "ratio": around(ratio, 0.015),
         "median_ratio": around(ratio, 0.015),
         "names": around(names, 0.004),
         **{name: around(value) for name, value in shares.items()},
         "n_tokens": 31.4,
-        "confusion": confusion(accuracy),
+        "confusion": confusion(good + 0.05),
+        "judges": {judge: max(0.0, good + 0.05 + 0.03 * (1 - i)) for i, judge in enumerate(JUDGES)},
+        "contamination": contamination(method),
+        "worst_kind": min(by_kind, key=lambda kind: by_kind[kind]["good"]["value"]),
+        "by_kind": by_kind,
         "by_emotion": {emotion: part(0.02 * (3 - i)) for i, emotion in enumerate(EMOTIONS)},
         "by_valence": {valence: part(0.03 * (1 - i)) for i, valence in enumerate(VALENCES)},
     }
@@ -222,17 +262,18 @@ def result(method: str, n: int = 960) -> dict[str, Any]:
 
 def frontier(method: str) -> list[dict[str, Any]]:
     """Rising with the dose; a prompt has one point; the strongest random direction breaks the text."""
-    accuracy, ratio, names = TRUTH[method]
+    good, ratio, names = TRUTH[method]
     rows = []
     for dose in (None,) if method in UNSTEERED else (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
-        reached = 0.17 + (accuracy - 0.17) * min(1.0, dose or 1.0) ** 0.8
+        reached = good * min(1.0, dose or 1.0) ** 0.8
         cost = 4.0 if dose == 1.75 and method == "random-direction" else ratio ** ((dose or 1.0) ** 2)
-        point = {"method": method, "setting": dose, "accuracy": reached, "probability": 0.9 * reached, "ratio": cost}
+        point = {"method": method, "setting": dose, "good": reached, "emotion": reached + 0.03, "accuracy": reached + 0.06, "ratio": cost}
+        point |= {"probability": 0.9 * reached, "answers": 0.93}
         rows += [{**point, "emotion": emotion, "names": names, "sound": 0.98, "n": 96} for emotion in ("all", EMOTIONS[0])]
     return rows
 
 
-def compared(a: str, b: str, metric: str = "accuracy", by: float | None = None, width: float = 0.025) -> dict[str, Any]:
+def compared(a: str, b: str, metric: str = "good", by: float | None = None, width: float = 0.025) -> dict[str, Any]:
     """One paired difference."""
     value = TRUTH[a][0] - TRUTH[b][0] if by is None else by
     return {
@@ -248,49 +289,60 @@ def compared(a: str, b: str, metric: str = "accuracy", by: float | None = None, 
 def evaluation(circuit_sha256: str = "", methods: Sequence[str] = tuple(TRUTH), **changes: Any) -> dict[str, Any]:
     """A whole evaluation.json. changes: parts that are otherwise."""
     others = [m for m in ("residual", "learned-residual", "prompt-tone", "none", "random-heads", "random-circuit") if m in methods]
-    equal = {"setting": 0.75, "ratio_a": 1.05, "ratio_b": 1.05, "accuracy_a": around(0.79), "accuracy_b": around(0.55)}
+    equal = {"setting": 0.75, "ratio_a": 1.05, "ratio_b": 1.05, "good_a": around(0.79), "good_b": around(0.55)}
     body = {
-        "schema": 1,
+        "schema": 2,
         "kind": "evaluation",
         "model": MODEL,
         "model_sha256": "a" * 64,
         "circuit_sha256": circuit_sha256,
         "command": f"emosteer evaluate --model {MODEL}",
         "emosteer": "0.0",
-        "judge": {"name": "toy judge", "key": "d" * 64},
+        "judge": {"name": ", ".join(JUDGES), "key": "d" * 64, "soundness": "s" * 64, "answers": "w" * 64},
         "decoding": {"max_new_tokens": 64, "temperature": 0.0},
         "instruction": INSTRUCTION,
         "dtype": "float32",
         "emotions": list(EMOTIONS),
         "seed": 0,
         "budget": {"ratio": 1.1, "names": 0.02, "sound": 0.95},
-        "dev": {"n_groups": 16, "file": "train.jsonl", "sha256": "e" * 64},
-        "test": {"n_groups": 160, "file": "test.jsonl", "sha256": "f" * 64},
+        "dev": {"n_groups": 16, "kinds": dict.fromkeys(KIND_SHIFTS, 4), "files": {"sev/train.jsonl": "e" * 64}},
+        "test": {
+            "n_groups": 160,
+            "kinds": dict.fromkeys(KIND_SHIFTS, 40),
+            "files": {"sev/test.jsonl": "f" * 64, "prompts/test.jsonl": "9" * 64},
+        },
         "chosen": {m: dict.fromkeys(EMOTIONS, None if m in UNSTEERED else 3.0) for m in methods},
         "best_prompt": "prompt-tone",
         "frontier": [row for m in methods for row in frontier(m)],
         "equal_ratio": [{**compared("circuit", "prompt-tone", by=0.24), **equal}],
+        "agreement": agreement(),
         "results": [result(m) for m in methods],
-        "comparisons": [compared("circuit", other, metric) for other in others for metric in ("accuracy", "match")],
+        "comparisons": [compared("circuit", other, metric) for other in others for metric in ("good", "accuracy")],
     }
     return {**body, **changes}
 
 
 def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int = 0) -> list[dict[str, Any]]:
-    """Test replies: every method to every prompt and emotion, the unsteered ones once per prompt. One has no opinion."""
+    """Test replies: every method to every prompt and emotion, the unsteered ones once per prompt. One has no opinion; in some of them the
+    last judge disagrees, in some all three do, and some do not answer."""
     draw, rows = random.Random(seed), []
     for g in range(groups):
         valence, theme = VALENCES[g % 3], THEMES[g % len(THEMES)]
+        kind = "sev-vivid" if g % 4 else "sev-plain"
         for method in methods:
             for emotion in ("none",) if method == "none" else EMOTIONS:
                 seen = emotion if emotion in EMOTIONS and draw.random() < TRUTH[method][0] else draw.choice(JUDGED)
-                shares = {label: 0.88 if label == seen else 0.02 for label in JUDGED}
+                heard = [seen, *((seen, seen) if (g + len(rows)) % 5 else draw.sample(JUDGED, 2))]
+                voices = [{label: 0.88 - 0.02 * i if label == heard[i] else 0.02 + 0.02 * i / 6 for label in JUDGED} for i in range(3)]
+                shares = {label: sum(voice[label] for voice in voices) / 3 for label in JUDGED}
+                panel = next((label for label in heard if heard.count(label) > 1), "undecided")
                 missing, sound = (method, g, emotion) == ("residual", 0, "fear"), draw.random() < 0.95
                 row = {
                     "id": f"{theme}-{g:03d}/{valence}/{emotion}",
                     "skeleton_id": f"{theme}-{g:03d}",
                     "valence": valence,
                     "theme": theme,
+                    "kind": kind,
                     "emotion": emotion,
                     "method": method,
                     "strength": None if method in UNSTEERED else 3.0,
@@ -300,12 +352,33 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                     "n_tokens": 17,
                     "nll": 2.5,
                     "probabilities": None if missing else shares,
-                    "judged": None if missing else seen,
+                    "opinions": {judge: None if missing else voice for judge, voice in zip(JUDGES, voices, strict=True)},
+                    "judged": None if missing else panel,
+                    "answers": 0.31 if (g + len(rows)) % 11 == 0 else 0.93,
                     "sound": sound,
                     "reasons": [] if sound else ["repetition"],
                 }
                 rows.append(row)
     return rows
+
+
+@dataclass
+class Talk:
+    """Takes what repeats its prompt's first word, or is long, for an answer. key: as a judge's."""
+
+    key: str = "talk-1"
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Per (prompt, reply)."""
+        return [0.9 if len(reply.split()) > 2 else 0.2 for _, reply in pairs]
+
+
+def panel_of_words(folder: Path) -> Jury:
+    """Three judges who know the planted words, the last one less than the others, with what they say in a folder."""
+    from tests.helpers.contest_setup import BagEncoder, WordCheck, WordJudge
+
+    judges = tuple(WordJudge(name=f"words-{i}", key=f"words-{i}", fails=lambda text, i=i: i == 2 and "the" in text) for i in range(3))
+    return Jury(judges, WordCheck(), Talk(), BagEncoder(), KeyedLog(folder / "opinions.jsonl"))
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------

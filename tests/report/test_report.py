@@ -26,33 +26,53 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places
 from emosteer.cli import main as cli
 from emosteer.evaluation.evaluate import evaluate
+from emosteer.evaluation.metrics import measure
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.report import page
 from emosteer.report.commands import made_by, maker
+from emosteer.report.disputes import disputes
 from emosteer.report.inputs import WHAT, read_inputs
-from emosteer.report.measured import Measured
+from emosteer.report.measured import EARLIER, Measured
 from emosteer.report.page import build_report
 from emosteer.report.plots import Steps, slim
 from emosteer.report.replies import browser, evenly, rounded
 from emosteer.report.sections import sections
 from emosteer.report.verdict import BAD, GOOD, MIXED, UNKNOWN, Finding, verdict
-from emosteer.report.wording import Interval, label, number, percent_range, plural, points_range, share_range, words
+from emosteer.report.wording import (
+    Interval,
+    kind_label,
+    label,
+    number,
+    number_range,
+    ordered,
+    percent,
+    percent_range,
+    plural,
+    points_range,
+    share_range,
+    words,
+)
 from emosteer.scenarios.scenarios import EMOTIONS
 from tests.helpers import contest_setup
 from tests.helpers.report_setup import (
     HEADS,
     HOSTILE,
     HOSTILE_THEME,
+    JUDGED,
+    JUDGES,
     LAYERS,
     MODEL,
     PARTS,
     TRUTH,
+    agreement,
     around,
     calibration,
     circuit,
     compared,
+    contamination,
     dial_check,
     evaluation,
+    panel_of_words,
     reply_rows,
     result,
     whole_page,
@@ -60,7 +80,8 @@ from tests.helpers.report_setup import (
 )
 
 FIGURES = {"outcome", "frontier", "differences", "by-emotion", "by-valence", "confusion", "calibration", "dial-check", "naming", "holding"}
-FIGURES |= {"layers", "heads", "neurons", "importance", "curves", "drawn", "shared"}
+FIGURES |= {"by-kind", "judges", "contamination", "layers", "heads", "neurons", "importance", "curves", "drawn", "shared"}
+TRUTH_IN_ORDER = ordered(TRUTH)
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 
 
@@ -216,11 +237,166 @@ def test_the_frontier_draws_the_points_below_the_limit_and_lists_all(whole: Node
     assert len(shown.all("tr")) == len(points) + 1 and "1 point beyond" in shown.all("figcaption")[0].text
 
 
-def test_accuracies_stand_in_tables_and_words(whole: Node) -> None:
+def cells(table: Node) -> dict[str, list[str]]:
+    """A table's rows by their heading."""
+    return {row.all("th")[0].text: [cell.text for cell in row.all("td")] for row in table.all("tr")[1:]}
+
+
+def test_good_replies_stand_in_tables_and_words(whole: Node) -> None:
     parts = figure(whole, "by-emotion")
     assert f"Circuit: {percent_range(Interval(0.89, 0.84, 0.94))}" in tips(parts)
-    assert "Share seen as asked for: anger 83" in figure(whole, "confusion").all("svg")[0].attributes["aria-label"]
-    assert percent_range(Interval(0.55, 0.53, 0.57)).replace("\u202f%", "") in whole.all("table")[0].text
+    assert "Share seen as asked for: anger 88" in figure(whole, "confusion").all("svg")[0].attributes["aria-label"]
+    assert "Undecided" in figure(whole, "confusion").all("table")[0].text
+
+
+def test_the_table_of_results_holds_good_its_parts_and_six_way_last(whole: Node) -> None:
+    table = whole.all("table")[0]
+    head = [cell.text for cell in table.all("tr")[0].all("th")]
+    assert head[1] == "Good, %" and head[-1] == "Six-way, %" and "counted before there was a panel" in table.all("caption")[0].text
+    row = result("prompt-tone")
+    shares = [share_range(Interval.of(row[name])) for name in ("good", "emotion", "sound", "answers", "names", "accuracy")]
+    numbers = [number_range(Interval.of(row[name])) for name in ("probability", "ratio")]
+    assert cells(table)["Prompt: tone"] == [shares[0], "question 25.0", *shares[1:5], *numbers, "0", shares[5]]
+
+
+def test_only_six_way_has_a_line_of_chance(whole: Node) -> None:
+    """Whoever may say neutral does not guess one of six; the other lines are limits."""
+    panels = {node.all("h4")[0].text: node for node in figure(whole, "outcome").all("div", class_="panel")}
+    lined = {name for name, panel in panels.items() if [n for n in panel.all("line") if "stroke-dasharray" in n.attributes]}
+    assert list(panels)[0] == "Good replies" and list(panels)[-1].startswith("Six-way")
+    assert lined == {"Sound text", "Names the emotion", "Perplexity ratio", list(panels)[-1]}
+    for name, lines in (("by-emotion", 0), ("by-valence", 0), ("by-kind", 0), ("judges", 0), ("contamination", 2), ("frontier", 2)):
+        drawn = [n for n in figure(whole, name).all("line") if "stroke-dasharray" in n.attributes]
+        assert len(drawn) == lines, name  # the frontier's two drawings have the budget
+
+
+def test_kinds_of_prompt_are_drawn_worst_first_with_good_emotion_and_answers(whole: Node) -> None:
+    shown = figure(whole, "by-kind")
+    order = ["question", "small talk", "plain event", "vivid event"]
+    names = dict(zip(order, ("question", "small-talk", "sev-plain", "sev-vivid"), strict=True))
+    expected = [
+        f"{kind}, {metric}: {percent_range(Interval.of(result(m)['by_kind'][names[kind]][metric]))}"
+        for m in TRUTH
+        for kind in order
+        for metric in ("good", "emotion", "answers")
+    ]
+    assert sorted(tips(shown)) == sorted(expected)
+    first = shown.all("svg")[0]
+    assert [title.text.split(",")[0] for title in first.all("title")] == [kind for kind in order for _ in range(3)]
+    assert first.attributes["aria-label"].startswith("Circuit by kind of prompt.") and "Worst: question." in first.attributes["aria-label"]
+    assert len(shown.all("svg")) == len(TRUTH) and len(shown.all("details", class_="more")[0].all("svg")) == len(TRUTH) - 3
+    for table, metric in zip(shown.all("table"), ("good", "emotion", "answers"), strict=True):
+        assert [cell.text for cell in table.all("tr")[0].all("th")] == ["Method", *(kind.capitalize() for kind in order)]
+        values = [percent_range(Interval.of(result("residual")["by_kind"][names[kind]][metric])) for kind in order]
+        assert cells(table)["Residual steering"] == values
+
+
+def test_every_judge_stands_beside_the_panel(whole: Node) -> None:
+    shown = figure(whole, "judges")
+    row = result("circuit")
+    alone = [percent(row["judges"][judge]) for judge in JUDGES]
+    assert cells(shown.all("table")[0])["Circuit"] == [percent_range(Interval.of(row["emotion"])), *alone]
+    panels = {node.all("h4")[0].text: tips(node) for node in shown.all("div", class_="panel")}
+    assert list(panels) == ["The panel", *JUDGES]
+    for judge in JUDGES:
+        assert panels[judge] == [f"{label(m)}: {percent(result(m)['judges'][judge])}" for m in TRUTH_IN_ORDER]
+    assert [text for text in panels["The panel"] if text.startswith("Circuit")] == [
+        f"Circuit: {percent_range(Interval.of(row['emotion']))}"
+    ]
+
+
+def test_agreement_stands_in_a_table(whole: Node) -> None:
+    (section,) = [node for node in whole.all("section") if node.attributes["id"] == "panel"]
+    table = section.all("table")[0]
+    pairs = {f"Same label: {pair.replace(' - ', ' and ')}": [percent(share)] for pair, share in agreement()["pairs"].items()}
+    expected = {"Krippendorff's alpha, all judges": ["0.71"], "Replies without a majority": ["4.6\u202f%"], **pairs}
+    assert cells(table) == expected and "5,123 different replies" in table.all("caption")[0].text
+
+
+def test_contamination_stands_in_tables_and_a_figure(whole: Node) -> None:
+    (section,) = [node for node in whole.all("section") if node.attributes["id"] == "topic"]
+    summary, *_, words_of_main = section.all("table")
+    found = contamination("circuit")
+    assert found and cells(summary)["Circuit"] == [
+        *(percent(found[name]) for name in ("accuracy", "subject", "chance")),
+        "5.0\u202f%",
+        "960",
+    ]
+    assert "Unsteered" not in cells(summary) and len(cells(summary)) == len(TRUTH) - 1
+    assert cells(words_of_main)["Residual steering: anger"] == ["20.0\u202f%", "0.0\u202f%", "refund 5.2, manager 3.5"]
+    assert cells(words_of_main)["Circuit: fear"][-1] == "dark 4.1" and len(cells(words_of_main)) == 3 * 6
+    shown = figure(whole, "contamination")
+    assert len(cells(shown.all("table")[0])) == 6 * (len(TRUTH) - 1)
+    for name, part in zip(("accuracy", "subject"), shown.all("div", class_="panel"), strict=True):
+        assert f"Circuit: {percent(found[name])}" in tips(part) and len(tips(part)) == len(TRUTH) - 1
+
+
+def test_words_of_the_page_are_explained(whole: Node) -> None:
+    (section,) = [node for node in whole.all("section") if node.attributes["id"] == "terms"]
+    terms = {node.text for node in section.all("dt")}
+    assert {"Good", "Panel", "Emotion", "Answers", "Six-way", "Contamination", "Kinds of prompt", "Krippendorff's alpha"} <= terms
+    assert not terms & {"Accuracy", "Match"} and "On topic" not in section.text
+
+
+# ---- disagreements -----------------------------------------------------------------------------------------------------------
+
+
+def disputed(text: str, labels: tuple[str | None, ...], share: float = 0.9, judged: str | None = None) -> dict[str, Any]:
+    """A test reply with three judges, each sure of its label to the same degree."""
+    rest = (1 - share) / 6
+    opinions = {
+        judge: None if seen is None else {one: share if one == seen else rest for one in JUDGED}
+        for judge, seen in zip(JUDGES, labels, strict=True)
+    }
+    first = next((seen for seen in labels if seen is not None and labels.count(seen) > 1), "undecided")
+    return {**reply_rows(groups=1)[1], "text": text, "opinions": opinions, "judged": judged or first}
+
+
+def test_replies_without_a_majority_are_drawn_by_hash_then_those_furthest_apart() -> None:
+    split = [disputed(f"split {i}", ("fear", "anger", "neutral")) for i in range(60)]
+    close = [disputed(f"close {i}", ("fear", "fear", "anger"), share=0.3) for i in range(5)]
+    far = [disputed(f"far {i}", ("fear", "fear", "anger"), share=0.95) for i in range(5)]
+    alike = [disputed(f"alike {i}", ("fear", "fear", "fear")) for i in range(5)]
+    found = disputes([*alike, *close, *far, *split, split[0]])
+    by_hash = sorted((row["text"] for row in split), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    assert [d.text for d in found.listed] == by_hash[:40] and (found.total, found.undecided) == (70, 60)
+    some = disputes([*alike, *close, *far, *split[:2]], most=7)
+    assert {d.text for d in some.listed} == {"split 0", "split 1", *(f"far {i}" for i in range(5))}
+    texts = [d.text for d in some.listed]
+    assert texts == sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    assert disputes(reversed([*alike, *close, *far, *split])) == disputes([*split, *far, *close, *alike])
+
+
+def test_a_judge_that_said_nothing_is_said_so_and_leaves_the_panel_undecided() -> None:
+    (found,) = disputes([disputed("x", ("fear", None, None), judged="undecided")]).listed
+    assert [vote.label for vote in found.votes] == ["fear", None, None] and found.judged == "undecided"
+    assert found.votes[0].share == pytest.approx(0.9) and found.votes[0].target == pytest.approx(
+        (0.1 / 6) if found.target != "fear" else 0.9
+    )
+
+
+def test_disagreements_are_listed_with_prompt_reply_target_and_every_vote(whole: Node) -> None:
+    (listed,) = whole.all("ol", class_="disputes")
+    rows = {row["text"].replace("\ud800", "?"): row for row in whole_page_rows()}
+    items = [node for node in listed.all("li", class_="reply")]
+    assert len(items) == 40
+    for item in items:
+        row = rows[item.all("p", class_="text")[0].text]
+        assert item.all("blockquote")[0].text == row["prompt"] and row["judged"] == "undecided"
+        asked = "no emotion asked for" if row["emotion"] == "none" else f"{row['emotion']} asked for"
+        assert item.all("h4")[0].text == f"{label(row['method'])} · {asked} · {kind_label(row['kind'])}"
+        panel, *votes = (mark.text for mark in item.all("ul", class_="marks")[0].all("li"))
+        assert panel == "panel: undecided"
+        for vote, (judge, shares) in zip(votes, row["opinions"].items(), strict=True):
+            seen = max(shares, key=shares.get)
+            end = f", {row['emotion']} {shares[row['emotion']]:.2f}" if row["emotion"] not in ("none", seen) else ""
+            assert vote == f"{judge}: {seen} {shares[seen]:.2f}{end}"
+
+
+def whole_page_rows() -> list[dict[str, Any]]:
+    """The replies that the page of everything was made from."""
+    path = whole_page()[0].folder / "evaluation" / "test-replies.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_calibration_marks_strengths_that_broke(whole: Node) -> None:
@@ -273,10 +449,17 @@ def test_hostile_text_stays_text(whole: Node) -> None:
 
 def test_hostile_names_in_the_evaluation_stay_text(tmp_path: Path) -> None:
     bad = '<script>alert(1)</script>"onload="x'
-    rows = [{**result("circuit"), "by_valence": {bad: {"accuracy": around(0.5)}}}, {**result("none"), "method": bad}]
-    places = write_all(tmp_path, ("evaluation",), results=rows, comparisons=[], frontier=[{**rows[0], "method": bad, "setting": 1, "accuracy": 0.5, "ratio": 1.0}])  # fmt: skip  # noqa: E501
+    rows = [
+        {**result("circuit"), "by_valence": {bad: {"good": around(0.5)}}, "judges": {bad: 0.5}, "by_kind": {bad: {}}, "worst_kind": bad},
+        {**result("none"), "method": bad},
+    ]
+    places = write_all(tmp_path, ("evaluation",), results=rows, comparisons=[], frontier=[{**rows[0], "method": bad, "setting": 1, "good": 0.5, "ratio": 1.0}])  # fmt: skip  # noqa: E501
     root = built(places, tmp_path)
-    assert len(root.all("script")) == 1 and bad in figure(root, "frontier").text and bad in figure(root, "outcome").text
+    assert len(root.all("script")) == 1
+    assert (
+        all(bad in figure(root, name).text for name in ("frontier", "outcome", "judges"))
+        and bad.lower() in figure(root, "by-kind").text.lower()
+    )
 
 
 def test_all_methods_of_evenly_chosen_prompts_fit_the_budget() -> None:
@@ -285,11 +468,14 @@ def test_all_methods_of_evenly_chosen_prompts_fit_the_budget() -> None:
     assert (everything.shown, everything.prompts_shown) == (len(rows), 60)
     budget = len(json.dumps(everything.data, ensure_ascii=False)) // 3
     some = browser(rows, EMOTIONS, budget)
-    assert 15 <= some.prompts_shown <= 21 and some.shown == some.prompts_shown * 55 and some.total == len(rows)
+    assert 15 <= some.prompts_shown <= 21 and len(everything.data["judges"]) == 3
+    assert some.shown == some.prompts_shown * 55 and some.total == len(rows)
     assert len(json.dumps(some.data, ensure_ascii=False, separators=(",", ":")).encode()) <= 1.1 * budget
     assert all(len(group) == 55 for group in some.data["replies"])
     valences = [prompt[1] for prompt in some.data["prompts"]]
-    assert max(map(valences.count, valences)) - min(map(valences.count, valences)) <= 2
+    assert max(map(valences.count, set(valences))) - min(map(valences.count, set(valences))) <= 3
+    kinds = [prompt[4] for prompt in some.data["prompts"]]
+    assert set(kinds) == {"vivid event", "plain event"} and abs(kinds.count("vivid event") - 3 * kinds.count("plain event")) <= 4
     assert browser(rows, EMOTIONS, 0).shown == 0 and browser([], EMOTIONS, 100).total == 0
 
 
@@ -306,10 +492,31 @@ def test_evenly_takes_as_many_as_fit_at_equal_steps(count: int) -> None:
 def test_unsteered_replies_are_held_against_every_emotion() -> None:
     rows = [row for row in reply_rows(groups=1) if row["method"] == "none"]
     (packed,) = browser(rows, EMOTIONS, 10**6).data["replies"][0]
-    assert packed[0] >= len(EMOTIONS) and packed[4] == [rounded(rows[0]["probabilities"][e]) for e in EMOTIONS]
+    assert packed[0] >= len(EMOTIONS) and packed[4] == [round(rows[0]["probabilities"][e], 2) for e in EMOTIONS]
 
 
-def test_rounding_never_turns_a_miss_into_a_match() -> None:
+def test_a_reply_keeps_what_makes_it_good_and_every_vote() -> None:
+    """The script decides good from label, soundness, answer and naming, as the evaluation does."""
+    (row,) = (r for r in reply_rows(groups=1) if (r["method"], r["emotion"]) == ("circuit", "fear"))
+    row = {**row, "text": "I am afraid, and angry.", "answers": 0.4999, "sound": True}
+    row["opinions"] = {**row["opinions"], JUDGES[1]: None}
+    data = browser([row], EMOTIONS, 10**6).data
+    ((packed,),) = data["replies"]
+    labels = [max(shares, key=shares.get) if shares else None for shares in row["opinions"].values()]
+    assert [None if vote is None else data["judged"][vote[0]] for vote in packed[9]] == labels and packed[9][0][1] == 0.88
+    assert data["judges"] == list(JUDGES) and packed[10] == 0.4999 < data["answered"] and packed[5] == 1
+    assert packed[11] == [EMOTIONS.index("fear")] * bool(measure(row, "fear", EMOTIONS)["names"])
+    unsteered = {**row, "emotion": "none", "text": "So much anger, and fear."}
+    ((packed,),) = browser([unsteered], EMOTIONS, 10**6).data["replies"]
+    assert packed[11] == [i for i, e in enumerate(EMOTIONS) if measure(unsteered, e, EMOTIONS)["names"]] and len(packed[11]) == 2
+
+
+def test_a_prompt_of_another_kind_has_no_theme() -> None:
+    row = {**reply_rows(groups=1)[0], "kind": "small-talk", "theme": "small-talk", "valence": ""}
+    assert browser([row], EMOTIONS, 10**6).data["prompts"] == [[row["prompt"], "", "", "work-000", "small talk"]]
+
+
+def test_rounding_never_turns_a_reply_into_an_answer() -> None:
     assert [rounded(share) for share in (0.123, 0.4951, 0.4999, 0.5, 0.504)] == [0.12, 0.4951, 0.4999, 0.5, 0.5]
 
 
@@ -328,8 +535,9 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     """A real contest of the tiny model: every method has its line, every reply its place, every figure its values."""
     model, planted, found = contest_setup.parts()
     settings = EvaluationSettings(doses=(0.5, 1.0), control_groups=2, budget=Budget(ratio=3.0, names=0.02, sound=0.5))
-    sides = contest_setup.contest(tmp_path, batch_size=16), contest_setup.jury(tmp_path)
-    body, rows = evaluate(*sides, contest_setup.groups(2, 30), contest_setup.groups(3), contest_setup.defaults(), settings)
+    sides = contest_setup.contest(tmp_path, batch_size=16), panel_of_words(tmp_path)
+    kinds = [replace(group, kind="sev-plain" if i % 2 else group.kind) for i, group in enumerate(contest_setup.groups(6))]
+    body, rows = evaluate(*sides, contest_setup.groups(2, 30), kinds, contest_setup.defaults(), settings)
     places = Places.of(model.name, tmp_path)
     planted.save(places.circuit)
     found.save(places.directions)
@@ -339,12 +547,17 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
     made = build_report(places, tmp_path / "page.html")
     root = Reader(made.path.read_text(encoding="utf-8")).root
     names = {node.attributes["id"].removeprefix("fig-") for node in root.all("figure")}
-    assert names >= {"outcome", "frontier", "differences", "by-emotion", "by-valence", "confusion", "layers", "drawn", "shared"}
+    assert names >= {"outcome", "frontier", "differences", "by-emotion", "by-kind", "by-valence", "confusion", "judges", "contamination"}
     assert not made.warnings and made.replies == made.replies_total == len(rows)
     lines = {row.all("th")[0].text: row.all("td")[0].text for row in root.all("table")[0].all("tr")[1:]}
     for line in body["results"]:
-        assert lines[label(line["method"])] == share_range(Interval.of(line["accuracy"]))
-    assert len(lines) == len(TRUTH) and f"{100 * body['results'][0]['accuracy']['value']:.1f}" in lines["Unsteered"]
+        assert lines[label(line["method"])] == share_range(Interval.of(line["good"]))
+        alone = cells(figure(root, "judges").all("table")[0])[label(line["method"])]
+        assert alone == [percent_range(Interval.of(line["emotion"])), *(percent(share) for share in line["judges"].values())]
+    assert len(lines) == len(TRUTH) and len(figure(root, "by-kind").all("table")[0].all("tr")[0].all("th")) == 3
+    section = next(node for node in root.all("section") if node.attributes["id"] == "panel")
+    assert cells(section.all("table")[0])["Replies without a majority"] == [percent(body["agreement"]["undecided"])]
+    assert len(section.all("li", class_="reply")) == min(40, disputes(rows).total)
     assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 6 and len(figure(root, "confusion").all("svg")) == len(TRUTH)
 
 
@@ -393,7 +606,8 @@ def test_nothing_at_all_is_an_error_that_says_what_to_run(tmp_path: Path) -> Non
     [
         ("{", "expected .* to be JSON"),
         ("[]", "expected .* to be an evaluation"),
-        (json.dumps({"kind": "evaluation", "schema": 2}), "has schema 2"),
+        (json.dumps({"kind": "evaluation", "schema": 3}), "has schema 3"),
+        (json.dumps({"kind": "evaluation", "schema": 1}), "made by an earlier version; run `emosteer evaluate` again"),
         (json.dumps({**evaluation(), "results": {}}), "expected 'results' .* to be a list, found dict"),
     ],
 )
@@ -407,9 +621,34 @@ def test_a_damaged_evaluation_is_refused_in_one_line(tmp_path: Path, text: str, 
 
 def test_values_that_are_not_there_leave_dashes(tmp_path: Path) -> None:
     bare = {"value": None, "low": None, "high": None}
-    rows = [{"method": "circuit", "n": 0, "missing": 9, "accuracy": bare, "ratio": {"value": float("nan")}}]
+    rows = [{"method": "circuit", "n": 0, "missing": 9, "good": bare, "ratio": {"value": float("nan")}}]
     root = built(write_all(tmp_path, ("evaluation",), results=rows, frontier=[], comparisons=[], equal_ratio=None, chosen={}), tmp_path)
     assert "Nothing was measured" in figure(root, "outcome").text and root.all("table")[0].all("td")[0].text == "\u2013"
+
+
+def test_a_contest_of_an_earlier_version_is_left_out_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old_rows = [{name: value for name, value in row.items() if name != "opinions"} for row in reply_rows(groups=1)]
+    places = write_all(tmp_path, schema=1, replies=old_rows)
+    inputs = read_inputs(places, MODEL)
+    assert inputs.contest is None and not inputs.replies and inputs.circuit is not None
+    assert [(item.what, item.why) for item in inputs.absent] == [(WHAT[kind], EARLIER) for kind in ("evaluation", "replies")]
+    root = built(places, tmp_path)
+    box = next(node for node in root.all("div", class_="absent") if node.all("ul"))
+    assert EARLIER in box.text and maker("evaluation", MODEL) in box.text and "Not evaluated yet" in root.text
+    assert "fig-outcome" not in {node.attributes["id"] for node in root.all("figure")} and figure(root, "heads")
+    for name in ("contest", "parts", "panel", "topic", "replies"):
+        assert EARLIER in next(node for node in root.all("section") if node.attributes["id"] == name).text, name
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--model", MODEL, "--artifacts", str(tmp_path), "--out", str(tmp_path / "r.html")])
+    assert f"not on the page: the evaluation ({EARLIER})\n" in capsys.readouterr().err
+
+
+def test_an_old_contest_alone_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = Places.of(MODEL, tmp_path).folder / "evaluation" / "evaluation.json"
+    write_text(path, json.dumps({**evaluation(), "schema": 1}))
+    with pytest.raises(ArtifactError, match="expected .* to have schema 2, found 1: made by an earlier version") as error:
+        read_inputs(Places.of(MODEL, tmp_path), MODEL)
+    assert "\n" not in str(error.value)
 
 
 # ---- artefacts that do not belong together ---------------------------------------------------------------------------------------
@@ -448,6 +687,13 @@ def with_circuit(**changes: Any) -> list[dict[str, Any]]:
 def test_the_verdict_of_a_good_evaluation() -> None:
     found = judge(comparisons=[*evaluation()["comparisons"], compared("circuit", "residual", "kept", by=0.05)])
     assert found[""].question == "The circuit works, and the text holds" and "83.0\u202f%" in found[""].answer
+    assert (
+        "Worst kind of prompt: question, 53.0\u202f%" in found[""].answer
+        and "among 6 emotions without neutral: 92.0" in found["Does it work?"].detail
+    )
+    assert all(part in found["Does it work?"].detail for part in ("read in 88.0", "sound 97.5", "answers its prompt 92.0", "emotion 0.8"))
+    assert found["For every kind of prompt?"].answer == "Yes" and "Worst: question, 53.0" in found["For every kind of prompt?"].detail
+    assert found["Do the judges agree?"].tone == MIXED and "0.71" in found["Do the judges agree?"].detail
     assert (found["Does it work?"].answer, found["Does it work?"].tone) == ("Yes", GOOD)
     assert found["Better than asking for it in the prompt?"].answer == "Yes, by 28.0 points"
     assert "+24.0 points" in found["Better than asking for it in the prompt?"].detail
@@ -464,9 +710,9 @@ def test_the_verdict_of_a_good_evaluation() -> None:
 @pytest.mark.parametrize(
     ("changes", "question", "answer", "tone"),
     [
-        (dict(results=with_circuit(accuracy=around(0.19))), "Does it work?", "No", BAD),
-        (dict(results=with_circuit(accuracy=around(0.45))), "Does it work?", "In part", MIXED),
-        (dict(results=with_circuit(accuracy={"value": None})), "Does it work?", "Not measured", UNKNOWN),
+        (dict(results=with_circuit(good=around(0.05))), "Does it work?", "No", BAD),
+        (dict(results=with_circuit(good=around(0.45))), "Does it work?", "In part", MIXED),
+        (dict(results=with_circuit(good={"value": None})), "Does it work?", "Not measured", UNKNOWN),
         (dict(results=with_circuit(ratio=around(1.2))), "What does it cost the text?", "Too much: perplexity outside the budget", BAD),
         (dict(results=with_circuit(ratio=around(1.09))), "What does it cost the text?", "Little: within the budget, but", MIXED),
         (dict(results=with_circuit(names=around(0.3))), "What does it cost the text?", "Too much: naming outside", BAD),
@@ -475,8 +721,12 @@ def test_the_verdict_of_a_good_evaluation() -> None:
         (dict(comparisons=[compared("residual", "circuit", by=-0.1)]), "Better than residual steering?", "Yes, by 10.0 points", GOOD),
         (dict(comparisons=[]), "Better than asking for it in the prompt?", "Yes", GOOD),
         (dict(best_prompt=None), "Better than asking for it in the prompt?", "Not compared", UNKNOWN),
-        (dict(results=with_circuit(by_emotion={"fear": {"accuracy": around(0.2, 0.1)}})), "For every emotion?", "Not shown for fear", BAD),
-        (dict(results=with_circuit(by_emotion={"fear": {"accuracy": around(0.4)}})), "For every emotion?", "Above chance for all", MIXED),
+        (dict(results=with_circuit(by_emotion={"fear": {"good": around(0.1, 0.1)}})), "For every emotion?", "Not shown for fear", BAD),
+        (dict(results=with_circuit(by_emotion={"fear": {"good": around(0.4)}})), "For every emotion?", "Above the unsteered model for all", MIXED),  # noqa: E501
+        (dict(results=with_circuit(by_kind={"chat": {"good": around(0.01)}}, worst_kind="chat")), "For every kind of prompt?", "Not shown for chat", BAD),  # noqa: E501
+        (dict(results=with_circuit(by_kind={"sev-plain": {"good": around(0.4)}}, worst_kind="sev-plain")), "For every kind of prompt?", "Above the unsteered model for all, but below one half for plain event", MIXED),  # noqa: E501
+        (dict(agreement={**agreement(), "alpha": 0.85}), "Do the judges agree?", "Yes", GOOD),
+        (dict(agreement={**agreement(), "alpha": 0.4}), "Do the judges agree?", "Too little", BAD),
         (dict(comparisons=[compared("circuit", "random-heads", by=0.01)]), "Better than random interventions of the same size?", "Not shown against random heads", BAD),  # noqa: E501
     ],
 )  # fmt: skip
@@ -486,7 +736,7 @@ def test_the_verdict_follows_the_numbers(changes: dict[str, Any], question: str,
 
 
 def test_headlines_say_what_fails() -> None:
-    assert judge(results=with_circuit(accuracy=around(0.17)))[""].question == "The circuit does not steer this model"
+    assert judge(results=with_circuit(good=around(0.03)))[""].question == "The circuit does not steer this model"
     assert judge(results=with_circuit(ratio=around(1.5)))[""].question == "The circuit works, but the text pays for it"
     assert judge(results=[result("none")])[""].question == "The circuit was not evaluated"
 
