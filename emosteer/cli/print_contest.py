@@ -88,9 +88,16 @@ def _print_judges(found: Fields) -> None:
     print_table(("emotion read by", "the panel", *names), rows)
     alpha = "-" if agreement["alpha"] is None else f"{agreement['alpha']:.2f}"
     pairs = ", ".join(f"{pair} {share:.0%}" for pair, share in agreement["pairs"].items())
-    print(
-        f"Krippendorff's alpha {alpha} over {agreement['n']} replies; equal labels: {pairs}; without a majority: {agreement['undecided']:.0%}"
-    )
+    undecided = f"without a majority: {agreement['undecided']:.0%}"
+    print(f"Krippendorff's alpha {alpha} over {agreement['n']} replies; equal labels: {pairs or '-'}; {undecided}")
+    rows = [
+        (r["method"], *(f"{100 * c[name]:.1f}" for name in ("accuracy", "subject", "chance")), f"{100 * max(c['phrases'].values()):.1f}")
+        for r in found["results"]
+        if (c := r.get("contamination")) is not None
+    ]
+    if rows:
+        print("topic contamination: how often content words (no emotion words), or subject words alone, name held-out replies' emotion")
+        print_table(("method", "content words", "subject words", "chance", "most shared phrases"), rows)
 
 
 def _print_comparisons(comparisons: Sequence[Fields]) -> None:
