@@ -19,6 +19,7 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSett
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import PANEL
+from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.scenarios.shipped import development_groups, read_data, without_development
 from emosteer.writing.settings import BATCH_SIZE
@@ -193,6 +194,7 @@ def calibrate(
     *,
     judge: str | EmotionJudge | Sequence[EmotionJudge] = PANEL,
     scenarios: PathLike | None = None,
+    kinds: Sequence[str] = KINDS,
     groups: int = GROUPS,
     kept: PathLike | None = None,
     decoding: Decoding | None = None,
@@ -204,8 +206,8 @@ def calibrate(
 
     Args:
         circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own, by default.
-        judge: a specification or what `make_judge` returns.
-        scenarios: SEV file, else the shipped development split; groups: scenario-events to write to.
+        judge: a specification (several judges with commas make a panel), what `make_judge` returns, or a list of such judges.
+        scenarios: prompt file, else the shipped development prompts; kinds: of prompts; groups: prompts to write to, evenly of all kinds.
         kept: JSON-lines file of replies and opinions, so that the same call goes on; None keeps nothing.
         settings: fields of `calibration.settings.CalibrateSettings`.
 
@@ -222,7 +224,7 @@ def calibrate(
 
     bare = plain_model(model)
     chosen = CalibrateSettings(**settings)
-    prompts = development_groups(groups, path_of(scenarios))
+    prompts = development_groups(groups, path_of(scenarios), kinds)
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
     with contextlib.ExitStack() as stack:

@@ -52,8 +52,8 @@ class TextScore:
         self.base = directions.base[index]
         self.scaled = directions.vectors[:, index] / directions.norms[:, index, None]
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str], batch_tokens: int = 4096) -> Tensor:
-        """Scores of texts [text, emotion]."""
+    def __call__(self, prompts: Sequence[Group], texts: Sequence[str], batch_tokens: int = 4096) -> Tensor:
+        """Scores of texts [text, emotion]. prompts: what each text replies to."""
         samples = [self._sample(index, prompt, text) for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
         scores = torch.zeros(len(samples), self.scaled.shape[0])
         for batch in batches_by_cost(samples, batch_tokens):
@@ -64,8 +64,8 @@ class TextScore:
                 scores[int(sample.key.scenario)] = row
         return scores
 
-    def _sample(self, index: int, prompt: str, text: str) -> Sample:
-        ids = tuple(self.model.prompt_ids(plain(prompt, self.instruction)))
+    def _sample(self, index: int, prompt: Group, text: str) -> Sample:
+        ids = tuple(self.model.prompt_ids(plain(prompt.text, self.instruction, prompt.earlier)))
         return Sample(GroupKey(str(index), ""), "", (ids,), (tuple(self.model.text_ids(text)),))
 
 
@@ -130,7 +130,7 @@ def curves(
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
     origin = directions.provenance.origin()
-    shaping = [model.sha256, str(model.dtype), asdict(settings), [g.text for g in chosen], directions.emotions, origin]
+    shaping = [model.sha256, str(model.dtype), asdict(settings), [g.said for g in chosen], directions.emotions, origin]
     key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
     log = JsonlLog(part(partial, crew.rank)) if partial is not None else None
 
@@ -165,7 +165,7 @@ class _Runner:
         directions: Directions,
         scores: UnitScores,
         groups: Sequence[Group],
-        score: Callable[[Sequence[str], Sequence[str]], Tensor],
+        score: Callable[[Sequence[Group], Sequence[str]], Tensor],
         settings: CurveSettings,
     ) -> None:
         self.model, self.directions, self.unit_scores = model, directions, scores
@@ -183,14 +183,15 @@ class _Runner:
             part = slice(start, start + settings.batch_size)
             edits = self._edits(point, rows[part], units)
             texts += [reply.text for reply in generate(self.model, requests[part], decoding=decoding, row_edits=edits)]
-        by_emotion = self.score([self.groups[g].text for _, g in rows], texts)
+        by_emotion = self.score([self.groups[g] for _, g in rows], texts)
         asked_for = torch.tensor([by_emotion[i, e] for i, (e, _) in enumerate(rows)]).view(len(emotions), -1).mean(1)
         return dict(zip(emotions, asked_for.tolist(), strict=True))
 
     def _request(self, emotion: str, group: int, asked: bool) -> Request:
-        text = self.groups[group].text
-        messages = elicit("tone", text, emotion, self.directions.instruction) if asked else plain(text, self.directions.instruction)
-        return Request(f"{self.groups[group].key}/{emotion}", tuple(self.model.prompt_ids(messages)))
+        prompt, instruction = self.groups[group], self.directions.instruction
+        asks = elicit("tone", prompt.text, emotion, instruction, prompt.earlier) if asked else None
+        messages = asks or plain(prompt.text, instruction, prompt.earlier)
+        return Request(f"{prompt.key}/{emotion}", tuple(self.model.prompt_ids(messages)))
 
     def _edits(self, point: Condition, rows: Sequence[tuple[int, int]], units: Sequence[Sequence[Unit]]) -> RowEdits | None:
         if point.kind == "none":

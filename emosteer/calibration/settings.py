@@ -12,7 +12,7 @@ from emosteer.circuits.dial import check_intensity
 if TYPE_CHECKING:
     from emosteer.calibration.trials import StrengthPoint
 
-#: Scenario-events that `calibrate` writes to.
+#: Prompts that `calibrate` writes to, all kinds together.
 GROUPS = 48
 
 

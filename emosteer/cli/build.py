@@ -1,4 +1,4 @@
-"""``emosteer build``: check, count and split a SEV dataset, or have a language model write one. Imports are inside: --help is instant."""
+"""``emosteer build``: check, count and split a dataset, or have a language model write one. Imports are inside: --help is instant."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from emosteer.judges.registry import KEY_ENV
 
 if TYPE_CHECKING:
     from emosteer.scenarios.authoring import AuthorReport, ScenarioAuthor
+    from emosteer.scenarios.contamination import Contamination
     from emosteer.scenarios.lints import Problem
-    from emosteer.scenarios.scenarios import Bank, Scenario
+    from emosteer.scenarios.scenarios import Bank, Group, Scenario
 
 SHOWN_PROBLEMS = 20
 
 
 def build(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE.jsonl", help="The SEV file to check, count and split.", show_default=False)
+        Path | None, typer.Argument(metavar="FILE.jsonl", help="The SEV or prompt file to check, count and split.", show_default=False)
     ] = None,
     replies: Annotated[Path | None, typer.Option(metavar="BANK.jsonl", help="Check this reply bank too.", show_default=False)] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="OTHER.jsonl", help="Must share no scenario with FILE.", show_default=False)
+        Path | None, typer.Option(metavar="OTHER.jsonl", help="Must share no scenario or prompt with FILE.", show_default=False)
     ] = None,
     emotions: Annotated[str, typer.Option(help="Emotions that each group of the bank needs: all, or a,b,c.")] = "all",
+    most_contaminated: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="With --replies: a problem if subject words alone name the emotion of more replies.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Share of the test side; needs --out DIR.", show_default=False)
     ] = None,
@@ -68,31 +79,47 @@ def build(
     given = {"--domain": domain, "--themes": themes, "--base-url": base_url, "--model": model}
     if stray := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"{stray[0]} has a meaning with --author only; add --author, or leave it out")
+    if most_contaminated is not None and replies is None:
+        raise UsageError("--most-contaminated is about replies; give the bank with --replies")
     if (split is None) != (out is None):
         raise UsageError("--split SHARE and --out DIR go together: the share of the test side, and where train.jsonl and test.jsonl go")
-    _check(file, replies, against, emotions, None if split is None or out is None else (split, out), seed, as_json)
+    _check(file, replies, against, emotions, most_contaminated, None if split is None or out is None else (split, out), seed, as_json)
 
 
 # ---- check, count, split -------------------------------------------------------------------------------------------
 
 
 def _check(
-    file: Path, replies: Path | None, against: Path | None, emotions: str, split: tuple[float, Path] | None, seed: int, as_json: bool
+    file: Path,
+    replies: Path | None,
+    against: Path | None,
+    emotions: str,
+    most: float | None,
+    split: tuple[float, Path] | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
-    from emosteer.scenarios.lints import lint_bank, lint_scenarios, overlap_between
-    from emosteer.scenarios.scenarios import EMOTIONS, parse_emotions, read_bank, read_scenarios
+    from emosteer.scenarios.contamination import contamination_of_bank
+    from emosteer.scenarios.lints import lint_bank, lint_contamination, lint_prompts, lint_scenarios, overlap_of_texts
+    from emosteer.scenarios.prompt_sets import read_events, read_groups
+    from emosteer.scenarios.scenarios import EMOTIONS, parse_emotions, read_bank
 
-    scenarios = read_scenarios(file)
+    scenarios, groups = read_events(file), read_groups(file)
+    prompts = [group for group in groups if not group.key.valence]
+    if split and prompts:
+        raise UsageError(f"--split is of scenarios, and {file} holds {len(prompts)} prompts; leave it out, or give a SEV file")
     bank = read_bank(replies) if replies else {}
     known = dict.fromkeys([*EMOTIONS, *(emotion for answers in bank.values() for emotion in answers)])
     wanted = EMOTIONS if emotions.strip().lower() == "all" else parse_emotions(emotions, tuple(known))
-    problems = lint_scenarios(scenarios)
+    problems, measured = lint_scenarios(scenarios) + lint_prompts(prompts), None
     if replies:
-        problems += lint_bank(bank, wanted) + _unmatched(scenarios, bank)
+        problems += lint_bank(bank, wanted) + _unmatched(groups, bank)
+        measured = contamination_of_bank(bank, wanted)
+        problems += lint_contamination(measured, most) if most is not None else []
     if against:
-        problems += overlap_between(read_scenarios(against), scenarios)
+        problems += overlap_of_texts(_texts(against), _texts(file))
     sides = _split(file, scenarios, *split, seed) if split else {}
-    summary = _summary(file, scenarios, bank, sides)
+    summary = _summary(file, scenarios, prompts, bank, measured, sides)
     if as_json:
         summary["problems"] = [{"where": p.where, "rule": p.rule, "message": p.message} for p in problems]
         typer.echo(json.dumps(summary, ensure_ascii=False))
@@ -103,12 +130,19 @@ def _check(
         raise typer.Exit(1)
 
 
-def _unmatched(scenarios: Sequence[Scenario], bank: Bank) -> list[Problem]:
+def _texts(file: Path) -> dict[str, str]:
+    """Id -> what a scenario with its events, or a prompt, says."""
+    from emosteer.scenarios.prompt_sets import read_events, read_groups
+
+    told = {scenario.id: " ".join([scenario.text, *scenario.events.values()]) for scenario in read_events(file)}
+    return told | {group.key.scenario: group.said for group in read_groups(file) if not group.key.valence}
+
+
+def _unmatched(groups: Sequence[Group], bank: Bank) -> list[Problem]:
     """Replies to groups that the scenario file does not hold, and groups that nothing replies to."""
     from emosteer.scenarios.lints import Problem
-    from emosteer.scenarios.scenarios import groups_of
 
-    keys = {group.key for group in groups_of(scenarios)}
+    keys = {group.key for group in groups}
     found = [
         Problem(str(key), "not matched", "the bank replies to it, the scenario file does not hold it") for key in sorted(bank.keys() - keys)
     ]
@@ -140,17 +174,29 @@ def _spread(texts: Sequence[str]) -> dict[str, float]:
     return {"min": min(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)}
 
 
-def _summary(file: Path, scenarios: Sequence[Scenario], bank: Bank, sides: dict[Path, list[Scenario]]) -> dict[str, Any]:
+def _summary(
+    file: Path,
+    scenarios: Sequence[Scenario],
+    prompts: Sequence[Group],
+    bank: Bank,
+    measured: Contamination | None,
+    sides: dict[Path, list[Scenario]],
+) -> dict[str, Any]:
     from emosteer.scenarios.scenarios import VALENCES
 
-    words = {"scenario": _spread([s.text for s in scenarios])}
-    words |= {f"event.{valence}": _spread([s.events[valence] for s in scenarios]) for valence in VALENCES}
+    words: dict[str, dict[str, float]] = {}
+    if scenarios:
+        words["scenario"] = _spread([s.text for s in scenarios])
+        words |= {f"event.{valence}": _spread([s.events[valence] for s in scenarios]) for valence in VALENCES}
+    if prompts:
+        words["prompt"] = _spread([prompt.text for prompt in prompts])
     summary: dict[str, Any] = {
         "file": str(file),
         "scenarios": len(scenarios),
-        "groups": len(scenarios) * len(VALENCES),
+        "groups": len(scenarios) * len(VALENCES) + len(prompts),
         "themes": dict(Counter(s.theme for s in scenarios)),
         "words": words,
+        **({"kinds": dict(Counter(prompt.kind for prompt in prompts))} if prompts else {}),
     }
     if bank:
         texts: dict[str, list[str]] = {}
@@ -158,6 +204,8 @@ def _summary(file: Path, scenarios: Sequence[Scenario], bank: Bank, sides: dict[
             for emotion, text in answers.items():
                 texts.setdefault(emotion, []).append(text)
         summary["replies"] = {emotion: {"count": len(said), "words": _spread(said)} for emotion, said in texts.items()}
+    if measured is not None:
+        summary["contamination"] = _shares(measured)
     if sides:
         summary["written"] = {
             str(path): {"scenarios": len(side), "themes": dict(Counter(s.theme for s in side))} for path, side in sides.items()
@@ -165,17 +213,46 @@ def _summary(file: Path, scenarios: Sequence[Scenario], bank: Bank, sides: dict[
     return summary
 
 
+def _shares(measured: Contamination) -> dict[str, Any]:
+    """What is said of contamination: `scenarios.contamination.Contamination`, rounded."""
+    return {
+        **{name: round(getattr(measured, name), 4) for name in ("accuracy", "subject", "chance")},
+        "by_emotion": {emotion: round(share, 4) for emotion, share in measured.by_emotion.items()},
+        "overused": {emotion: [row.word for row in rows] for emotion, rows in measured.overused.items()},
+        "phrases": {emotion: round(share, 4) for emotion, share in measured.phrases.items()},
+        "n": measured.n,
+    }
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     written = summary.get("written", {})
     typer.echo(f"{summary['file']}: {summary['scenarios']} scenarios, {summary['groups']} groups")
     rows = [[theme or "(none)", n, *(side["themes"].get(theme, 0) for side in written.values())] for theme, n in summary["themes"].items()]
-    _table(["theme", "scenarios", *(Path(path).stem for path in written)], rows)
+    if rows:
+        _table(["theme", "scenarios", *(Path(path).stem for path in written)], rows)
+    if "kinds" in summary:
+        _table(["kind", "prompts"], list(summary["kinds"].items()))
     _table(["words", "min", "mean", "max"], [[part, *spread.values()] for part, spread in summary["words"].items()])
     if "replies" in summary:
         rows = [[emotion, found["count"], *found["words"].values()] for emotion, found in summary["replies"].items()]
         _table(["emotion", "replies", "min words", "mean", "max"], rows)
+    if "contamination" in summary:
+        _print_contamination(summary["contamination"])
     for path, side in written.items():
         typer.echo(f"wrote {path}: {side['scenarios']} scenarios")
+
+
+def _print_contamination(found: dict[str, Any]) -> None:
+    shares = {name: f"{100 * found[name]:.1f} %" for name in ("accuracy", "subject", "chance")}
+    typer.echo(
+        f"topic contamination: content words alone name the emotion of {shares['accuracy']} of held-out replies, subject words "
+        f"{shares['subject']} (chance {shares['chance']}; n {found['n']})"
+    )
+    rows = [
+        [emotion, f"{100 * share:.1f}", f"{100 * found['phrases'][emotion]:.1f}", ", ".join(found["overused"][emotion])]
+        for emotion, share in found["by_emotion"].items()
+    ]
+    _table(["emotion", "named in %", "shared phrases in %", "over-used words"], rows)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -28,6 +28,7 @@ from emosteer.cli.options import (
 )
 from emosteer.generation.decoding import Decoding
 from emosteer.scenarios.conversations import parse_messages
+from emosteer.scenarios.prompt_sets import KINDS, parse_prompt
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, Message, parse_emotions, parse_scenario, text_field
 from emosteer.writing.settings import BATCH_SIZE
@@ -63,7 +64,7 @@ def generate(
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", "-i", help="SEV file or lines with 'text' or 'messages'.", metavar="FILE.jsonl")
+        Path | None, typer.Option("--input", "-i", help="SEV or prompt file, or lines with 'text' or 'messages'.", metavar="FILE.jsonl")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
@@ -233,7 +234,7 @@ def _author(
 
 @dataclass(frozen=True)
 class _Input:
-    """What is to be answered. group: a scenario-event, or a text under an empty key; earlier: what was said before it."""
+    """What is to be answered. group: a scenario-event or prompt, or a text under an empty key; earlier: what was said before it."""
 
     id: str
     group: Group
@@ -282,7 +283,9 @@ def _read_inputs(source: Path) -> list[_Input]:
         name = str(row.get("id", f"line-{number}"))
         if "text" in row and "messages" in row:
             raise DataError(f"{where}: expected a 'text' or 'messages', found both")
-        if "messages" in row:
+        if "messages" in row and row.get("kind") in KINDS and "id" in row:  # a prompt file's: its reply belongs to it
+            inputs.append(_Input(name, parse_prompt(row, where)))
+        elif "messages" in row:
             *earlier, last = parse_messages(row["messages"], where)
             inputs.append(_Input.of(name, last.content, tuple(earlier)))
         elif "text" in row:

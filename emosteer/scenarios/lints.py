@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, Scenario
+from emosteer.scenarios.contamination import Contamination
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, Group, Scenario
 from emosteer.scenarios.words import feeling_pattern, name_pattern
 
 
@@ -63,6 +64,37 @@ def lint_scenarios(scenarios: Sequence[Scenario], limits: Limits | None = None) 
     return problems
 
 
+def lint_prompts(prompts: Sequence[Group]) -> list[Problem]:
+    """Lints of prompts that are no scenario-events: emotion words in what is said, and the same conversation twice. They may be as short as
+    people are, and alike where one event only is changed."""
+    problems = []
+    for prompt in prompts:
+        if emotion_words := feeling_pattern().findall(prompt.said):
+            problems.append(Problem(str(prompt.key), "emotion word", f"the prompt holds {', '.join(sorted(set(emotion_words)))}"))
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        name = first.setdefault(prompt.said, str(prompt.key))
+        if name != str(prompt.key):
+            problems.append(Problem(str(prompt.key), "duplicate", f"says the same as {name}"))
+    return problems
+
+
+def lint_contamination(measured: Contamination | None, most: float) -> list[Problem]:
+    """Whether the subject of replies gives their emotion away too often.
+
+    Args:
+        measured: None where there were too few replies to measure; most: highest accuracy of subject words on held-out replies.
+    """
+    if measured is None:
+        return [Problem("replies", "contamination", "too few replies to measure it; expected two emotions and five prompts or scenarios")]
+    if measured.subject <= most:
+        return []
+    words = [f"{emotion} {', '.join(row.word for row in rows[:3])}" for emotion, rows in measured.overused.items() if rows]
+    message = f"subject words alone name the emotion of {measured.subject:.1%} of held-out replies (chance {measured.chance:.1%}), "
+    message += f"expected at most {most:.1%}; let all emotions answer with the same content"
+    return [Problem("replies", "contamination", message + (f" (over-used: {'; '.join(words)})" if words else ""))]
+
+
 def lint_bank(bank: Bank, emotions: Sequence[str] = EMOTIONS, limits: Limits | None = None) -> list[Problem]:
     """Lints of a reply bank: every group complete, length, emotion names, near-duplicates, equal length over emotions."""
     limits, problems = limits or Limits(), []
@@ -116,11 +148,14 @@ def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> 
 
 def overlap_between(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
     """Scenarios of `second` that also occur in `first`, by id or by text: train and test must be disjoint."""
+    return overlap_of_texts(*({s.id: " ".join([s.text, *s.events.values()]) for s in some} for some in (first, second)), limits)
+
+
+def overlap_of_texts(first: Mapping[str, str], second: Mapping[str, str], limits: Limits | None = None) -> list[Problem]:
+    """The same of texts by their ids."""
     limits = limits or Limits()
-    known = {s.id for s in first}
-    problems = [Problem(s.id, "not disjoint", "the same id is in both files") for s in second if s.id in known]
-    texts = {f"first:{s.id}": " ".join([s.text, *s.events.values()]) for s in first}
-    texts |= {f"second:{s.id}": " ".join([s.text, *s.events.values()]) for s in second}
+    problems = [Problem(name, "not disjoint", "the same id is in both files") for name in second if name in first]
+    texts = {f"first:{name}": text for name, text in first.items()} | {f"second:{name}": text for name, text in second.items()}
     for problem in near_duplicates(texts, limits.overlap):
         if problem.where.startswith("second:") and "first:" in problem.message:
             problems.append(Problem(problem.where.removeprefix("second:"), "not disjoint", problem.message.replace("first:", "")))

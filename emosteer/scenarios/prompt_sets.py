@@ -6,14 +6,15 @@ file as well (`read_groups`), and either can be narrowed to some kinds or kept w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.files import read_jsonl
 from emosteer.scenarios.conversations import parse_messages
-from emosteer.scenarios.scenarios import SEV_KIND, Group, GroupKey, groups_of, parse_scenario, text_field
+from emosteer.scenarios.scenarios import SEV_KIND, Group, GroupKey, Scenario, groups_of, parse_scenario, text_field
 from emosteer.scenarios.splits import spread
 
 #: Kinds of prompt: SEV scenario-events, vivid (a SEV file) or plain and office-like; one statement; questions; requests for a text or a
@@ -27,17 +28,24 @@ def read_groups(path: Path) -> list[Group]:
     Raises:
         DataError: naming file and line, for whatever is missing, of the wrong type or there twice.
     """
-    groups: list[Group] = []
+    return [group for item in _items(path) for group in ([item] if isinstance(item, Group) else groups_of([item]))]
+
+
+def read_events(path: Path) -> list[Scenario]:
+    """The scenarios among the lines of a prompt file; errors as for `read_groups`."""
+    return [item for item in _items(path) if isinstance(item, Scenario)]
+
+
+def _items(path: Path) -> Iterator[Scenario | Group]:
     seen: dict[str, int] = {}
     for number, row in read_jsonl(path, "prompt file"):
         where = f"{path}:{number}"
-        read = [parse_prompt(row, where)] if "messages" in row else groups_of([parse_scenario(row, where)])
-        name = read[0].key.scenario
+        item = parse_prompt(row, where) if "messages" in row else parse_scenario(row, where)
+        name = item.key.scenario if isinstance(item, Group) else item.id
         if name in seen:
             raise DataError(f"{where}: the id '{name}' was used on line {seen[name]}; ids must be unique")
         seen[name] = number
-        groups += read
-    return groups
+        yield item
 
 
 def parse_prompt(row: dict[str, Any], where: str) -> Group:
@@ -72,8 +80,10 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 def of_kinds(groups: Sequence[Group], kinds: Sequence[str], count: int) -> list[Group]:
-    """Prompts of some kinds, evenly drawn: as many of each kind as `count` has room for, at least one; 0 is all."""
+    """Prompts of some kinds, evenly drawn: as many of each kind as `count` has room for, at least one; 0 is all. The kinds take turns, so
+    that a beginning of the list is of all kinds as well."""
     by_kind = [[group for group in groups if group.kind == kind] for kind in kinds]
     present = [members for members in by_kind if members]
     each = max(1, count // max(1, len(present))) if count else 0
-    return [group for members in present for group in (spread(members, each) if each else members)]
+    drawn = [spread(members, each) if each else members for members in present]
+    return [group for group in chain.from_iterable(zip_longest(*drawn)) if group is not None]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
-from emosteer.scenarios.prompt_sets import KINDS, of_kinds, read_groups
-from emosteer.scenarios.scenarios import SEV_KIND, Bank, Group, data_path, groups_of, read_bank, read_scenarios
+from emosteer.scenarios.prompt_sets import KINDS, of_kinds, read_events, read_groups
+from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read_bank, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
 
@@ -51,11 +51,10 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
 def without_development(groups: list[Group], scenarios: Path | None = None) -> list[Group]:
     """The groups outside the development split (a fifth of the scenarios), on which `calibrate` and `evaluate` choose. Prompts of other
     kinds have a development set of their own."""
-    events = {group.key.scenario for group in groups if group.kind == SEV_KIND}
-    if not events:
+    if not any(group.key.valence for group in groups):
         return groups
-    kept_back = {scenario.id for scenario in split(read_scenarios(scenarios or data_path("sev/train.jsonl")), 0.2, 0)[1]}
-    return [group for group in groups if group.kind != SEV_KIND or group.key.scenario not in kept_back]
+    kept_back = {scenario.id for scenario in split(read_events(scenarios or data_path("sev/train.jsonl")), 0.2, 0)[1]}
+    return [group for group in groups if group.key.scenario not in kept_back]
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,19 @@ class PromptSet:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """File's name in its folder -> sha256."""
-        return {f"{file.parent.name}/{file.name}": sha256_file(file) for file in self.files}
+        """File's name, with that of its folder where there is one -> sha256."""
+        return {Path(*file.parts[-2:]).as_posix(): sha256_file(file) for file in self.files}
 
 
 def development_groups(count: int, scenarios: Path | None = None, kinds: Sequence[str] = KINDS) -> PromptSet:
     """Prompts to choose strengths on, evenly drawn from the kinds: the shipped ones (the development split of the training scenarios, and
     prompts of the other kinds), or those of a file of one's own, which is not split."""
     if scenarios is not None:
-        return PromptSet(_some(read_groups(scenarios), kinds, count, scenarios), (scenarios,))
-    train, prompts = data_path("sev/train.jsonl"), data_path("prompts/dev.jsonl")
-    kept_back = groups_of(split(read_scenarios(train), 0.2, 0)[1])
-    return PromptSet(_some([*kept_back, *read_groups(prompts)], kinds, count, prompts), (train, prompts))
+        sources = {scenarios: read_groups(scenarios)}
+    else:
+        train, prompts = data_path("sev/train.jsonl"), data_path("prompts/dev.jsonl")
+        sources = {train: groups_of(split(read_scenarios(train), 0.2, 0)[1]), prompts: read_groups(prompts)}
+    return _set(of_kinds([group for groups in sources.values() for group in groups], kinds, count), sources, kinds)
 
 
 def unseen_groups(count: int, skip: int = 0, scenarios: Path | None = None, kinds: Sequence[str] = KINDS) -> PromptSet:
@@ -93,17 +93,16 @@ def unseen_groups(count: int, skip: int = 0, scenarios: Path | None = None, kind
         count: how many, 0 is all; skip: how many of each kind are left out, because they were read before (see `unread`).
     """
     files = (scenarios,) if scenarios is not None else (data_path("sev/test.jsonl"), data_path("prompts/test.jsonl"))
-    groups = [group for file in files for group in read_groups(file) if group.kind in kinds]
-    present = [kind for kind in kinds if any(group.kind == kind for group in groups)]
-    if not present:
-        raise DataError(f"{files[-1]} has no prompt of the kinds {', '.join(kinds)}; choose others with --kinds")
-    each = max(1, count // len(present)) if count else 0
-    drawn = [group for kind in present for group in unread([g for g in groups if g.kind == kind], each, skip)]
-    return PromptSet(drawn, files)
+    sources = {file: read_groups(file) for file in files}
+    by_kind = [[group for groups in sources.values() for group in groups if group.kind == kind] for kind in kinds]
+    present = [members for members in by_kind if members]
+    each = max(1, count // max(1, len(present))) if count else 0
+    return _set([group for members in present for group in unread(members, each, skip)], sources, kinds)
 
 
-def _some(groups: list[Group], kinds: Sequence[str], count: int, file: Path) -> list[Group]:
-    drawn = of_kinds(groups, kinds, count)
+def _set(drawn: list[Group], sources: Mapping[Path, Sequence[Group]], kinds: Sequence[str]) -> PromptSet:
+    """The prompts with those of the files that they are from; a DataError where there are none."""
     if not drawn:
-        raise DataError(f"{file} has no prompt of the kinds {', '.join(kinds)}; choose others with --kinds")
-    return drawn
+        raise DataError(f"{[*sources][-1]} has no prompt of the kinds {', '.join(kinds)}; choose others with --kinds")
+    chosen = {group.key for group in drawn}
+    return PromptSet(drawn, tuple(file for file, groups in sources.items() if any(group.key in chosen for group in groups)))

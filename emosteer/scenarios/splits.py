@@ -65,5 +65,5 @@ def unread(groups: Sequence[Group], count: int, skip: int = 0) -> list[Group]:
     order = sorted(groups, key=lambda group: stable_share(str(group.key), 1))
     left = order[: len(order) - skip]
     if not left:
-        raise UsageError(f"--skip {skip} leaves nothing of {len(order)} scenario-events")
+        raise UsageError(f"--skip {skip} leaves nothing of {len(order)} prompts")
     return left[-count:] if count else left

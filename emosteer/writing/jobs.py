@@ -34,9 +34,9 @@ class Job:
 
     @classmethod
     def of(cls, group: Group, emotion: str, method: str, strength: float | None) -> Job:
-        """The job of a scenario-event."""
+        """The job of a scenario-event, or of a prompt of another kind, which has no valence."""
         said = (*group.earlier, Message("user", group.text))
-        return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence, said, emotion, method, strength)
+        return cls(f"{group.key}/{emotion}", group.key.scenario, group.key.valence or None, said, emotion, method, strength)
 
     @property
     def text(self) -> str:

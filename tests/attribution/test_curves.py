@@ -31,7 +31,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.scenarios.prompts import elicit, plain
-from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.scenarios import Bank, Group, Message
 from tests.conftest import build, small_data
 from tests.helpers import reference
 from tests.helpers.precision import contribution_bounds, forward_bound
@@ -72,7 +72,7 @@ def test_bank_replies_average_one(family: Model) -> None:
     score = TextScore(family, case.directions, case.band, INSTRUCTION)
     means = []
     for emotion in EMOTIONS:
-        found = score([group.text for group in case.groups], [case.bank[group.key][emotion] for group in case.groups])
+        found = score(case.groups, [case.bank[group.key][emotion] for group in case.groups])
         means.append(found.mean(0))
     index = [case.directions.sites.index(Site(layer, RESID_POST)) for layer in case.band]
     vectors, norms = case.directions.vectors[:, index], case.directions.norms[:, index]
@@ -84,12 +84,15 @@ def test_bank_replies_average_one(family: Model) -> None:
 
 def test_a_text_is_scored_where_it_is_written_whatever_its_neighbours(case: Case) -> None:
     """By bare hooks: averaged over the last prompt position and all reply positions but the last."""
-    prompts = [group.text for group in case.groups[:6]]
+    prompts = [
+        replace(group, earlier=(Message("user", "we waited"), Message("assistant", "why")) if odd % 2 else ())
+        for odd, group in enumerate(case.groups[:6])
+    ]
     texts = ["never", "i laugh and sing and dance alone .", "", "cry", "slam the door again !", "please stop"]
     score = TextScore(case.model, case.directions, case.band, INSTRUCTION)
     found = score(prompts, texts)
     for row, prompt, text in zip(found, prompts, texts, strict=True):
-        head, tail = case.model.prompt_ids(plain(prompt, INSTRUCTION)), case.model.text_ids(text)
+        head, tail = case.model.prompt_ids(plain(prompt.text, INSTRUCTION, prompt.earlier)), case.model.text_ids(text)
         wanted = torch.zeros(3)
         for layer in case.band:
             h = reference.seen(case.model.hf, head + tail, [(layer, "resid_post")])[layer, "resid_post"]
@@ -178,7 +181,7 @@ def by_hand(case: Case, point: Condition, values: Callable[[int, int, str], Tens
             prompt = case.model.prompt_ids(messages)
             ids, _ = reference.greedy(case.model, prompt, changes, 5, case.model.stop_ids, Decoding().repetition_penalty)
             texts.append(case.model.tokenizer.decode(ids, skip_special_tokens=True).strip())
-            own.append(float(score([group.text], [texts[-1]])[0, e]))
+            own.append(float(score([group], [texts[-1]])[0, e]))
         found.append(sum(own) / len(own))
     return found, texts
 

@@ -26,7 +26,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion, Soundness
 from emosteer.models.model import Model
-from emosteer.scenarios.scenarios import VALENCES, Group, GroupKey
+from emosteer.scenarios.scenarios import VALENCES, Group, GroupKey, Message
 from emosteer.writing.contest_writer import ContestWriter
 from tests.conftest import build, small_data
 
@@ -51,6 +51,16 @@ def groups(count: int, start: int = 0) -> list[Group]:
                 f"i waited at the {words[0]} and the {words[2]} {['came back', 'was late', 'went home'][valence]}",
             )
         )
+    return found
+
+
+def prompts(count: int) -> list[Group]:
+    """Prompts that are no scenario-events: chats with an earlier turn, questions and one-liners by turns."""
+    found = []
+    for index in range(count):
+        kind, place = ("chat", "question", "one-liner")[index % 3], PLACES[index % len(PLACES)]
+        said = (Message("user", f"the {place} was late"), Message("assistant", "why was it")) if kind == "chat" else ()
+        found.append(Group(GroupKey(f"p{index:02d}", ""), kind, f"i waited at the {PLACES[(index + 4) % len(PLACES)]}", kind, said))
     return found
 
 
@@ -195,8 +205,8 @@ class BagEncoder:
         return torch.nn.functional.normalize(rows, dim=-1)
 
 
-def jury(folder: Path, judge: WordJudge | None = None, check: WordCheck | None = None, paid: bool = False) -> Jury:
-    """The judges, with what they say in a folder."""
-    one = judge or WordJudge()
+def jury(folder: Path, judge: WordJudge | Sequence[WordJudge] | None = None, check: WordCheck | None = None, paid: bool = False) -> Jury:
+    """The judges, with what they say in a folder. judge: one, a panel of several, or a `WordJudge`; paid: whether all are."""
+    judges = (judge or WordJudge(),) if judge is None or isinstance(judge, WordJudge) else tuple(judge)
     kept = KeyedLog(folder / "opinions.jsonl")
-    return Jury((one,), check or WordCheck(), WordAnswers(), BagEncoder(), kept, frozenset([one.key] if paid else ()))
+    return Jury(judges, check or WordCheck(), WordAnswers(), BagEncoder(), kept, frozenset(j.key for j in judges) if paid else frozenset())

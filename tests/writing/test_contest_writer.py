@@ -20,24 +20,43 @@ from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.judges import jury as jury_module
+from emosteer.judges.panel import UNDECIDED
 from emosteer.models.sites import ATTN_OUT, RESID_POST, Head
 from emosteer.scenarios.prompts import STIMULI, elicit, plain
 from emosteer.scenarios.scenarios import EMOTIONS as SIX
+from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import feeling_pattern, name_pattern
 from emosteer.writing import contest_writer as contest_module
 from emosteer.writing.contest_writer import Cell, cells_of
 from tests.helpers import contest_setup as setup
-from tests.helpers.contest_setup import EMOTIONS, INSTRUCTION, WORD, WordCheck, WordJudge, contest, groups, jury, parts
+from tests.helpers.contest_setup import (
+    EMOTIONS,
+    INSTRUCTION,
+    WORD,
+    WordAnswers,
+    WordCheck,
+    WordJudge,
+    contest,
+    groups,
+    jury,
+    parts,
+    prompts,
+)
 
 STRENGTH = 4.0
 
 
 def all_cells(some: int) -> list[Cell]:
     """Every method's cells."""
+    return all_cells_of(groups(some))
+
+
+def all_cells_of(some: Sequence[Group]) -> list[Cell]:
+    """The same for prompts that are given."""
     found = []
     for method in CONTEST:
         value = None if method == NONE or method in PROMPTS else STRENGTH
-        found += cells_of(method, groups(some), dict.fromkeys(EMOTIONS, value))
+        found += cells_of(method, some, dict.fromkeys(EMOTIONS, value))
     return found
 
 
@@ -66,6 +85,26 @@ def test_every_reply_is_what_generate_writes_alone(tmp_path: Path) -> None:
     assert len(texts) > 8, "the methods write different replies"
     said = [WORD[cell.emotion] in row["text"] for cell, row in zip(cells, rows, strict=True) if cell.method == "circuit"]
     assert all(said), "the planted circuit works"
+
+
+def test_a_chat_s_earlier_turns_reach_the_model_with_every_method(tmp_path: Path) -> None:
+    """Token for token: what was said before, then the prompt's or the plain last turn; also by another process, which reads it from disk."""
+    model = parts()[0]
+    chat = prompts(1)[0]
+    turns = [message._asdict() for message in chat.earlier]
+    found = contest(tmp_path)
+    for cell in all_cells_of([chat]):
+        how = cell.method.removeprefix("prompt-")
+        last = elicit(how, chat.text, cell.emotion, INSTRUCTION) if cell.method in PROMPTS else plain(chat.text, INSTRUCTION)
+        wanted = [*last[:-1], *turns, last[-1]]  # a system line stands at the head
+        ids = list(found._request(cell).ids)
+        assert ids == model.prompt_ids(wanted) and len(ids) > len(model.prompt_ids(last))
+    cells = all_cells_of(prompts(3))
+    contest_module._write_work(tmp_path / "work.json", cells, [[0, 1]])
+    assert contest_module._read_work(tmp_path / "work.json") == (cells, [[0, 1]])
+    alone = replace(chat, earlier=())
+    rows = found.write(cells_of(NONE, [chat], {}) + cells_of(NONE, [replace(alone, key=replace(chat.key, scenario="other"))], {}), "test")
+    assert rows[0]["text"] != rows[1]["text"] and len(found.replies.rows) == 2, "what was said before matters"
 
 
 def test_methods_can_share_a_batch(tmp_path: Path) -> None:
@@ -302,28 +341,28 @@ def test_the_random_direction_is_one_rotation_of_the_true_ones() -> None:
 def test_identical_texts_are_judged_once_and_empty_ones_never(tmp_path: Path) -> None:
     judge, check = WordJudge(), WordCheck()
     bench = jury(tmp_path, judge, check)
-    found = bench.opinions(["cry", "laugh", "cry", "", "cry"], "test")
-    assert judge.asked == ["cry", "laugh"] and found["cry"].emotion() == "sadness" and found["laugh"].emotion() == "happiness"
-    assert found[""].probabilities == dict.fromkeys(SIX, 0.0) | {"neutral": 1.0}
+    found = bench.readings(["cry", "laugh", "cry", "", "cry"], "test")
+    assert judge.asked == ["cry", "laugh"] and found["cry"].label == "sadness" and found["laugh"].label == "happiness"
+    assert found[""].probabilities == dict.fromkeys(SIX, 0.0) | {"neutral": 1.0} and found[""].label == "neutral"
     assert bench.verdicts(["cry", "cry cry cry cry", "cry"], "test")["cry cry cry cry"].sound is False
     assert check.asked == ["cry", "cry cry cry cry"]
     again = jury(tmp_path, judge, check)
-    assert again.opinions(["laugh", "cry"], "test")["cry"] == found["cry"] and len(judge.asked) == 2
+    assert again.readings(["laugh", "cry"], "test")["cry"] == found["cry"] and len(judge.asked) == 2
     assert again.verdicts(["cry"], "test")["cry"].sound and len(check.asked) == 2
     other = WordJudge(key="words-2")
-    jury(tmp_path, other).opinions(["laugh", "cry"], "test")
+    jury(tmp_path, other).readings(["laugh", "cry"], "test")
     assert other.asked == ["laugh", "cry"], "another judge has opinions of its own"
 
 
 def test_a_missing_opinion_is_asked_again_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [f"{word} never {i}" for i, word in enumerate(["cry", "slam", "laugh"] * 3)]
     failing = WordJudge(fails=lambda text: text.endswith(("2", "5")))
-    found = jury(tmp_path, failing, paid=True).opinions(texts, "test")
+    found = jury(tmp_path, failing, paid=True).readings(texts, "test")
     assert [text for text in texts if found[text].probabilities is None] == [texts[2], texts[5]]
     assert found[texts[2]].problem == "HTTP 500"
-    assert "2 of 9 opinions are missing (HTTP 500)" in capsys.readouterr().err
+    assert "2 of 9 opinions of words are missing (HTTP 500)" in capsys.readouterr().err
     mended = WordJudge()
-    again = jury(tmp_path, mended, paid=True).opinions(texts, "test")
+    again = jury(tmp_path, mended, paid=True).readings(texts, "test")
     assert mended.asked == [texts[2], texts[5]] and all(opinion.probabilities for opinion in again.values())
     assert all(again[text] == found[text] for text in texts if found[text].probabilities)
 
@@ -342,7 +381,7 @@ def test_what_was_paid_for_is_kept_when_killed_and_a_chunk_of_a_local_judge_is_r
     def run(folder: str, paid: bool, fails: Callable[[str], bool]) -> tuple[WordJudge, dict[str, Any]]:
         judge = WordJudge(fails, neighbours=not paid)
         try:
-            return judge, jury(tmp_path / folder, judge, paid=paid).opinions(texts, "test")
+            return judge, jury(tmp_path / folder, judge, paid=paid).readings(texts, "test")
         except KeyboardInterrupt:
             return judge, {}
 
@@ -351,3 +390,41 @@ def test_what_was_paid_for_is_kept_when_killed_and_a_chunk_of_a_local_judge_is_r
         run(f"killed{paid}", paid, killed)
         judge, found = run(f"killed{paid}", paid, lambda text: False)
         assert judge.asked == asked_again and found == wanted
+
+
+def test_a_panel_s_readings_are_kept_by_judge_and_a_new_judge_alone_is_asked(tmp_path: Path) -> None:
+    texts = ["cry", "laugh", "slam"]
+    first, second = WordJudge(), WordJudge(name="others", key="words-2")
+    alone = jury(tmp_path, first).readings(texts, "test")
+    found = jury(tmp_path, [first, second]).readings(texts, "test")
+    assert first.asked == texts == second.asked, "the first judge's opinions were kept"
+    assert [*found["cry"].opinions] == ["words", "others"] and found["cry"].opinions["words"] == alone["cry"].opinions["words"]
+    bench = jury(tmp_path, [first, second])
+    assert (bench.name, bench.key) == ("words, others", "words-1, words-2")
+    assert bench.readings(texts, "test") == found and len(first.asked) == len(second.asked) == 3
+
+
+def test_one_judge_s_failures_leave_the_panel_to_the_others_and_are_asked_again(tmp_path: Path) -> None:
+    texts = ["cry", "laugh"]
+    failing = WordJudge(fails=lambda text: text == "cry", name="b", key="b")
+    panel = [WordJudge(name=name, key=name) for name in "ac"]
+    found = jury(tmp_path, [panel[0], failing, panel[1]], paid=True).readings(texts, "test")
+    assert found["cry"].votes == {"a": "sadness", "c": "sadness"} and found["cry"].label == "sadness", "two of three"
+    assert found["cry"].row()["b"] is None and found["cry"].problem == "HTTP 500"
+    pair = jury(tmp_path / "pair", [panel[0], failing], paid=True).readings(texts, "test")
+    assert pair["cry"].label == UNDECIDED, "one of two that were asked is no majority"
+    mended = WordJudge(name="b", key="b")
+    again = jury(tmp_path, [panel[0], mended, panel[1]], paid=True).readings(texts, "test")
+    assert mended.asked == ["cry"] and all(again["cry"].row().values())
+
+
+def test_answers_are_kept_by_prompt_and_reply_and_nothing_answers_nothing(tmp_path: Path) -> None:
+    bench = jury(tmp_path)
+    check = bench.answers
+    assert isinstance(check, WordAnswers)
+    pairs = [("why", "laugh"), ("how", "laugh"), ("why", "never again"), ("why", ""), ("why", " "), ("why", "laugh")]
+    found = bench.answering(pairs, "test")
+    assert found == {pairs[0]: 0.9, pairs[1]: 0.9, pairs[2]: 0.1, pairs[3]: 0.0, pairs[4]: 0.0}
+    assert check.asked == pairs[:3], "each once, and no empty reply"
+    again = jury(tmp_path)
+    assert again.answering(pairs, "test") == found and not again.answers.asked

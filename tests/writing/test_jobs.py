@@ -14,7 +14,7 @@ from emosteer.generation.generate import Decoding, Request, batches
 from emosteer.models import tokens
 from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
-from emosteer.scenarios.scenarios import Group, GroupKey, Message
+from emosteer.scenarios.scenarios import Group, GroupKey, Message, read_bank
 from emosteer.writing.contest_writer import ContestWriter, cells_of
 from emosteer.writing.jobs import Job, job_key, jobs_for, request_of, row_of
 from emosteer.writing.reply_files import write_file
@@ -137,6 +137,25 @@ def test_a_text_s_row_is_as_it_was() -> None:
         '{"id": "text/anger", "skeleton_id": null, "valence": null, "emotion": "anger", "method": "circuit", "strength": 1.5, '
         '"prompt": "why", "text": "no", "finish_reason": "stop", "n_tokens": 2, "run": "run1"}'
     )
+
+
+def test_a_prompt_of_a_file_is_a_job_with_its_earlier_turns_and_no_valence() -> None:
+    chat = Group(GroupKey("p1", ""), "chat", "why was it late", "chat", TALK[1:3])
+    for job in (Job.of(chat, "fear", "circuit", 1.0), jobs_for("p1", chat, ["fear"], "circuit", 1.0, None, {})[0]):
+        assert (job.id, job.skeleton_id, job.valence, job.messages) == ("p1/fear", "p1", None, TALK[1:])
+        assert list(request_of(NAMED, job, "keep").ids) == NAMED.prompt_ids(
+            [*(m._asdict() for m in TALK[1:3]), {"role": "user", "content": "why was it late\nkeep"}]
+        )
+
+
+def test_replies_to_prompts_are_a_bank(tmp_path: Path) -> None:
+    """What is written of a prompt file can be read back as its bank."""
+    model = contest_setup.parts()[0]
+    found = contest_setup.prompts(3)
+    jobs = [Job.of(prompt, emotion, "prompt", None) for prompt in found for emotion in ("anger", "fear")]
+    rows = write_file(Writer(model, None, Decoding(4), "", "prompt"), jobs, tmp_path / "bank.jsonl")
+    bank = read_bank(tmp_path / "bank.jsonl")
+    assert [*bank] == [prompt.key for prompt in found] and bank[found[0].key] == {"anger": rows[0]["text"], "fear": rows[1]["text"]}
 
 
 def turn(role: object, content: object = "why") -> dict[str, object]:
