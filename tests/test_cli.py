@@ -306,7 +306,7 @@ def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_pat
     from emosteer.api import making
     from emosteer.scenarios import shipped
 
-    files = {"sev/train.jsonl": made / "sev.jsonl", "replies/train.jsonl": made / "bank.jsonl"}
+    files = {shipped.TRAIN: made / "sev.jsonl", shipped.BANK: made / "bank.jsonl"}
     monkeypatch.setattr(shipped, "data_path", files.__getitem__)
     monkeypatch.setattr(making, "EMOTIONS", EMOTIONS)
     arguments = [

@@ -40,13 +40,13 @@ from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
 from emosteer.scenarios.splits import stable_share
 
-OWN = {"sentences": "judge/sentences.jsonl", "replies": "judge/replies.jsonl"}
+OWN = {"sentences": "judge/sentences.jsonl", "replies": "judge/replies.jsonl", "spoken": "judge/spoken.jsonl"}
 FOREIGN = "judge/other_languages.jsonl"
 PAIRS = "judge/answer_pairs.jsonl"
 #: Reply banks with their prompts: a test of the emotion judges, and what the answer check is fitted on.
-BANKS = {"bank": ("sev/train.jsonl", "replies/train.jsonl"), "spoken": ("prompts/train.jsonl", "replies/spoken.jsonl")}
+BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
 #: Shares of the draws that each source has; those of sources left out go to the others.
-SHARES = {"goemotions-ekman": 0.42, "xed-en": 0.2, "sentences": 0.13, "replies": 0.25}
+SHARES = {"goemotions-ekman": 0.38, "xed-en": 0.18, "sentences": 0.12, "replies": 0.18, "spoken": 0.14}
 #: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
 MOST_FITTED, MOST_MEASURED = 6000, 3000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.

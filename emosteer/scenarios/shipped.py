@@ -15,6 +15,10 @@ from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read
 from emosteer.scenarios.splits import split, spread, unread
 
 
+#: What directions and circuits are made from where nobody names data: prompts, and their reply bank.
+TRAIN, BANK = "sev/train.jsonl", "replies/train.jsonl"
+
+
 @dataclass(frozen=True)
 class Data:
     """What a stage reads: the scenario-events, the bank where one is used, and the files' hashes."""
@@ -30,12 +34,12 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
     Raises:
         DataError: for whatever is wrong with them.
     """
-    scenario_file = scenarios or data_path("sev/train.jsonl")
+    scenario_file = scenarios or data_path(TRAIN)
     groups = read_groups(scenario_file)
     hashes = {scenario_file.name: sha256_file(scenario_file)}
     bank = None
     if elicitation == "reply":
-        bank_file = replies or data_path("replies/train.jsonl")
+        bank_file = replies or data_path(BANK)
         bank = read_bank(bank_file)
         hashes[f"replies/{bank_file.name}"] = sha256_file(bank_file)
         groups = [group for group in groups if group.key in bank]
