@@ -46,7 +46,7 @@ PAIRS = "judge/answer_pairs.jsonl"
 #: Reply banks with their prompts: a test of the emotion judges, and what the answer check is fitted on.
 BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
 #: Shares of the draws that each source has; those of sources left out go to the others.
-SHARES = {"goemotions-ekman": 0.38, "xed-en": 0.18, "sentences": 0.12, "replies": 0.18, "spoken": 0.14}
+SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18, "sentences": 0.122, "replies": 0.18, "spoken": 0.14}
 #: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
 MOST_FITTED, MOST_MEASURED = 6000, 3000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
@@ -184,8 +184,9 @@ class Workshop:
 
 def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, workshop: Workshop) -> TunedJudge | None:
     """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
-    hashes = [sorted(source.files.items()) for source in sources]
-    adapter = workshop.adapter(name, [hashes, asdict(settings), SHARES], lambda: _tuned(sources, name, settings))
+    drawn = sum(SHARES.get(source.name, 1.0) for source in sources)
+    texts = [(*sorted(source.files.items()), round(SHARES.get(source.name, 1.0) / drawn, 4)) for source in sources]
+    adapter = workshop.adapter(name, [texts, asdict(settings)], lambda: _tuned(sources, name, settings))
     return None if adapter is None else TunedJudge.of(shared_encoder(), adapter, name)
 
 
