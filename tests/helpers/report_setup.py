@@ -336,6 +336,8 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                 shares = {label: sum(voice[label] for voice in voices) / 3 for label in JUDGED}
                 panel = next((label for label in heard if heard.count(label) > 1), "undecided")
                 missing, sound = (method, g, emotion) == ("residual", 0, "fear"), draw.random() < 0.95
+                wish = EMOTIONS.index(emotion) if emotion in EMOTIONS else len(EMOTIONS)
+                named = f" {emotion.capitalize()}!" if len(rows) % 13 == 0 else ""
                 row = {
                     "id": f"{theme}-{g:03d}/{valence}/{emotion}",
                     "skeleton_id": f"{theme}-{g:03d}",
@@ -346,7 +348,7 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                     "method": method,
                     "strength": None if method in UNSTEERED else 3.0,
                     "prompt": f"I waited nine weeks for the permit of number {g}. The office called and said no.",
-                    "text": f"Reply {g} by {method} with {emotion}: I can hardly believe that this is what it came to.",
+                    "text": f"Reply {g} by {method} to wish {wish}: I can hardly believe that this is what it came to.{named}",
                     "finish_reason": "stop",
                     "n_tokens": 17,
                     "nll": 2.5,
