@@ -268,7 +268,7 @@ def frontier(method: str) -> list[dict[str, Any]]:
         cost = 4.0 if dose == 1.75 and method == "random-direction" else ratio ** ((dose or 1.0) ** 2)
         point = {"method": method, "setting": dose, "good": reached, "emotion": reached + 0.03, "accuracy": reached + 0.06, "ratio": cost}
         point |= {"probability": 0.9 * reached, "answers": 0.93}
-        rows += [{**point, "emotion": emotion, "names": names, "sound": 0.98, "n": 96} for emotion in ("all", EMOTIONS[0])]
+        rows += [{**point, "target": target, "names": names, "sound": 0.98, "n": 96} for target in ("all", EMOTIONS[0])]
     return rows
 
 
