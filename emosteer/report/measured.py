@@ -134,7 +134,7 @@ class Measured:
 
     def frontier(self) -> list[Mapping[str, Any]]:
         """Points of the development split over all emotions, whole ones only."""
-        rows = [row for row in self.raw["frontier"] if row.get("emotion", "all") == "all"]
+        rows = [row for row in self.raw["frontier"] if row.get("target") == "all"]
         return [row for row in rows if finite(row.get("good")) is not None and (finite(row.get("ratio")) or 0) > 0]
 
     def equal_ratio(self, a: str, b: str) -> Mapping[str, Any] | None:

@@ -269,7 +269,7 @@ def frontier(method: str) -> list[dict[str, Any]]:
         cost = 4.0 if dose == 1.75 and method == "random-direction" else ratio ** ((dose or 1.0) ** 2)
         point = {"method": method, "setting": dose, "good": reached, "emotion": reached + 0.03, "accuracy": reached + 0.06, "ratio": cost}
         point |= {"probability": 0.9 * reached, "answers": 0.93}
-        rows += [{**point, "emotion": emotion, "names": names, "sound": 0.98, "n": 96} for emotion in ("all", EMOTIONS[0])]
+        rows += [{**point, "target": target, "names": names, "sound": 0.98, "n": 96} for target in ("all", EMOTIONS[0])]
     return rows
 
 
@@ -337,6 +337,8 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                 shares = {label: sum(voice[label] for voice in voices) / 3 for label in JUDGED}
                 panel = next((label for label in heard if heard.count(label) > 1), "undecided")
                 missing, sound = (method, g, emotion) == ("residual", 0, "fear"), draw.random() < 0.95
+                wish = EMOTIONS.index(emotion) if emotion in EMOTIONS else len(EMOTIONS)
+                named = f" {emotion.capitalize()}!" if len(rows) % 13 == 0 else ""
                 row = {
                     "id": f"{theme}-{g:03d}/{valence}/{emotion}",
                     "skeleton_id": f"{theme}-{g:03d}",
@@ -347,7 +349,7 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                     "method": method,
                     "strength": None if method in UNSTEERED else 3.0,
                     "prompt": f"I waited nine weeks for the permit of number {g}. The office called and said no.",
-                    "text": f"Reply {g} by {method} with {emotion}: I can hardly believe that this is what it came to.",
+                    "text": f"Reply {g} by {method} to wish {wish}: I can hardly believe that this is what it came to.{named}",
                     "finish_reason": "stop",
                     "n_tokens": 17,
                     "nll": 2.5,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from emosteer.scenarios.scenarios import EMOTIONS
-from tests.helpers.report_setup import HOSTILE_THEME, TRUTH, whole_page
+from tests.helpers.report_setup import HOSTILE_THEME, JUDGES, TRUTH, whole_page
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 if BROWSER is None:
@@ -78,7 +78,7 @@ def test_opens_without_errors_and_every_plot_is_visible(visit: Open, width: int,
             hidden: [...figure.querySelectorAll('.plot')].filter((plot) => !plot.checkVisibility()).length,
         }))"""
     )
-    assert len(shapes) == 17
+    assert len(shapes) == 20
     for found in shapes:
         assert found["plots"] and all(w > 200 and h > 60 and marks > 10 for w, h, marks in found["plots"]), found["name"]
         twice = found["name"] in ("fig-frontier", "fig-naming", "fig-holding")
@@ -164,38 +164,43 @@ def test_filters_and_pages_change_what_is_shown(visit: Open) -> None:
     page.click("button[type=reset]")
     says(page, "36")
 
+    page.select_option("#f-kind", label="plain event")
+    assert found(page) == 12 and all("plain event" in head for head in heads())
+    page.select_option("#f-kind", value="")
     page.select_option("#f-method", label="Circuit")
-    page.select_option("#f-match", label="match")
+    page.select_option("#f-good", label="good")
     matched = found(page)
     assert 0 < matched < 36 and page.locator(".reply.fits").count() == 4 and page.locator(".reply.other").count() == 4 * (len(TRUTH) - 1)
     assert set(page.locator(".reply.fits h4").all_inner_texts()) == {"Circuit"} and "\u2713" in page.inner_text(".reply.fits .marks")
-    page.select_option("#f-match", label="no match")
+    marks = page.locator(".reply.fits .marks").first.inner_text()
+    assert "\u2713 good" in marks and "panel: " in marks and all(f"{judge}: " in marks for judge in JUDGES) and "answers, 0.93" in marks
+    page.select_option("#f-good", label="not good")
     assert found(page) == 36 - matched
     page.check("#f-only")
-    assert page.locator(".reply").count() == page.locator(".reply.fits").count() <= 4
+    assert page.locator("#cases .reply").count() == page.locator(".reply.fits").count() <= 4
 
     page.click("button[type=reset]")
     says(page, "36")
-    page.select_option("#f-match", label="not judged")
+    page.select_option("#f-good", label="not judged")
     assert found(page) == 1 and page.locator(".reply.fits").inner_text().count("not judged") == 1
-    page.select_option("#f-match", value="")
+    page.select_option("#f-good", value="")
     page.select_option("#f-sound", label="unsound")
     assert 0 < found(page) < 36 and "repetition" in page.inner_text(".reply.fits .marks")
     page.select_option("#f-sound", value="")
-    page.fill("#f-text", "Reply 3 by RESIDUAL with disgust")
+    page.fill("#f-text", "Reply 3 by RESIDUAL to wish 5")
     says(page, "1 of")
     assert heads()[0].lower().startswith("disgust asked for")
 
 
-def test_unsteered_replies_are_matched_against_the_emotion_of_the_request(visit: Open) -> None:
-    """One reply, six requests: it matches at most one of them."""
+def test_unsteered_replies_are_held_against_the_emotion_of_the_request(visit: Open) -> None:
+    """One reply, six requests: it is good for at most one of them."""
     page = visit()
     page.select_option("#f-method", label="Unsteered")
     page.fill("#f-text", "Reply 1 by none")
     says(page, "6 of")
-    page.select_option("#f-match", label="match")
+    page.select_option("#f-good", label="good")
     assert found(page) <= 1
-    page.select_option("#f-match", label="no match")
+    page.select_option("#f-good", label="not good")
     assert found(page) >= len(EMOTIONS) - 1
 
 
@@ -236,6 +241,15 @@ def test_prints_legibly_without_filters(visit: Open) -> None:
     assert page.locator("#fig-frontier .wide .plot").is_visible() and page.locator("#fig-heads .plot").first.is_visible()
     printed = page.pdf(format="A4")
     assert printed.startswith(b"%PDF") and 8 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 40
+
+
+def test_disagreements_open_and_hold_every_vote(visit: Open) -> None:
+    page = visit()
+    fold = page.locator("#panel details.more").last
+    assert not fold.locator(".reply").first.is_visible()
+    fold.locator("summary").click()
+    assert fold.locator(".reply").count() == 40 and fold.locator(".reply").first.is_visible()
+    assert all(judge in fold.locator(".marks").first.inner_text() for judge in JUDGES)
 
 
 def test_without_scripts_everything_but_the_replies_is_there(visit: Open) -> None:

@@ -231,7 +231,7 @@ def test_the_circuit_is_drawn_unit_by_unit(whole: Node) -> None:
 
 def test_the_frontier_draws_the_points_below_the_limit_and_lists_all(whole: Node) -> None:
     shown = figure(whole, "frontier")
-    points = [row for row in evaluation()["frontier"] if row["emotion"] == "all"]
+    points = [row for row in evaluation()["frontier"] if row["target"] == "all"]
     wide, narrow = (part.all("svg")[0] for part in (shown.all("div", class_="wide")[0], shown.all("div", class_="narrow")[0]))
     assert len(wide.all("title")) == len(narrow.all("title")) == sum(row["ratio"] <= 3 for row in points) == len(points) - 1
     assert len(shown.all("tr")) == len(points) + 1 and "1 point beyond" in shown.all("figcaption")[0].text
@@ -453,13 +453,10 @@ def test_hostile_names_in_the_evaluation_stay_text(tmp_path: Path) -> None:
         {**result("circuit"), "by_valence": {bad: {"good": around(0.5)}}, "judges": {bad: 0.5}, "by_kind": {bad: {}}, "worst_kind": bad},
         {**result("none"), "method": bad},
     ]
-    places = write_all(tmp_path, ("evaluation",), results=rows, comparisons=[], frontier=[{**rows[0], "method": bad, "setting": 1, "good": 0.5, "ratio": 1.0}])  # fmt: skip  # noqa: E501
+    places = write_all(tmp_path, ("evaluation",), results=rows, comparisons=[], frontier=[{**rows[0], "method": bad, "setting": 1, "target": "all", "good": 0.5, "ratio": 1.0}])  # fmt: skip  # noqa: E501
     root = built(places, tmp_path)
-    assert len(root.all("script")) == 1
-    assert (
-        all(bad in figure(root, name).text for name in ("frontier", "outcome", "judges"))
-        and bad.lower() in figure(root, "by-kind").text.lower()
-    )
+    assert len(root.all("script")) == 1 and bad.lower() in figure(root, "by-kind").text.lower()
+    assert all(bad in figure(root, name).text for name in ("frontier", "outcome", "judges"))
 
 
 def test_all_methods_of_evenly_chosen_prompts_fit_the_budget() -> None:
