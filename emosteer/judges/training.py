@@ -67,7 +67,20 @@ def read_own(name: str, file: str) -> Source:
             raise DataError(f"{path}:{number}: this text is there twice; a held-out text must not be fitted on")
         seen.add(text)
         parts[held_out(text)].append((text, label))
-    return Source(name, tuple(parts[False]), tuple(parts[True]), False, {path.name: sha256_file(path)})
+    return Source(name, tuple(parts[False]), tuple(parts[True]), False, {file: sha256_file(path)})
+
+
+def read_sources(public: Path) -> list[Source]:
+    """The public sources of a folder, then the project's own.
+
+    Raises:
+        DataError: if two go by one name, or as for `read_own` and `read_public`.
+    """
+    sources = [*read_public(public), *(read_own(name, file) for name, file in OWN.items())]
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise DataError(f"expected sources of different names, found {', '.join(names)}; rename the file in {public}")
+    return sources
 
 
 def read_banks() -> tuple[dict[str, list[Labelled]], list[Answered]]:
@@ -163,7 +176,7 @@ def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> T
     adapter = fine_tune(fitted, SHARES, settings, f"judge '{name}'")
     judge = TunedJudge.of(SentenceEncoder(), adapter, name)
     texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
-    logits = judge.probabilities([text for text, *_ in texts]).log()
+    logits = judge.probabilities([text for text, *_ in texts]).clamp_min(1e-30).log()
     answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
     adapter = calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
     rounded = Adapter.of(adapter.labels, adapter.tensors())  # as it will be read back
@@ -202,9 +215,8 @@ def train(public: Path, out: Path, settings: FineTuneSettings, leave_out: bool =
     Args:
         public: folder of the public texts; leave_out: also fit, to measure, with each source left out.
     """
-    own = [read_own(name, file) for name, file in OWN.items()]
-    outside = read_public(public)
-    sources = [*outside, *own]
+    sources = read_sources(public)
+    outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
     banks, answered = read_banks()
     tests = {s.name: some_of(s.test, 10**6 if s.public and s.name.startswith("goemotions") else MOST_MEASURED) for s in sources}
     emotional = {name: some_of([t for t in texts if t[1] in LABELS], MOST_MEASURED) for name, texts in banks.items()}
