@@ -131,10 +131,11 @@ def load(path: Path, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"artefact {path} does not exist" + ("; it is a directory" if path.is_dir() else "; check the path"))
     try:
         with path.open("rb") as file:
-            magic = file.read(2)
+            start = file.read(9)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    # safetensors begins with the length of its header, which may look like a pickle's first bytes; the header begins with a brace
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
         raise ArtifactError(f"{path} is a pickle (torch.save or the like); emosteer reads only safetensors, because a pickle can run code")
     try:
         with safe_open(path, framework="pt") as file:

@@ -63,10 +63,18 @@ class Adapter:
             adapter = cls(tuple(labels), parts["down"], parts["up"], tensors["weight"].float(), tensors["bias"].float())
         except KeyError as error:
             raise ArtifactError(f"the judge's adapter lacks {error}; run `make judge`") from error
-        fits = adapter.down.keys() == adapter.up.keys() and all(adapter.down[p].shape[0] == adapter.up[p].shape[1] for p in adapter.down)
-        if not fits or not adapter.weight.shape[0] == adapter.bias.shape[0] == len(adapter.labels):
+        if not adapter.fits:
             raise ArtifactError("the parts of the judge's adapter do not fit each other; run `make judge`")
         return adapter
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parts fit each other."""
+        matrices = [self.weight, *self.down.values(), *self.up.values()]
+        if self.down.keys() != self.up.keys() or any(part.ndim != 2 for part in matrices) or self.bias.ndim != 1:
+            return False
+        same_rank = all(self.down[path].shape[0] == self.up[path].shape[1] for path in self.down)
+        return same_rank and self.weight.shape[0] == self.bias.shape[0] == len(self.labels)
 
 
 def linear_layers(encoder: Any, n_layers: int) -> Iterator[tuple[str, nn.Linear]]:
@@ -83,15 +91,19 @@ def merged(encoder: Any, adapter: Adapter) -> Any:
     Raises:
         ArtifactError: if the adapter was made for another encoder.
     """
+    places = dict(linear_layers(encoder, len(encoder.encoder.layer)))
+    for path, down in adapter.down.items():
+        # asked beforehand: what is not adapted is shared, and small parts would be added to any weight by broadcasting
+        if path not in places or places[path].weight.shape != (adapter.up[path].shape[0], down.shape[1]):
+            raise ArtifactError(f"the judge's adapter does not fit this encoder at {path}; run `make judge`")
+    if adapter.weight.shape[1] != 2 * encoder.config.hidden_size:
+        raise ArtifactError("the judge's head does not fit this encoder; run `make judge`")
     shared = [encoder.embeddings, *(layer for i, layer in enumerate(encoder.encoder.layer) if not _touches(adapter, i))]
     tuned = copy.deepcopy(encoder, {id(module): module for module in shared})
     for path, down in adapter.down.items():
-        try:
-            layer = tuned.get_submodule(path)
-            with torch.no_grad():
-                layer.weight = nn.Parameter(layer.weight + adapter.up[path] @ down, requires_grad=False)
-        except (AttributeError, RuntimeError) as error:
-            raise ArtifactError(f"the judge's adapter does not fit this encoder at {path}; run `make judge`") from error
+        layer = tuned.get_submodule(path)
+        with torch.no_grad():
+            layer.weight = nn.Parameter(layer.weight + adapter.up[path] @ down, requires_grad=False)
     return tuned
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emosteer.base.errors import DataError
 from emosteer.judges.adapters import TunedJudge
 from emosteer.judges.embedded import ASSET, SentenceEncoder
 from emosteer.judges.storage import load_adapter
@@ -101,6 +102,9 @@ def pair_texts(answered: Sequence[Answered], per_reply: int, seed: int) -> list[
 
     Args:
         per_reply: pairs of each kind for every reply.
+
+    Raises:
+        DataError: if no other prompt has a reply in the same tone.
     """
     rng = random.Random(seed)
     by_tone: dict[str, list[Answered]] = {}
@@ -108,14 +112,16 @@ def pair_texts(answered: Sequence[Answered], per_reply: int, seed: int) -> list[
         by_tone.setdefault(one.tone, []).append(one)
     pairs: list[tuple[str, str]] = []
     for one in answered:
+        elsewhere = [other for other in by_tone[one.tone] if other.prompt != one.prompt and other.reply != one.reply]
+        siblings = [reply for reply in one.siblings if reply != one.reply]
+        if not elsewhere:
+            raise DataError(f"expected replies of '{one.tone}' to at least two prompts, found one: '{one.prompt[:60]}'; give more replies")
         for _ in range(per_reply):
             pairs.append((pair_of(one.prompt, one.reply), ANSWERS))
-            other = rng.choice(by_tone[one.tone])
-            while other.prompt == one.prompt:
-                other = rng.choice(answered)
+            other = rng.choice(elsewhere)
             way = rng.random()
-            if way < 0.4 and one.siblings:
-                reply = rng.choice(one.siblings)
+            if way < 0.4 and siblings:
+                reply = rng.choice(siblings)
             else:
                 reply = other.reply if way < 0.75 else rambling(one.prompt, other.reply, rng)
             pairs.append((pair_of(one.prompt, reply), NOT))

@@ -1,7 +1,7 @@
-"""The embedded judge: sentence embeddings (all-MiniLM-L6-v2) and two small linear heads fitted on the project's own judge texts.
+"""The sentence encoder (all-MiniLM-L6-v2) of every judge that comes along, and the linear judge: a small head on the frozen encoder.
 
 Offline once the encoder is there, blind, and independent: it shares no weights with a steered model and no text with the reply bank.
-The heads read every layer of the encoder (mean and standard deviation over tokens), not only the last: what sentence embeddings are
+Linear heads read every layer of the encoder (mean and standard deviation over tokens), not only the last: what sentence embeddings are
 trained for is the topic, while tone and word order live in the layers below. `make judge` fits the heads again, bit for bit on one
 machine and with one build of torch; elsewhere the last bits differ.
 """

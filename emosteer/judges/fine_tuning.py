@@ -124,7 +124,7 @@ def fine_tune(
             optimiser.param_groups[0]["lr"] = settings.rate * rate
             drawn = sampler.draw(settings.batch)
             half = len(drawn) // 2
-            for part in (drawn[:half], drawn[half:]):  # the short and the long ones apart: little padding
+            for part in filter(None, (drawn[:half], drawn[half:])):  # the short and the long ones apart: little padding
                 (_loss(encoder, model, head, part, labels, settings) * (len(part) / len(drawn))).backward()
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimiser.step()

@@ -20,8 +20,8 @@ from emosteer.judges.protocol import LABELS, Opinion
 from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
 
-#: Changed whenever the question is: opinions that are kept go by it.
-QUESTION = 1
+#: Changed whenever the question or its reading is: opinions that are kept go by it.
+QUESTION = 2
 _ASK = (
     "Which emotion does the writer of this message express: anger, sadness, happiness, fear, surprise or disgust? "
     "If the message expresses none of them, the answer is neutral.\nMessage: {text}\nAnswer with one word."
@@ -78,7 +78,8 @@ class LanguageModelJudge:
     @cached_property
     def prior(self) -> Tensor:
         """Mean log-probabilities of the labels after texts that say nothing. Shape [label]."""
-        return self._log_shares(_EMPTY).exp().mean(0).log()
+        # of the logarithms: whatever a label is always preferred by then cancels exactly
+        return self._log_shares(_EMPTY).mean(0)
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One opinion per text, in order; texts of similar length are read together.

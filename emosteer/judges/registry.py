@@ -139,7 +139,7 @@ def specs_of(panel: str) -> list[str]:
         UsageError: if there is none, or one twice.
     """
     specs = [spec.strip() for spec in panel.split(",") if spec.strip()]
-    if not specs or len(set(specs)) != len(specs):
+    if not specs or len({JudgeSpec.parse(spec) for spec in specs}) != len(specs):
         raise UsageError(f"expected one judge or several different ones with commas, found '{panel}'; a judge is {JUDGE_FORMS}")
     return specs
 
@@ -148,12 +148,16 @@ def make_judges(panel: str, **options: Any) -> list[EmotionJudge]:
     """The judges of a panel, each by `make_judge`, which takes the options. Options of an endpoint go to those judges that are one.
 
     Raises:
-        UsageError, EmosteerError: as for `make_judge`.
+        UsageError: if two judges go by one name. UsageError, EmosteerError: as for `make_judge`.
     """
     specs = specs_of(panel)
     remote = [JudgeSpec.parse(spec).remote for spec in specs]
     local = options if not any(remote) else {name: value for name, value in options.items() if name not in ("base_url", "cache")}
-    return [make_judge(spec, **(options if far else local)) for spec, far in zip(specs, remote, strict=True)]
+    judges = [make_judge(spec, **(options if far else local)) for spec, far in zip(specs, remote, strict=True)]
+    names = [judge.name for judge in judges]
+    if len(set(names)) != len(names):
+        raise UsageError(f"expected judges of different names, found {', '.join(names)}: what they say is kept and counted by name")
+    return judges
 
 
 def judge_of(judges: Sequence[EmotionJudge]) -> EmotionJudge:

@@ -7,8 +7,6 @@ texts with several labels, or with one that no judge tells, are left out.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +16,13 @@ from typing import Any
 from emosteer.base.errors import DataError, EmosteerError
 from emosteer.base.files import read_jsonl, sha256_file, write_jsonl
 from emosteer.base.progress import note
-from emosteer.judges.protocol import LABELS
+from emosteer.judges.protocol import LABELS, NEUTRAL
 from emosteer.scenarios.splits import stable_share
 
 #: Share of the texts of a source without a split of its own that no judge is fitted on.
 HELD_OUT = 1 / 7
-#: What GoEmotions masks is read as an everyday word, since no reply holds a mask.
-MASKS = {"[NAME]": "Alex", "[RELIGION]": "Christian"}
+#: What GoEmotions and XED mask is read as an everyday word, since no reply holds a mask.
+MASKS = {"[NAME]": "Alex", "[RELIGION]": "Christian", "[PERSON]": "Alex", "[LOCATION]": "London"}
 SPLITS = ("train", "dev", "test")
 
 Labelled = tuple[str, str]
@@ -45,7 +43,7 @@ def read_public(folder: Path) -> list[Source]:
     """The sources of a folder, by name.
 
     Raises:
-        DataError: if there is none, or a line is not what it should be.
+        DataError: if there is none, a line is not what it should be, or a source has no text to fit on or none to measure on.
     """
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
     if not files:
@@ -63,6 +61,12 @@ def read_public(folder: Path) -> list[Source]:
         for labelled in read_labelled(file):
             if split != "dev":
                 parts["test" if split == "test" or (not split and held_out(labelled[0])) else "train"].append(labelled)
+    for name, parts in by_name.items():
+        if not parts["train"] or not parts["test"]:
+            found = f"{len(parts['train'])} and {len(parts['test'])}"
+            raise DataError(
+                f"expected texts of '{name}' in {folder} to fit on and others to measure on, found {found}; add the missing file"
+            )
     return [Source(name, tuple(parts["train"]), tuple(parts["test"]), True, hashes[name]) for name, parts in by_name.items()]
 
 
@@ -94,7 +98,9 @@ def read_labelled(file: Path) -> list[Labelled]:
 _GOEMOTIONS = "https://raw.githubusercontent.com/google-research/google-research/master/goemotions/data/"
 _XED = "https://raw.githubusercontent.com/Helsinki-NLP/XED/master/AnnotatedData/"
 _EKMAN = {"joy": "happiness"}
-_PLUTCHIK = ("anger", "anticipation", "disgust", "fear", "happiness", "sadness", "surprise", "trust")
+#: XED's labels by their number; the file of neutral lines has a number of its own for them.
+_PLUTCHIK = dict(enumerate((NEUTRAL, "anger", "anticipation", "disgust", "fear", "happiness", "sadness", "surprise", "trust")))
+_XED_NEUTRAL = {9: NEUTRAL}
 #: How many texts each file has, as published: a file with another number is not the one that was described.
 TEXTS = {"goemotions-ekman-train": 43_410, "goemotions-ekman-dev": 5_426, "goemotions-ekman-test": 5_427}
 
@@ -102,19 +108,42 @@ Fetch = Callable[[str], str]
 
 
 def goemotions(split: str, fetch: Fetch) -> list[dict[str, Any]]:
-    """A split of GoEmotions (Demszky et al. 2020, Apache-2.0): the authors' 27 labels in Ekman's grouping, by their own mapping."""
-    names = fetch(f"{_GOEMOTIONS}emotions.txt").split()
+    """A split of GoEmotions (Demszky et al. 2020, Apache-2.0): the authors' 27 labels in Ekman's grouping, by their own mapping.
+
+    Raises:
+        DataError: if a line has a label that there is not.
+    """
+    names = dict(enumerate(fetch(f"{_GOEMOTIONS}emotions.txt").split()))
     mapping: dict[str, list[str]] = json.loads(fetch(f"{_GOEMOTIONS}ekman_mapping.json"))
-    ekman = {fine: _EKMAN.get(coarse, coarse) for coarse, members in mapping.items() for fine in members} | {"neutral": "neutral"}
-    rows = csv.reader(io.StringIO(fetch(f"{_GOEMOTIONS}{split}.tsv")), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [{"text": row[0], "labels": sorted({ekman[names[int(i)]] for i in row[1].split(",")})} for row in rows if len(row) > 1]
+    ekman = {fine: _EKMAN.get(coarse, coarse) for coarse, members in mapping.items() for fine in members} | {NEUTRAL: NEUTRAL}
+    coarse = {number: ekman[name] for number, name in names.items() if name in ekman}
+    file = f"{_GOEMOTIONS}{split}.tsv"
+    rows = [line.split("\t") for line in fetch(file).replace("\r\n", "\n").split("\n") if "\t" in line]
+    return [{"text": row[0], "labels": sorted(set(_labels(row[1], coarse, file)))} for row in rows]
 
 
 def xed(fetch: Fetch) -> list[dict[str, Any]]:
-    """The English part of XED (Ohman et al. 2020, CC BY 4.0): film subtitle lines with Plutchik's labels, and neutral ones."""
-    lines = [line.rpartition("\t") for line in fetch(f"{_XED}en-annotated.tsv").splitlines() if "\t" in line]
-    rows = [{"text": text, "labels": [_PLUTCHIK[int(i) - 1] for i in labels.split(",")]} for text, _, labels in lines]
-    return rows + [{"text": line, "labels": ["neutral"]} for line in fetch(f"{_XED}neu_en.txt").splitlines() if line.strip()]
+    """The English part of XED (Ohman et al. 2020, CC BY 4.0): film subtitle lines with Plutchik's labels, and neutral ones.
+
+    Raises:
+        DataError: if a line has a label that there is not.
+    """
+    emotional, neutral = f"{_XED}en-annotated.tsv", f"{_XED}neu_en.txt"
+    lines = [line.rpartition("\t") for line in fetch(emotional).replace("\r\n", "\n").split("\n") if "\t" in line]
+    rows = [{"text": text, "labels": _labels(labels, _PLUTCHIK, emotional)} for text, _, labels in lines]
+    # here the number stands in front, and some lines hold nothing but tabs
+    for line in fetch(neutral).replace("\r\n", "\n").split("\n"):
+        number, _, text = line.partition("\t")
+        if text.strip():
+            rows.append({"text": text, "labels": _labels(number, _XED_NEUTRAL, neutral)})
+    return rows
+
+
+def _labels(numbers: str, names: Mapping[int, str], file: str) -> list[str]:
+    try:
+        return [names[int(number)] for number in numbers.split(",")]
+    except (KeyError, ValueError) as error:
+        raise DataError(f"expected labels with the numbers {', '.join(map(str, names))} in {file}, found '{numbers}'") from error
 
 
 def fetch_public(folder: Path, fetch: Fetch) -> None:

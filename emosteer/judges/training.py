@@ -70,7 +70,20 @@ def read_own(name: str, file: str) -> Source:
             raise DataError(f"{path}:{number}: this text is there twice; a held-out text must not be fitted on")
         seen.add(text)
         parts[held_out(text)].append((text, label))
-    return Source(name, tuple(parts[False]), tuple(parts[True]), False, {path.name: sha256_file(path)})
+    return Source(name, tuple(parts[False]), tuple(parts[True]), False, {file: sha256_file(path)})
+
+
+def read_sources(public: Path) -> list[Source]:
+    """The public sources of a folder, then the project's own.
+
+    Raises:
+        DataError: if two go by one name, or as for `read_own` and `read_public`.
+    """
+    sources = [*read_public(public), *(read_own(name, file) for name, file in OWN.items())]
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise DataError(f"expected sources of different names, found {', '.join(names)}; rename the file in {public}")
+    return sources
 
 
 def read_banks() -> tuple[dict[str, list[Labelled]], list[Answered]]:
@@ -197,7 +210,7 @@ def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> 
     adapter = fine_tune(fitted, SHARES, settings, f"judge '{name}'")
     judge = TunedJudge.of(shared_encoder(), adapter, name)
     texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
-    logits = judge.probabilities([text for text, *_ in texts]).log()
+    logits = judge.probabilities([text for text, *_ in texts]).clamp_min(1e-30).log()
     answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
     return calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
 
@@ -224,9 +237,8 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     Args:
         public: folder of the public texts; left_out_steps: of the fits that leave out each source in turn, only to measure; 0 for none.
     """
-    own = [read_own(name, file) for name, file in OWN.items()]
-    outside = read_public(public)
-    sources = [*outside, *own]
+    sources = read_sources(public)
+    outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
     banks, answered = read_banks()
     pairs = pair_texts(answered, 4, 0)
     made = {"embedded": tuned(sources, "embedded", settings, workshop), "public": tuned(outside, "public", settings, workshop)}

@@ -1,8 +1,9 @@
-"""Encoders for tests of the judge and of the soundness check: the real one where it is here already, never fetched, and a tiny random one
-of the same make."""
+"""Encoders for tests of the judges and of the checks: the real one where it is here already, never fetched, and a tiny random one of the
+same make; heads and adapters that fit the tiny one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,26 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from emosteer.base import artifacts
+from emosteer.base.artifacts import Provenance
 from emosteer.base.cache_folder import cache_dir
-from emosteer.judges.embedded import ASSET, ENCODER, KIND, SentenceEncoder
+from emosteer.judges.adapters import Adapter, linear_layers
+from emosteer.judges.embedded import ASSET, ENCODER, KIND, LinearHead, SentenceEncoder
+from emosteer.judges.protocol import LABELS
+from emosteer.judges.soundness import FAULTS, SOUND
 from emosteer.models.weights import packages
+
+#: Of files that tests write.
+PROVENANCE = Provenance(ENCODER, "", "", "by a test")
+#: Of the tiny encoder: of a token's state, and of a text's features (mean and spread of the embeddings and two layers).
+WIDTH, FEATURES = 16, 6 * 16
+
+
+def shipped_adapters() -> list[str]:
+    """The fine-tuned judges that the shipped file holds; skips the test where it holds none."""
+    names = list(artifacts.load(ASSET, KIND).fields.get("adapters", {}))
+    if not names:
+        pytest.skip("the shipped judge's file holds no adapters yet: `make judge PUBLIC=FOLDER` fits them")
+    return names
 
 
 def card_of(path: Path = ASSET) -> dict[str, Any]:
@@ -67,7 +85,7 @@ def tiny_encoder(seed: int = 0) -> SentenceEncoder:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(words),
-        hidden_size=16,
+        hidden_size=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
@@ -78,3 +96,31 @@ def tiny_encoder(seed: int = 0) -> SentenceEncoder:
     encoder.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]")
     encoder.model = BertModel(config).eval()
     return encoder
+
+
+def tiny_heads(seed: int = 0) -> dict[str, LinearHead]:
+    """The linear heads of a judge's file, random, for the tiny encoder."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def make(labels: tuple[str, ...]) -> LinearHead:
+        weight = torch.randn(len(labels), FEATURES, generator=draw).half().float()
+        bias = torch.randn(len(labels), generator=draw).half().float()
+        return LinearHead(labels, 0.1 * torch.randn(FEATURES, generator=draw), torch.rand(FEATURES, generator=draw) + 0.5, weight, bias)
+
+    return {"emotion": make(LABELS), "soundness": make((SOUND, *FAULTS))}
+
+
+def tiny_adapter(
+    labels: Sequence[str] = LABELS, encoder: SentenceEncoder | None = None, layers: int = 1, rank: int = 2, seed: int = 0
+) -> Adapter:
+    """A random adapter of the last layers of an encoder, the tiny one unless given, and a head; all of it as half precision holds it."""
+    draw = torch.Generator().manual_seed(seed)
+    model = (encoder or tiny_encoder()).model
+
+    def random(*shape: int, scale: float = 0.3) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=draw)).half().float()
+
+    places = dict(linear_layers(model, layers))
+    down = {path: random(rank, place.in_features) for path, place in places.items()}
+    up = {path: random(place.out_features, rank) for path, place in places.items()}
+    return Adapter(tuple(labels), down, up, random(len(labels), 2 * model.config.hidden_size), random(len(labels), scale=0.05))

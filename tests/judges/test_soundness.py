@@ -1,20 +1,17 @@
-"""Soundness: the rules, the verdict of rules and head together, the broken texts that the head is fitted on, and the shipped check."""
+"""Soundness: the rules, the verdict of rules and head together, and the shipped check."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
-from emosteer.judges.embedded import ENCODER, LinearHead, save_heads
+from emosteer.judges.embedded import LinearHead
 from emosteer.judges.protocol import Soundness
 from emosteer.judges.soundness import (
     FAULTS,
@@ -28,9 +25,9 @@ from emosteer.judges.soundness import (
     verdicts_of,
     words_of,
 )
-from emosteer.judges.training import BREAKERS, SHARE_BROKEN, broken, soundness_examples, still_sound
+from emosteer.judges.storage import save_judges
 from emosteer.scenarios.scenarios import data_path, read_bank
-from tests.helpers.judge_setup import real_encoder, tiny_encoder
+from tests.helpers.judge_setup import PROVENANCE, real_encoder, tiny_encoder, tiny_heads
 
 PLAIN = "I waited nine weeks for that permit, and the office never told me why. What should I do now?"
 
@@ -159,14 +156,7 @@ def test_being_unfinished_alone_leaves_a_text_sound() -> None:
 
 
 def saved(path: Path, seed: int = 0) -> Path:
-    draw = torch.Generator().manual_seed(seed)
-    heads = {
-        name: LinearHead(
-            labels, torch.zeros(96), torch.ones(96), torch.randn(len(labels), 96, generator=draw).half().float(), torch.zeros(len(labels))
-        )
-        for name, labels in (("emotion", ("a", "b")), ("soundness", (SOUND, *FAULTS)))
-    }
-    save_heads(path, heads, {}, Provenance(ENCODER, "", "", "by a test"))
+    save_judges(path, tiny_heads(seed), {}, {}, PROVENANCE)
     return path
 
 
@@ -181,95 +171,6 @@ def test_the_check_reads_the_soundness_head_of_the_judges_file(tmp_path: Path) -
     assert SoundnessCheck.load(saved(tmp_path / "b.safetensors", seed=1), encoder).key != check.key
     with pytest.raises(ArtifactError, match="does not exist"):
         SoundnessCheck.load(tmp_path / "c.safetensors", encoder)
-
-
-# ---- broken texts ----------------------------------------------------------------------------------------------------
-
-WAYS = {way.__name__: (fault, way) for fault, ways in BREAKERS.items() for way in ways}
-
-
-def pairs_left(text: str, made: str) -> float:
-    """The share of a text's neighbouring words that are still neighbours."""
-    before, after = (list(zip(t.split(), t.split()[1:], strict=False)) for t in (text, made))
-    return sum((Counter(before) & Counter(after)).values()) / len(before)
-
-
-def words_kept(text: str, made: str) -> bool:
-    return sorted(text.split()) == sorted(made.split())
-
-
-#: way of breaking -> what must be so of nearly every text broken that way.
-DAMAGE: dict[str, Callable[[str, str], bool]] = {
-    "_shuffled": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.3,
-    "_shuffled_nearby": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.6,
-    "_half_shuffled": lambda text, made: words_kept(text, made) and pairs_left(text, made) < 0.6 and made[:5] == text[:5],
-    "_content_only": lambda text, made: min(map(len, made.split())) > 2 and pairs_left(text, made) < 0.3,
-    "_one_word_again": lambda text, made: re.search(r"(\S+)( \1){4}", made) is not None,
-    "_loop": lambda text, made: re.search(r"(\S+(?: \S+){1,5})( \1){2}", made) is not None,
-    "_doubled": lambda text, made: repeats(made) and len(made.split()) > 1.2 * len(text.split()),
-    "_hyphens": lambda text, made: made.endswith("-") and made.count("-") >= 5 and not made.startswith("-"),
-    "_noise": lambda text, made: sum(c in "!?*#/.@|<>&~=" for c in made) > 10 + sum(c in "!?*#/.@|<>&~=" for c in text),
-    "_letters": lambda text, made: sum(a != b for a, b in zip(text.split(), made.split(), strict=True)) > 0.25 * len(text.split()),
-    "_glued": lambda text, made: len(made.split()) < 0.5 * len(text.split()),
-}
-
-
-def test_every_way_of_breaking_is_looked_at() -> None:
-    assert WAYS.keys() == DAMAGE.keys()
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_broken_is_really_broken(name: str, bank: list[str]) -> None:
-    rng = random.Random(1)
-    texts = rng.sample(bank, 150)
-    fault, way = WAYS[name]
-    made = [way(text.split(), rng) for text in texts]
-    damaged = [DAMAGE[name](text, new) for text, new in zip(texts, made, strict=True)]
-    assert sum(damaged) >= 0.95 * len(texts), [pair for pair, good in zip(zip(texts, made, strict=True), damaged, strict=True) if not good][
-        :3
-    ]
-    if name in ("_one_word_again", "_loop"):
-        # six words with an apostrophe among them count as seven in the rule for loops; those are left to the head
-        assert sum("repetition" in plain_faults(new) for new in made) >= 0.97 * len(made)
-    assert not any(plain_faults(text) for text in texts), "the same measures find nothing in the texts themselves"
-
-
-def test_broken_never_hands_back_a_whole_text(bank: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(2)
-    for fault in BREAKERS:
-        made = [broken(text, fault, rng) for text in bank[:200]]
-        assert sum(new is None for new in made) < 10
-        assert all(new is None or new.split() != text.split() for text, new in zip(bank, made, strict=False))
-        assert broken("too short to break", fault, rng) is None
-    assert [broken(bank[0], "order", random.Random(3)) for _ in range(2)].count(broken(bank[0], "order", random.Random(3))) == 2
-    monkeypatch.setitem(BREAKERS, "order", (WAYS["_shuffled"][1],))
-    assert broken("no no no no no no no", "order", rng) is None, "a shuffle that changes nothing breaks nothing"
-
-
-def test_examples_hold_every_class_and_only_texts_they_were_given(bank: list[str]) -> None:
-    texts, foreign = bank[:300], ["no puedo creer", "das ist ja"]
-    found = soundness_examples(texts, foreign, seed=0)
-    assert found == soundness_examples(texts, foreign, seed=0) != soundness_examples(texts, foreign, seed=1)
-    by = {label: [text for which, text in found if which == label] for label in (SOUND, *FAULTS)}
-    assert by["language"] == foreign and by[SOUND][:300] == texts and len(found) == sum(map(len, by.values()))
-    for fault in BREAKERS:
-        assert len(by[fault]) == pytest.approx(SHARE_BROKEN * 300, rel=0.2) and not set(by[fault]) & set(texts)
-    # what is held out must not come back as a part of what is fitted on: sound shapes are made of the given texts alone
-    starts = {text[:20] for text in texts}
-    assert all(text[:20] in starts for text in by[SOUND])
-
-
-def test_other_sound_shapes_are_two_replies_and_replies_cut_off(bank: list[str]) -> None:
-    texts = bank[:100]
-    found = still_sound(texts, random.Random(0))
-    cut = [text for text in found if any(t.startswith(text) for t in texts)]
-    for text in found:
-        if text in cut:
-            assert all(len(t.split()) > len(text.split()) >= 4 for t in texts if t.startswith(text))
-        else:
-            first = next(t for t in texts if text.startswith(t + " "))
-            assert text[len(first) + 1 :] in texts
-    assert len(cut) == pytest.approx(50, abs=2) and len(found) - len(cut) > 30
 
 
 # ---- the shipped check -----------------------------------------------------------------------------------------------
