@@ -235,7 +235,8 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     """Fits everything, writes it with its card to `out`, and returns the card; None where a part was left to other runs.
 
     Args:
-        public: folder of the public texts; left_out_steps: of the fits that leave out each source in turn, only to measure; 0 for none.
+        public: folder of the public texts; left_out_steps: of the fits that leave out each public source in turn, only to measure; 0 for
+            none. The project's own sources have one author, and are left out together: by `public`.
     """
     sources = read_sources(public)
     outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
@@ -250,7 +251,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     shorter = replace(settings, steps=left_out_steps)
     without = {
         source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, workshop)
-        for source in (sources if left_out_steps else [])
+        for source in (outside if left_out_steps else [])
     }
     judges, left_out = {n: j for n, j in made.items() if j is not None}, {n: j for n, j in without.items() if j is not None}
     if check is None or len(judges) < len(made) or len(left_out) < len(without):
@@ -270,7 +271,8 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
         "shares": SHARES,
         "fitted_on": {s.name: len(s.train) for s in sources},
         "emotions": {name: measured(judge, {**tests, **emotional}) for name, judge in measuring},
-        "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()},
+        "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()}
+        | measured(judges["public"], {s.name: tests[s.name] for s in own}),
         "soundness": how_sound,
         "answers": measure_answers(answer_judge, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]),
     }
@@ -293,7 +295,7 @@ def print_card(card: Mapping[str, Any]) -> None:
         print(f"\n{name}, on texts that were held out (reply banks: none of their texts was fitted on); the last columns are recalls")
         print_table(columns, [_line(source, row) for source, row in by_source.items()])
     if card["left_out"]:
-        print("\nembedded, fitted without the source that it is measured on")
+        print("\nfitted without the source that it is measured on (for the project's own: without all of its own, which is `public`)")
         print_table(columns, [_line(source, row) for source, row in card["left_out"].items()])
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
     print_table(("text", "n", "called unsound"), [(name, *row.values()) for name, row in card["soundness"].items()])

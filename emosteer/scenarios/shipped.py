@@ -14,7 +14,6 @@ from emosteer.scenarios.prompt_sets import KINDS, of_kinds, read_events, read_gr
 from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read_bank, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
-
 #: What directions and circuits are made from where nobody names data: prompts, and their reply bank.
 TRAIN, BANK = "sev/train.jsonl", "replies/train.jsonl"
 
