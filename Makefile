@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
+# Where `make judge` finds the public labelled texts (docs/JUDGES.md); they are not part of this project.
+PUBLIC ?=
 # Options for every stage that loads the model, for example OPTIONS="--dtype bfloat16".
 OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
@@ -16,7 +18,7 @@ help:
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
-	@echo "make judge        fit the embedded judge again from data/judge/ (bit for bit on one machine) and print its card"
+	@echo "make judge        fit the judges again from data/judge/ and PUBLIC=FOLDER (bit for bit on one machine) and print their card"
 	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
@@ -56,7 +58,8 @@ circuits: setup
 	$(BIN)/emosteer calibrate --model $(MODEL) $(OPTIONS)
 
 judge: setup
-	$(BIN)/python -m emosteer.judges.training
+	$(if $(PUBLIC),,$(error make judge needs PUBLIC=FOLDER, the folder of public labelled texts; docs/JUDGES.md says which, and `python -m emosteer.judges.sources FOLDER` fetches them))
+	$(BIN)/python -m emosteer.judges.training $(PUBLIC) $(OPTIONS)
 
 evaluate: setup
 	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emosteer.base.errors import DataError, EmosteerError
+from emosteer.base.errors import DataError, EmosteerError, first_line
 from emosteer.base.files import read_jsonl, sha256_file, write_jsonl
 from emosteer.base.progress import note
 from emosteer.judges.protocol import LABELS, NEUTRAL
@@ -172,7 +172,9 @@ def over_http(address: str) -> str:
     try:
         return httpx.get(address, timeout=60, follow_redirects=True).raise_for_status().text
     except httpx.HTTPError as error:
-        raise EmosteerError(f"{address} cannot be fetched ({error}); put the files into the folder by hand (docs/JUDGES.md)") from error
+        raise EmosteerError(
+            f"{address} cannot be fetched ({first_line(error)}); put the files into the folder by hand (docs/JUDGES.md)"
+        ) from error
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,10 +19,10 @@ import pytest
 from emosteer.base.errors import UsageError
 from emosteer.cli import judge as cli_judge
 from emosteer.cli import main as cli
-from emosteer.judges.embedded import EmbeddedJudge
+from emosteer.judges import registry
 from emosteer.judges.openai import OpenAIJudge
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
-from emosteer.judges.registry import make_judge
+from emosteer.judges.registry import JudgeKind, make_judge
 from emosteer.judges.soundness import SoundnessCheck
 from emosteer.scenarios.scenarios import EMOTIONS
 from tests.judges.test_huggingface import EKMAN, classifier
@@ -38,12 +38,13 @@ class FakeJudge:
 
     def __init__(self, key: str = "k1") -> None:
         self.key, self.calls = key, []  # type: ignore[var-annotated]
+        self.sees: dict[str, str] = {}  # text -> what it takes it for
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         self.calls.append(list(texts))
         found = []
         for index, text in enumerate(texts):
-            label = next(name for name in TOLD if name in text)
+            label = next(name for name in TOLD if name in self.sees.get(text, text))
             shares = {one: 0.64 if one == label else 0.16 if one == "surprise" else 0.04 for one in LABELS}
             shares["neutral"] += 1 - sum(shares.values())
             found.append(Opinion(None, "out of order") if label == "broken" else Opinion(shares))
@@ -69,7 +70,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeJudge:
     judge = FakeJudge()
-    monkeypatch.setattr(EmbeddedJudge, "load", lambda: judge)
+    monkeypatch.setitem(registry.KINDS, "embedded", JudgeKind("embedded", lambda reference, options: judge))
     monkeypatch.setattr(SoundnessCheck, "load", lambda encoder=None: FakeSoundness())
     return judge
 
@@ -81,8 +82,9 @@ def run(fake: FakeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        one = [] if "--judge" in arguments else ["--judge", "embedded"]
         with pytest.raises(SystemExit) as stop:
-            cli.main(["judge", *map(str, arguments)])
+            cli.main(["judge", *map(str, arguments), *one])
         out, err = capsys.readouterr()
         return int(stop.value.code or 0), out, err
 
@@ -193,8 +195,8 @@ def test_summary_counts_and_compares(run: Run, tmp_path: Path) -> None:
     # fear/fear right, disgust taken for neutral (six-way: surprise), anger taken for fear; fear missing; zeal is no label of ours
     assert "33.3 % of 3 six-way, 50.0 % of 4 with neutral; 1 missing; 1 with labels that are none of ours" in out
     confusion = table_of(out, "given")
-    assert confusion["fear"] == ["0", "0", "0", "1", "0", "0", "0"] and confusion["anger"] == ["0", "0", "0", "1", "0", "0", "0"]
-    assert confusion["disgust"][-1] == "1" and confusion["neutral"][-1] == "1" and "sadness" not in confusion
+    assert confusion["fear"] == confusion["anger"] == ["0", "0", "0", "1", "0", "0", "0", "0"]
+    assert confusion["disgust"][-2] == "1" and confusion["neutral"][-2] == "1" and "sadness" not in confusion
 
 
 def test_summary_without_labels_compares_nothing(run: Run, tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_summary_of_the_real_numbers(run: Run, tmp_path: Path) -> None:
     assert f"{100 * share:.1f} % of 60 six-way" in out
     counted = Counter((row["label"], row["text"].split()[0]) for row in rows)
     confusion = table_of(out, "given")
-    assert all(confusion[given] == [str(counted[given, judged]) for judged in LABELS] for given in LABELS)
+    assert all(confusion[given] == [str(counted[given, judged]) for judged in (*LABELS, "undecided")] for given in LABELS)
 
 
 # ---- going on ------------------------------------------------------------------------------------------------------
@@ -285,7 +287,8 @@ def test_a_failed_run_leaves_no_empty_file(run: Run, tmp_path: Path, fake: FakeJ
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--judge", "embeded"], "unknown judge 'embeded' (did you mean 'embedded'?); expected embedded, hf:ID_OR_FOLDER or openai:MODEL"),
+        (["--judge", "embeded"], "unknown judge 'embeded' (did you mean 'embedded'?); expected embedded, public, linear, lm:MODEL, "),
+        (["--judge", "embedded,Embedded"], "expected one judge or several different ones with commas, found 'embedded,Embedded'"),
         (["--judge", "org/model"], "(did you mean 'hf:org/model'?)"),
         (["--judge", "hf:"], "unknown judge 'hf:'"),
         (["--judge", "opnai:gpt"], "(did you mean 'openai'?)"),
@@ -299,6 +302,29 @@ def test_a_failed_run_leaves_no_empty_file(run: Run, tmp_path: Path, fake: FakeJ
 def test_judges_that_do_not_exist(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
     code, out, err = run(write(tmp_path / "f.jsonl", *INPUT), *options)
     assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
+
+
+def test_the_panel_that_comes_along_is_asked_unless_told_otherwise(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most decide; where none has more than half, the text is undecided and its shares are the judges' mean."""
+    judges = {name: FakeJudge(f"k-{name}") for name in ("embedded", "public", "linear")}
+    for name, judge in judges.items():
+        judge.name = name
+        monkeypatch.setitem(registry.KINDS, name, JudgeKind(name, lambda reference, options, judge=judge: judge))
+    judges["public"].sees = {"fear.": "anger."}
+    judges["linear"].sees = {"fear.": "disgust.", "anger": "neutral."}
+    file = write(tmp_path / "f.jsonl", {"text": "fear.", "emotion": "fear"}, {"text": "anger"}, {"text": "broken."})
+    with pytest.raises(SystemExit):
+        cli.main(["judge", str(file), "--json"])
+    rows = lines(capsys.readouterr().out)
+    assert [row["emotion"] for row in rows] == ["undecided", "anger", None] and rows[2]["problem"] == "out of order"
+    assert rows[1]["probabilities"]["anger"] == pytest.approx((0.64 + 0.64 + 0.04) / 3, abs=1e-6)
+    with pytest.raises(SystemExit):
+        cli.main(["judge", str(file)])
+    out = capsys.readouterr().out
+    assert out.startswith("3 texts judged by embedded, public, linear\n") and table_of(out, "judged")["undecided"][0] == "1"
+    assert "0.0 % of 1 with neutral" in out and table_of(out, "given")["fear"][-1] == "1"
 
 
 def test_a_hugging_face_judge(run: Run, tmp_path: Path) -> None:

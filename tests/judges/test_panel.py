@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import pytest
 
-from emosteer.judges.panel import UNDECIDED, Reading, krippendorff_alpha, pairwise_agreement
+from emosteer.judges.panel import UNDECIDED, Panel, Reading, krippendorff_alpha, pairwise_agreement
 from emosteer.judges.protocol import LABELS, Opinion
+from emosteer.scenarios.scenarios import EMOTIONS
 
 
 def says(label: str, share: float = 0.7) -> Opinion:
@@ -39,8 +43,40 @@ def test_a_label_needs_more_than_half_of_the_judges_that_were_asked(labels: tupl
 
 def test_the_share_is_the_mean_over_the_judges_that_said_something() -> None:
     found = Reading({"a": says("fear", 0.9), "b": says("anger", 0.7), "c": MISSING})
-    assert found.share("fear") == pytest.approx((0.9 + 0.05) / 2)
-    assert reading(None).share("fear") is None
+    shares = found.probabilities
+    assert shares is not None and tuple(shares) == LABELS and sum(shares.values()) == pytest.approx(1)
+    assert shares["fear"] == pytest.approx((0.9 + 0.05) / 2) and shares["disgust"] == pytest.approx((0.1 / 6 + 0.05) / 2)
+    assert found.problem == "timed out" and found.row()["c"] is None and found.votes == {"a": "fear", "b": "anger"}
+    assert reading(None).probabilities is None and reading("fear").problem == ""
+
+
+@dataclass
+class Told:
+    """Says what it was told to."""
+
+    name: str
+    says: Sequence[Opinion]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-1"
+
+    def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
+        return list(self.says)
+
+
+def test_a_panel_is_a_judge_that_says_what_most_of_its_judges_say() -> None:
+    first = Told("a", [says("fear", 0.4), says("anger"), says("anger"), MISSING])
+    second = Told("b", [says("fear", 0.4), says("fear"), MISSING, MISSING])
+    third = Told("c", [says("neutral", 0.94), says("neutral"), says("anger"), MISSING])
+    panel, told = Panel((first, second, third)), list[tuple[int, Opinion]]()
+    opinions = panel.opinions(["1", "2", "3", "4"], lambda index, opinion: told.append((index, opinion)))
+    assert [opinion.emotion() for opinion in opinions] == ["fear", UNDECIDED, "anger", None] and told == list(enumerate(opinions))
+    shares = opinions[0].probabilities
+    assert shares is not None and max(shares, key=lambda label: shares[label]) == "neutral", "the majority, not the likeliest"
+    assert shares["fear"] == pytest.approx((0.4 + 0.4 + 0.01) / 3) and opinions[0].emotion(EMOTIONS) == "fear"
+    assert [opinion.problem for opinion in opinions] == ["", "", "", "timed out"]
+    assert (panel.name, panel.key) == ("a, b, c", "a-1, b-1, c-1")
 
 
 def test_alpha_of_the_published_example() -> None:
