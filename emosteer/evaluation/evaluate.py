@@ -97,11 +97,12 @@ def chosen_doses(trials: DoseTables, emotions: Sequence[str], settings: Evaluati
 
 
 def frontier(trials: DoseTables, emotions: Sequence[str]) -> list[Row]:
-    """Good replies against perplexity ratio: one line per method, dose and emotion, and one for all emotions together."""
+    """Good replies against perplexity ratio: one line per method, dose and target, which is an emotion or "all"."""
     lines = []
     for (method, dose), table in trials.items():
-        for index, emotion in ((None, "all"), *enumerate(emotions)):
-            lines.append({"method": method, "setting": dose, "emotion": emotion, **vars(DosePoint.of(table, trials[NONE, None], index))})
+        for index, target in ((None, "all"), *enumerate(emotions)):
+            # not "emotion": that is the share of replies in which the target is read
+            lines.append({"method": method, "setting": dose, "target": target, **vars(DosePoint.of(table, trials[NONE, None], index))})
     return lines
 
 

@@ -203,9 +203,7 @@ class BagEncoder:
         return torch.nn.functional.normalize(rows, dim=-1)
 
 
-def jury(
-    folder: Path, judge: WordJudge | Sequence[WordJudge] | None = None, check: WordCheck | None = None, paid: bool = False
-) -> Jury:
+def jury(folder: Path, judge: WordJudge | Sequence[WordJudge] | None = None, check: WordCheck | None = None, paid: bool = False) -> Jury:
     """The judges, with what they say in a folder. judge: one, a panel of several, or a `WordJudge`; paid: whether all are."""
     judges = (judge or WordJudge(),) if judge is None or isinstance(judge, WordJudge) else tuple(judge)
     kept = KeyedLog(folder / "opinions.jsonl")
