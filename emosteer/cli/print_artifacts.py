@@ -237,7 +237,8 @@ def print_calibration(table: Mapping[str, Any]) -> None:
 def print_calibration_check(result: Mapping[str, Any]) -> None:
     """The table of `calibrate --check`."""
     test = result["test"]
-    print(f"{result['model']}: the dial of {result['circuit']} on {test['n_groups']} events of {test['file']} -> {result['file']}")
+    kinds = ", ".join(f"{kind} {n}" for kind, n in test["kinds"].items())
+    print(f"{result['model']}: the dial of {result['circuit']} on {test['n_groups']} prompts ({kinds}) -> {result['file']}")
     names = ("intensity", "strength", "judged", "error", "ratio", "sound", "names", "n")
     rows = [(e, *(row[name][i] for name in names)) for e, row in result["emotions"].items() for i in range(len(row["strength"]))]
     print_table(("emotion", *names), rows)

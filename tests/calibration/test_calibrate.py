@@ -17,7 +17,7 @@ import torch
 
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError, DataError, UsageError
-from emosteer.base.files import sha256_file
+from emosteer.base.files import sha256_file, write_jsonl
 from emosteer.base.jsonl import KeyedLog
 from emosteer.calibration.calibrate import Climb, calibrate, check, climb, joint_ratio, lowered, uncalibrated
 from emosteer.calibration.settings import CalibrateSettings, Guard
@@ -35,9 +35,9 @@ from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.models.model import Model
 from emosteer.scenarios import shipped
 from emosteer.scenarios.prompts import plain
-from emosteer.scenarios.scenarios import groups_of, read_scenarios
-from emosteer.scenarios.splits import split, spread, stable_share
+from emosteer.scenarios.scenarios import Group
 from tests.conftest import build, small_data
+from tests.helpers.contest_setup import WordAnswers, prompts
 
 EMOTIONS = ("anger", "sadness", "disgust")
 WORDS = {"anger": "slam stop boss never", "sadness": "cry alone again home", "disgust": "spit filth wait door"}
@@ -297,6 +297,12 @@ class WordJudge:
         return {label: value / sum(raw.values()) for label, value in raw.items()}
 
 
+def read_as(text: str) -> str:
+    """The judge's label, neutral allowed."""
+    shares = WordJudge.shares(text)
+    return max(shares, key=lambda label: shares[label])
+
+
 class Calm:
     """Everything is sound that is not empty."""
 
@@ -352,7 +358,7 @@ def replies_by_hand(model: Model, circuit: Circuit, emotion: str, strength: floa
 def test_the_figures_are_those_of_replies_written_alone(model: Model, circuit: Circuit, made: Circuit) -> None:
     table = made.metrics["calibration"]
     base = [10.0 if math.isnan(x) else x for x in reply_nll(model, replies_by_hand(model, circuit, "anger", 0.0))]
-    seen = set()
+    seen, shares = set(), set()
     for emotion, curve in table["emotions"].items():
         for part in (curve, curve["broke"]):
             for i, strength in enumerate(part["strength"]):
@@ -365,12 +371,17 @@ def test_the_figures_are_those_of_replies_written_alone(model: Model, circuit: C
                     assert part["ratio_error"][i] == pytest.approx(stdev(dearer) / len(dearer) ** 0.5, abs=1e-3)
                 assert part["sound"][i] == pytest.approx(fmean(bool(t) for t in texts), abs=1e-6)
                 assert part["names"][i] == pytest.approx(fmean(emotion in t for t in texts), abs=1e-6)
+                answered = [bool(t) and "never" not in t.split() for t in texts]
+                assert part["answers"][i] == pytest.approx(fmean(answered), abs=1e-6)
+                good = [read_as(t) == emotion and ok and emotion not in t for t, ok in zip(texts, answered, strict=True)]
+                assert part["good"][i] == pytest.approx(fmean(good), abs=1e-6)
+                shares.add(part["good"][i])
                 assert part["n"][i] == len(GROUPS) and part["error"][i] > 0
                 seen.add(round(part["judged"][i], 3))
         assert curve["fitted"] == pytest.approx(flattened(isotonic(curve["judged"], curve["n"])), abs=1e-6)
         assert curve["strength"][0] == 0 and all(a < b for a, b in pairwise(curve["strength"]))
         assert max(curve["ratio"]) <= 1.8 and max(curve["strength"]) <= 24
-    assert len(seen) > 10, "strength changes what is judged"
+    assert len(seen) > 10 and len(shares) > 2, "strength changes what is judged, and how much of it is good"
     assert any(curve["broke"]["strength"] for curve in table["emotions"].values()), "the guard had something to do"
 
 
@@ -521,15 +532,25 @@ def test_the_check_measures_other_prompts(model: Model, made: Circuit, tmp_path:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+def line_of(prompt: Group, side: str) -> dict[str, Any]:
+    """A prompt as a line of a file."""
+    turns = [*(message._asdict() for message in prompt.earlier), {"role": "user", "content": prompt.text}]
+    return {"id": f"{side}-{prompt.key}", "kind": prompt.kind, "messages": turns}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Model, circuit: Circuit) -> Path:
     root = tmp_path_factory.mktemp("calibrate")
     model.hf.save_pretrained(root / "tiny")
     model.tokenizer.save_pretrained(root / "tiny")
-    with (root / "sev.jsonl").open("w") as file:
+    for side in ("train", "test"):
+        lines = []
         for i, place in enumerate(["office", "train", "flat", "desk", "door", "home", "boss", "cry"]):
             events = {"positive": f"the {place} came back", "neutral": f"the {place} was late", "negative": f"the {place} went"}
-            file.write(json.dumps({"skeleton_id": f"s{i}", "theme": "t", "scenario": f"i waited at the {place}", "event": events}) + "\n")
+            lines.append({"skeleton_id": f"{side}{i}", "theme": "t", "scenario": f"i waited at the {place}", "event": events})
+        write_jsonl(root / f"data/sev/{side}.jsonl", lines)
+        written = [line_of(prompt, side) for prompt in prompts(18) if prompt.kind != "one-liner"]
+        write_jsonl(root / f"data/prompts/{'dev' if side == 'train' else side}.jsonl", written)
     Circuit.save(replace(circuit, provenance=replace(circuit.provenance, model_sha256=Model.load(str(root / "tiny")).sha256)), root / "c")
     return root
 
@@ -539,7 +560,7 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.chdir(folder)
     monkeypatch.setenv("EMOSTEER_CACHE", str(folder / "cache"))
     monkeypatch.setattr("emosteer.judges.jury.make_jury", lambda judge, **options: jury)
-    monkeypatch.setattr(shipped, "data_path", lambda name: folder / "sev.jsonl")
+    monkeypatch.setattr(shipped, "data_path", lambda name: folder / "data" / name)
 
     def command(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
@@ -581,7 +602,7 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
     )
     assert result["command"] == kept
     code, out, _ = call("calibrate", *FAST, "--circuit", "made/circuit.safetensors", "--check", "--out", "made/check.json")
-    assert code == 0 and "steps with their standard errors" in out
+    assert code == 0 and "on 6 prompts (sev-vivid 2, question 2, chat 2)" in out and "steps with their standard errors" in out
 
     made = Circuit.load(folder / "made/circuit.safetensors")
     text = ("generate", "the train was late", "-m", "./tiny", "--circuit", "made/circuit.safetensors", "--max-new-tokens", "6", "--json")
@@ -594,15 +615,22 @@ def test_from_the_command_line(call: Callable[..., Any], folder: Path) -> None:
     assert default == pytest.approx([made.strength_at(e, 85) for e in EMOTIONS], rel=1e-6)
 
 
-def test_the_prompts_are_development_ones_and_the_check_takes_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "data_path", lambda name: folder / "sev.jsonl")
-    scenarios = read_scenarios(folder / "sev.jsonl")
-    chosen, _ = shipped.development_groups(4)
-    assert chosen == spread(groups_of(split(scenarios, 0.2, 0)[1]), 4) and {g.key.scenario for g in chosen} < {s.id for s in scenarios}
-    tail, _ = shipped.unseen_groups(4)
-    order = sorted(groups_of(scenarios), key=lambda g: stable_share(str(g.key), 1))
-    assert tail == order[-4:] and shipped.unseen_groups(4, 3)[0] == order[-7:-3]
-    assert len(shipped.development_groups(20, folder / "sev.jsonl")[0]) == 20, "a file of one's own is not split"
+def test_the_prompts_are_of_all_kinds_and_the_check_takes_others(call: Callable[..., Any], folder: Path) -> None:
+    """Eight of each set that commands read: what was written to is what the log and the table hold."""
+    made = call("calibrate", *FAST, "--circuit", "c", "--out", "kinds/c", "--points", "2", "--refine", "0", "--json")
+    found = json.loads(made[1])["calibration"]
+    assert found["groups"] == 6 and {*found["data"]} == {"sev/train.jsonl", "prompts/dev.jsonl"}
+    written = [json.loads(line) for line in (folder / "kinds/c.calibration.jsonl").read_text().splitlines()]
+    assert any("answers" in line for line in written)
+    check = ("calibrate", *FAST, "--circuit", "kinds/c", "--check", "--out", "kinds/check.json", "--json")
+    test = json.loads(call(*check)[1])["test"]
+    assert test["n_groups"] == 6 and test["kinds"] == {"sev-vivid": 2, "question": 2, "chat": 2}
+    assert {*test["files"]} == {"sev/test.jsonl", "prompts/test.jsonl"}
+    assert json.loads(call(*check, "--kinds=-sev-vivid")[1])["test"]["kinds"] == {"question": 3, "chat": 3}
+    only = json.loads(call(*check, "--kinds", "chat", "--skip", "1")[1])["test"]
+    assert only["kinds"] == {"chat": 5} and [*only["files"]] == ["prompts/test.jsonl"]
+    found = json.loads(call("calibrate", *FAST, "--circuit", "c", "--out", "chats/c", "--points", "2", "--kinds", "chat", "--json")[1])
+    assert found["calibration"]["groups"] == 6 and [*found["calibration"]["data"]] == ["prompts/dev.jsonl"]
 
 
 BAD = [
@@ -625,6 +653,8 @@ BAD = [
     (["calibrate", "--each-ratio", "0.9"], 2, "--each-ratio must be at least 1"),
     (["calibrate", "--skip", "3"], 2, "--skip has a meaning with --check only"),
     (["calibrate", "--check", "--skip", "100000"], 2, "leaves nothing"),
+    (["calibrate", "--kinds", "chatt"], 2, "unknown kind 'chatt' (did you mean 'chat'?)"),
+    (["calibrate", "--kinds", "request"], 1, "has no prompt of the kinds request; choose others with --kinds"),
     (["calibrate", "--sound", "95"], 2, "--sound must lie between 0 and 1"),
     (["calibrate", "--names", "nan"], 2, "--names must lie between 0 and 1"),
     (["calibrate", "--groups", "0"], 2, "--groups"),

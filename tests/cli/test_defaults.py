@@ -15,12 +15,13 @@ from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import Decoding
-from emosteer.judges.registry import EMBEDDED, KEY_ENV, PARALLEL
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
+from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
 from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
 
 DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
-JUDGE = {"judge": EMBEDDED, "key_env": KEY_ENV, "parallel": PARALLEL}
+JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
 
@@ -48,12 +49,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {**DECODING, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
     "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
-    "judge": {"spec": EMBEDDED, "key_env": KEY_ENV, "parallel": PARALLEL},
+    "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
 #: Options that no settings class holds: where things are, and what a command alone decides.
 ALONE = {
     *("model", "device", "dtype", "emotions", "curves", "tune"),
-    *("ablate.top", "calibrate.groups", "generate.method", "generate.engine", "judge.field"),
+    *("ablate.top", "calibrate.groups", "calibrate.kinds", "evaluate.kinds", "generate.method", "generate.engine", "judge.field"),
 }
 
 
@@ -77,7 +78,9 @@ def test_no_option_with_a_default_is_left_out_of_the_table(command: str) -> None
     assert numbers <= known, numbers - known
 
 
-def test_the_contest_tries_the_doses_of_its_settings_and_the_guard_is_that_of_calibrate() -> None:
+def test_the_contest_tries_the_doses_of_its_settings_all_kinds_are_written_to_and_the_guard_is_that_of_calibrate() -> None:
     from emosteer.cli.evaluate import DOSES
 
+    for command in ("calibrate", "evaluate"):
+        assert parse_kinds(options(command)["kinds"]) == KINDS
     assert tuple(map(float, DOSES.split(","))) == EvaluationSettings().doses and Guard() == GUARD

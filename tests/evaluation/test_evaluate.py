@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,97 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import UsageError
+from emosteer.base.files import sha256_file
 from emosteer.circuits.methods import CONTEST, CONTROLS, NONE, PROMPTS, STEERED, source_of
 from emosteer.circuits.places import Places
 from emosteer.cli import main as cli
 from emosteer.cli.print_contest import print_evaluation
 from emosteer.evaluation.bootstrap import Draws
 from emosteer.evaluation.doses import DosePoint, best_prompt, choose
-from emosteer.evaluation.evaluate import COMPARED, METRICS, compare, equal_ratio, evaluate, frontier, result_of, rivals_of
-from emosteer.evaluation.metrics import confusion, content_tables, measure, table_of
+from emosteer.evaluation.evaluate import COMPARED, METRICS, PARTS, compare, equal_ratio, evaluate, frontier, result_of, rivals_of
+from emosteer.evaluation.metrics import agreement_of, confusion, contamination_of, judge_shares, kept_tables, measure, table_of
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.fluency import EMPTY_NLL
+from emosteer.judges import answers, soundness
 from emosteer.judges import embedded as embedded_judge
 from emosteer.judges import registry as judges
-from emosteer.judges import soundness
 from emosteer.judges.huggingface import HfJudge
+from emosteer.judges.panel import UNDECIDED
 from emosteer.models import model as model_module
+from emosteer.scenarios.prompt_sets import KINDS, read_groups
 from emosteer.scenarios.scenarios import EMOTIONS as SIX
-from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.scenarios import SEV_KIND, Group, data_path
 from emosteer.scenarios.splits import stable_share
+from emosteer.scenarios.words import stem_pattern
 from emosteer.writing.contest_writer import Row
-from tests.helpers.contest_setup import EMOTIONS, BagEncoder, WordCheck, WordJudge, contest, defaults, groups, jury, kill_after, parts
+from tests.helpers.contest_setup import (
+    EMOTIONS,
+    BagEncoder,
+    WordAnswers,
+    WordCheck,
+    WordJudge,
+    contest,
+    defaults,
+    groups,
+    jury,
+    kill_after,
+    parts,
+    prompts,
+)
 
 # ---- one reply ---------------------------------------------------------------------------------------------------------
 
 
 def reply(text: str = "fine", shares: dict[str, float] | None = None, **other: Any) -> Row:
-    """A judged reply."""
-    row = {"text": text, "probabilities": shares, "nll": 2.0, "sound": True, "finish_reason": "stop", "n_tokens": 5, "judged": None}
+    """A judged reply that answers its prompt."""
+    row = {"text": text, "probabilities": shares, "nll": 2.0, "sound": True, "answers": 0.9}
+    row |= {"finish_reason": "stop", "n_tokens": 5, "judged": None, "opinions": {"words": shares}}
     if shares:
         row["judged"] = max(shares, key=lambda label: shares[label])
     return {**row, **other}
 
 
-def test_accuracy_leaves_neutral_out_and_match_does_not() -> None:
-    shares = {"anger": 0.3, "sadness": 0.1, "happiness": 0.1, "fear": 0.0, "surprise": 0.0, "disgust": 0.0, "neutral": 0.5}
+SURE = {"anger": 0.6, "sadness": 0.1, "happiness": 0.1, "fear": 0.0, "surprise": 0.0, "disgust": 0.0, "neutral": 0.2}
+
+
+def test_accuracy_leaves_neutral_out_and_the_panel_s_reading_does_not() -> None:
+    shares = {**SURE, "anger": 0.3, "neutral": 0.5}
     right, wrong = measure(reply(shares=shares), "anger", SIX), measure(reply(shares=shares), "sadness", SIX)
-    assert (right["accuracy"], right["match"], right["probability"]) == (1.0, 0.0, 0.3)
-    assert (wrong["accuracy"], wrong["match"], wrong["probability"]) == (0.0, 0.0, 0.1)
-    sure = {**shares, "anger": 0.5, "neutral": 0.3}
-    assert measure(reply(shares=sure), "anger", SIX)["match"] == 1.0
+    assert (right["accuracy"], right["emotion"], right["good"], right["probability"]) == (1.0, 0.0, 0.0, 0.3)
+    assert (wrong["accuracy"], wrong["emotion"], wrong["good"], wrong["probability"]) == (0.0, 0.0, 0.0, 0.1)
+    sure = measure(reply(shares=SURE), "anger", SIX)
+    assert (sure["emotion"], sure["good"], sure["accuracy"]) == (1.0, 1.0, 1.0)
 
 
-def test_a_missing_opinion_is_no_number_and_an_empty_reply_no_match() -> None:
+@pytest.mark.parametrize(
+    ("part", "emotion", "answers", "sound", "names"),
+    [
+        ({}, 1, 1, 1, 0),
+        ({"judged": "neutral"}, 0, 1, 1, 0),
+        ({"judged": "sadness"}, 0, 1, 1, 0),
+        ({"judged": UNDECIDED}, 0, 1, 1, 0),
+        ({"sound": False}, 1, 1, 0, 0),
+        ({"answers": 0.49}, 1, 0, 1, 0),
+        ({"text": "how angry"}, 1, 1, 1, 1),
+    ],
+)
+def test_each_part_alone_makes_a_reply_not_good(part: Row, emotion: int, answers: int, sound: int, names: int) -> None:
+    """The target's mean probability is the highest throughout: it is the panel's majority that counts."""
+    found = measure({**reply(shares=SURE), **part}, "anger", SIX)
+    assert [found[name] for name in ("emotion", "answers", "sound", "names")] == [emotion, answers, sound, names]
+    assert found["good"] == float(not part) and found["accuracy"] == 1.0 and found["probability"] == 0.6
+
+
+def test_half_a_chance_of_an_answer_is_one_and_a_synonym_is_no_name() -> None:
+    assert measure(reply("livid", SURE, answers=0.5), "anger", SIX)["good"] == 1.0
+
+
+def test_a_missing_opinion_is_no_number_and_an_empty_reply_not_good() -> None:
     found = measure(reply(shares=None), "anger", SIX)
-    assert all(math.isnan(found[name]) for name in ("accuracy", "match", "probability")) and found["nll"] == 2.0
-    empty = measure(reply(text="", shares={"neutral": 1.0}, nll=None), SIX[0], SIX)
-    assert (empty["accuracy"], empty["match"], empty["probability"], empty["nll"]) == (0.0, 0.0, 0.0, EMPTY_NLL)
+    assert all(math.isnan(found[name]) for name in ("good", "emotion", "accuracy", "probability"))
+    assert found["nll"] == 2.0 and found["answers"] == found["sound"] == 1.0
+    empty = measure(reply(text="", shares={"neutral": 1.0}, nll=None, answers=0.0), SIX[0], SIX)
+    assert all(empty[name] == 0.0 for name in ("good", "emotion", "accuracy", "probability", "answers")) and empty["nll"] == EMPTY_NLL
 
 
 def test_naming_is_the_emotions_own_name_and_synonyms_are_wider() -> None:
@@ -94,12 +139,58 @@ def test_the_unsteered_reply_counts_for_every_emotion() -> None:
     assert table_of(shuffled, some, EMOTIONS)["nll"].tolist() == [[g, g + 10, g + 20] for g in range(4)]
 
 
+def test_a_judge_alone_is_counted_by_its_own_label_where_it_spoke() -> None:
+    sad, none = {"anger": 0.2, "sadness": 0.7, "neutral": 0.1}, {"anger": 0.1, "sadness": 0.1, "neutral": 0.8}
+    rows = [
+        {"emotion": "sadness", "opinions": {"a": sad, "b": none}},
+        {"emotion": "sadness", "opinions": {"a": sad, "b": None}},
+        {"emotion": "anger", "opinions": {"a": sad, "b": sad}},
+        {"emotion": "anger", "opinions": {"a": none, "b": None}},
+    ]
+    assert judge_shares(rows, EMOTIONS) == {"a": 0.5, "b": 0.0}
+    plain = [{"emotion": NONE, "opinions": {"a": sad}}, {"emotion": NONE, "opinions": {"a": none}}]
+    assert judge_shares(plain, EMOTIONS) == {"a": round(1 / 6, 6)}, "an unsteered reply stands for three targets, and hits one of them"
+    assert judge_shares([{"emotion": "anger", "opinions": {"a": None}}], EMOTIONS) == {"a": 0.0}
+
+
+def test_agreement_by_hand() -> None:
+    """Four different texts; a repeated one counts once."""
+    said = {"anger": {"anger": 0.9, "neutral": 0.1}, "neutral": {"anger": 0.2, "neutral": 0.8}, "fear": {"fear": 1.0}}
+    votes = {"w": ("anger",) * 3, "x": ("neutral",) * 3, "y": ("anger", "neutral", "fear"), "z": ("anger", "anger", None)}
+    rows = [
+        {"text": text, "opinions": {name: None if vote is None else said[vote] for name, vote in zip("abc", labels, strict=True)}}
+        for text, labels in [*votes.items(), ("w", votes["w"])]
+    ]
+    found = agreement_of(rows)
+    assert found["judges"] == ["a", "b", "c"] and found["n"] == 4 and found["undecided"] == 0.25
+    assert found["pairs"] == {"a - b": 0.75, "a - c": round(2 / 3, 4), "b - c": round(2 / 3, 4)}
+    # 11 labels: anger 6, neutral 4, fear 1; only text y disagrees, by all its 3 * 2 pairs over 3 - 1
+    assert found["alpha"] == pytest.approx(1 - 10 * 3 / (6 * 5 + 4 * 7 + 1 * 10), abs=1e-4)
+    alone = agreement_of([{"text": "w", "opinions": {"a": said["anger"]}}])
+    assert (alone["alpha"], alone["pairs"], alone["undecided"]) == (None, {}, 0.0)
+
+
+def test_contamination_of_replies_is_that_of_their_texts() -> None:
+    topics = {"anger": "invoice", "sadness": "curtain", "happiness": "cake"}
+    names = ("skeleton_id", "valence", "emotion", "text")
+    rows = [dict(zip(names, (f"s{n}", "", e, f"it was the {topics[e]} again"), strict=True)) for n in range(10) for e in EMOTIONS]
+    found = contamination_of(rows)
+    assert found is not None and found["accuracy"] == found["subject"] == 1.0 and found["n"] == 30
+    assert found["chance"] == round(1 / 3, 6) and set(found["by_emotion"].values()) == {1.0}
+    assert [word["word"] for word in found["overused"]["anger"]] == ["invoice"] and set(found["phrases"].values()) == {1.0}
+    same = contamination_of([{**row, "text": f"it was the door {row['skeleton_id']}"} for row in rows])
+    assert same is not None and same["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+    assert json.loads(json.dumps(found)) == found
+    assert contamination_of([{**row, "emotion": NONE} for row in rows]) is None, "unsteered replies have no emotion to give away"
+    assert contamination_of(rows[:12]) is None, "four prompts are too few"
+
+
 def test_confusion_is_of_judged_replies_and_its_rows_sum_to_one() -> None:
-    judged = {"anger": ["anger", "anger", "neutral"], "sadness": ["fear", None, "sadness"], "happiness": [None] * 3}
+    judged = {"anger": ["anger", "anger", "neutral"], "sadness": ["fear", None, UNDECIDED], "happiness": [None] * 3}
     rows = [{"emotion": e, "judged": label} for e, labels in judged.items() for label in labels]
     found = confusion(rows, EMOTIONS)
-    assert list(found["anger"]) == ["anger", "sadness", "happiness", "fear", "surprise", "disgust", "neutral"]
-    assert found["anger"]["anger"] == pytest.approx(2 / 3, abs=1e-6) and found["sadness"]["fear"] == 0.5
+    assert list(found["anger"]) == ["anger", "sadness", "happiness", "fear", "surprise", "disgust", "neutral", UNDECIDED]
+    assert found["anger"]["anger"] == pytest.approx(2 / 3, abs=1e-6) and found["sadness"]["fear"] == found["sadness"][UNDECIDED] == 0.5
     assert [round(sum(row.values()), 5) for row in found.values()] == [1.0, 1.0, 0.0]
     plain = confusion([{"emotion": NONE, "judged": "neutral"}, {"emotion": NONE, "judged": "fear"}], EMOTIONS)
     assert all(row["neutral"] == row["fear"] == 0.5 for row in plain.values())
@@ -109,47 +200,28 @@ def test_confusion_is_of_judged_replies_and_its_rows_sum_to_one() -> None:
 
 
 class Compass:
-    """Texts are angles in degrees; vectors in the plane. "prompt 3" points to 3 x 10 degrees."""
+    """Texts are angles in degrees; vectors in the plane."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        degrees = [10.0 * int(t.split()[1]) if t.startswith("prompt") else float(t) for t in texts]
-        angles = torch.tensor(degrees) * math.pi / 180
+        angles = torch.tensor([float(t) for t in texts]) * math.pi / 180
         return torch.stack([angles.cos(), angles.sin()], 1)
 
 
-def test_on_topic_and_kept_by_hand() -> None:
-    some = [replace(group, text=f"prompt {3 * index}") for index, group in enumerate(groups(36))]  # 0, 30, 60, ... degrees: all differ
-    some = [replace(group, text=f"prompt {index}") for index, group in enumerate(some)]
+def test_kept_is_the_cosine_with_the_unsteered_reply() -> None:
+    some = groups(9)
     plain = rows_of(some, NONE, lambda g, e: reply(str(10 * some.index(g) + 20)))
     near = rows_of(some, "circuit", lambda g, e: reply(str(10 * some.index(g) + {"anger": 2, "sadness": 180, "happiness": 50}[e])))
-    found = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 0)
-    kept = found["circuit"]["kept"]
-    for e, off in enumerate((18, 200, 30)):
-        assert kept[:, e].tolist() == pytest.approx([math.cos(off * math.pi / 180)] * 36, abs=1e-5)
-    assert found[NONE]["kept"].min() == pytest.approx(1.0, abs=1e-6)
-    assert found["circuit"]["on_topic"][:, 0].tolist() == [1.0] * 36, "2 degrees from its own prompt, 10 and more from any other"
-    assert found["circuit"]["on_topic"][:, 1].tolist() == [0.0] * 36
-    third = found["circuit"]["on_topic"][:, 2].mean().item()  # up to 9 of the 33 are nearer: ten drawn ones rarely hold fewer than two
-    assert 0.0 < third < 0.5
-    assert found[NONE].keys() == {"on_topic", "kept"} and found[NONE]["on_topic"].unique().numel() == 2
-    again = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 0)
-    other = content_tables({NONE: plain, "circuit": near}, some, EMOTIONS, Compass(), 1)
-    assert torch.equal(again["circuit"]["on_topic"], found["circuit"]["on_topic"])
-    assert not torch.equal(other["circuit"]["on_topic"], found["circuit"]["on_topic"])
-
-
-def test_a_single_scenario_has_no_other_prompts() -> None:
-    some = groups(3)
-    rows = rows_of(some, NONE, lambda g, e: reply("home"))
-    found = content_tables({NONE: rows}, some, EMOTIONS, BagEncoder(), 0)
-    assert found[NONE]["on_topic"].isnan().all() and not found[NONE]["kept"].isnan().any()
+    found = kept_tables({NONE: plain, "circuit": near[::-1]}, some, EMOTIONS, Compass())
+    for e, off in enumerate((18, 160, 30)):
+        assert found["circuit"][:, e].tolist() == pytest.approx([math.cos(off * math.pi / 180)] * 9, abs=1e-5)
+    assert found[NONE].shape == (9, 3) and found[NONE].min() == pytest.approx(1.0, abs=1e-6)
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------------
 
 
-def point(probability: float | None, ratio: float = 1.0, names: float = 0.0, sound: float = 1.0, n: int = 40) -> DosePoint:
-    return DosePoint(probability, probability, ratio, names, sound, n)
+def point(good: float | None, ratio: float = 1.0, names: float = 0.0, sound: float = 1.0, n: int = 40) -> DosePoint:
+    return DosePoint(good, good, good, good, 1.0, ratio, names, sound, n)
 
 
 PLAIN = point(0.1)
@@ -181,6 +253,23 @@ def one(points: dict[float, DosePoint], unsteered: DosePoint = PLAIN, budget: Bu
 )
 def test_the_rule(points: dict[float, DosePoint], dose: float, fits: bool) -> None:
     assert one(points) == (dose, fits)
+
+
+def test_good_decides_and_of_as_many_good_replies_the_likelier_target() -> None:
+    """The mean P(target) alone would take the strongest, six-way accuracy as well."""
+
+    def made(good: float, probability: float) -> DosePoint:
+        return replace(point(good), probability=probability, accuracy=probability)
+
+    assert one({0.5: made(0.3, 0.2), 1.0: made(0.5, 0.4), 1.5: made(0.475, 0.9)}) == (1.0, True), "a reply of forty more"
+    assert one({0.5: made(0.5, 0.2), 1.0: made(0.5, 0.4), 1.5: made(0.5, 0.3)}) == (1.0, True), "a tie"
+    assert one({0.5: made(0.0, 0.2), 1.0: made(0.0, 0.4)}) == (1.0, True), "nothing is good yet"
+    both = choose(
+        {"fear": {1.0: made(0.5, 0.1), 2.0: made(0.5, 0.9)}, "anger": {1.0: made(0.2, 0.9), 2.0: made(0.225, 0.1)}},
+        {"fear": PLAIN, "anger": PLAIN},
+        Budget(),
+    )
+    assert both.doses == {"fear": 2.0, "anger": 2.0}
 
 
 def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
@@ -216,7 +305,7 @@ def test_the_choice_is_the_best_of_all_allocations() -> None:
             some = [points[e][d] for e, d in zip(points, doses, strict=True)]
             ratio = math.exp(sum(math.log(p.ratio) for p in some) / 3)
             if ratio <= 1.1 and sum(p.sound for p in some) / 3 >= 0.9 and sum(p.names for p in some) / 3 <= 0.02:
-                fitting[doses] = sum(p.probability or 0 for p in some)
+                fitting[doses] = sum(p.good or 0 for p in some)
         if fitting:
             assert tuple(choice.doses.values()) == max(fitting, key=lambda doses: fitting[doses]) and choice.fits
 
@@ -227,18 +316,20 @@ def test_too_many_doses_are_refused_at_once() -> None:
         choose(dict.fromkeys(SIX, points), dict.fromkeys(SIX, PLAIN), Budget())
 
 
-def test_the_best_prompt_is_the_most_accurate_within_the_ratio() -> None:
+def test_the_best_prompt_has_the_most_good_replies_within_the_ratio() -> None:
     points = {"prompt-system": point(0.3), "prompt-tone": point(0.6, ratio=1.2), "prompt-stimulus": point(0.4, names=0.5)}
     assert best_prompt(points, Budget()) == "prompt-stimulus", "a prompt has no dose that would name less"
     assert best_prompt(points, Budget(ratio=1.3)) == "prompt-tone"
     assert best_prompt(points, Budget(ratio=0.9)) in ("prompt-system", "prompt-stimulus")
+    read = {name: replace(value, probability=0.9, accuracy=0.9) if name == "prompt-system" else value for name, value in points.items()}
+    assert best_prompt(read, Budget()) == "prompt-stimulus", "whatever six-way accuracy says"
 
 
 def tables(n: int = 6, seed: int = 0, shift: float = 0.0) -> dict[str, Tensor]:
     """Random figures of a method [group, emotion]."""
     noise = torch.Generator().manual_seed(seed)
     found = {name: torch.rand(n, 3, generator=noise, dtype=torch.float64) for name in (*METRICS, "nll", "n_tokens")}
-    for name in ("accuracy", "match", "names", "sound"):
+    for name in ("good", "emotion", "accuracy", "answers", "names", "sound"):
         found[name] = found[name].round()
     found["nll"] = 2 + 0.3 * found["nll"] + shift
     return found
@@ -246,13 +337,18 @@ def tables(n: int = 6, seed: int = 0, shift: float = 0.0) -> dict[str, Tensor]:
 
 def test_a_point_compares_the_same_groups_and_leaves_missing_opinions_out() -> None:
     table, base = tables(4, 1), tables(6, 2)
-    table["probability"][0, 1] = table["accuracy"][0, 1] = float("nan")
+    for name in ("good", "emotion", "probability", "accuracy"):
+        table[name][0, 1] = float("nan")
     found = DosePoint.of(table, base, 1)
     assert found.n == 4 and found.probability == pytest.approx(table["probability"][1:, 1].mean().item(), abs=1e-6)
     wanted = math.exp(sum(table["nll"][g, 1].item() - base["nll"][g, 1].item() for g in range(4)) / 4)
     assert found.ratio == pytest.approx(wanted, abs=1e-6)
-    table["probability"][:] = table["accuracy"][:] = float("nan")
-    assert DosePoint.of(table, base).probability is None and DosePoint.of(table, base).n == 12
+    assert found.good == pytest.approx(table["good"][1:, 1].mean().item(), abs=1e-6)
+    assert found.answers == pytest.approx(table["answers"][:, 1].mean().item(), abs=1e-6), "the answer check never fails"
+    for name in ("good", "emotion", "probability", "accuracy"):
+        table[name][:] = float("nan")
+    nothing = DosePoint.of(table, base)
+    assert nothing.good is nothing.emotion is nothing.probability is nothing.accuracy is None and nothing.n == 12
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------------------
@@ -260,9 +356,10 @@ def test_a_point_compares_the_same_groups_and_leaves_missing_opinions_out() -> N
 
 def test_results_by_hand() -> None:
     some, table, base = groups(6), tables(6, 3), tables(6, 4)
-    table["accuracy"][2] = table["match"][2] = table["probability"][2] = float("nan")
+    for name in ("good", "emotion", "accuracy", "probability"):
+        table[name][2] = float("nan")
     draws = Draws.make(6, 400)
-    rows = [{"emotion": e, "judged": "anger"} for e in EMOTIONS]
+    rows = [judged_row(e, "anger") for e in EMOTIONS]
     found = result_of("circuit", table, base, rows, some, draws, EMOTIONS)
     there = [g for g in range(6) if g != 2]
     assert (found["n"], found["missing"]) == (18, 3)
@@ -277,7 +374,38 @@ def test_results_by_hand() -> None:
     valence = found["by_valence"]["neutral"]
     assert len(lines) == 2 and valence["n"] == 6
     assert valence["ratio"]["value"] == pytest.approx(math.exp(table["nll"][lines].mean() - base["nll"][lines].mean()), abs=1e-6)
-    assert found["confusion"]["sadness"]["anger"] == 1.0
+    assert found["confusion"]["sadness"]["anger"] == 1.0 and found["judges"] == {"words": round(1 / 3, 6)}
+    assert found["contamination"] is None and [*found["by_kind"]] == [SEV_KIND] == [found["worst_kind"]]
+
+
+def judged_row(emotion: str, label: str, scenario: str = "s00") -> Row:
+    """What result_of asks of a judged reply."""
+    opinions = {"words": {label: 1.0}}
+    return {"emotion": emotion, "judged": label, "opinions": opinions, "text": "no", "skeleton_id": scenario, "valence": ""}
+
+
+def test_results_by_kind_and_the_worst_kind_by_hand() -> None:
+    some = [*groups(3), *prompts(6)]
+    table, base = tables(9, 3), tables(9, 4)
+    for name, values in (("good", (1, 1, 1, 0.5, 0, 1, 1, 1, 1)), ("emotion", (0, 0, 0, 1, 1, 1, 1, 1, 1))):
+        table[name] = torch.tensor(values, dtype=torch.float64)[:, None].expand(9, 3).clone()
+    table["good"][4, 2] = float("nan")
+    found = result_of("circuit", table, base, [judged_row("anger", "anger")], some, Draws.make(9, 400), EMOTIONS)
+    lines = {SEV_KIND: [0, 1, 2], "chat": [3, 6], "question": [4, 7], "one-liner": [5, 8]}
+    assert [*found["by_kind"]] == [*lines]
+    good = {kind: part["good"]["value"] for kind, part in found["by_kind"].items()}
+    assert good == {SEV_KIND: 1.0, "chat": 0.75, "question": 0.6, "one-liner": 1.0}, "a question lacks an opinion: 3 of 5"
+    assert found["worst_kind"] == "question" and found["missing"] == 1
+    for kind, place in lines.items():
+        part = found["by_kind"][kind]
+        assert {*part} == {*PARTS, "ratio", "n"} and part["n"] == 3 * len(place)
+        for name in ("answers", "names", "sound"):
+            assert part[name]["value"] == pytest.approx(table[name][place].mean().item(), abs=1e-6)
+        assert part["ratio"]["value"] == pytest.approx(math.exp(table["nll"][place].mean() - base["nll"][place].mean()), abs=1e-6)
+    assert [*found["by_valence"]] == ["positive", "neutral", "negative"] and found["by_valence"]["neutral"]["n"] == 3
+    table["good"][[5, 8]] = float("nan")
+    silent = result_of("circuit", table, base, [judged_row("anger", "anger")], some, Draws.make(9, 400), EMOTIONS)
+    assert silent["by_kind"]["one-liner"]["good"]["value"] is None and silent["worst_kind"] == "one-liner", "no opinion is no good reply"
 
 
 def test_the_interval_of_a_ratio_is_paired_with_the_unsteered_replies() -> None:
@@ -291,16 +419,16 @@ def test_the_interval_of_a_ratio_is_paired_with_the_unsteered_replies() -> None:
 
 def test_differences_are_over_replies_that_both_have() -> None:
     a, b, base = tables(6, 6), tables(6, 7), tables(6, 8)
-    a["accuracy"][0, 0] = b["accuracy"][3, 1] = float("nan")
+    a["good"][0, 0] = b["good"][3, 1] = float("nan")
     draws = Draws.make(6, 400)
-    found = compare(a, b, base, "accuracy", draws, 0)
-    both = ~(a["accuracy"].isnan() | b["accuracy"].isnan())
+    found = compare(a, b, base, "good", draws, 0)
+    both = ~(a["good"].isnan() | b["good"].isnan())
     assert found["n"] == 16
-    assert found["difference"]["value"] == pytest.approx((a["accuracy"][both] - b["accuracy"][both]).mean().item(), abs=1e-6)
+    assert found["difference"]["value"] == pytest.approx((a["good"][both] - b["good"][both]).mean().item(), abs=1e-6)
     ratio = compare(a, b, base, "ratio", draws, 0)
     one, two = (math.exp(t["nll"].mean() - base["nll"].mean()) for t in (a, b))
     assert ratio["difference"]["value"] == pytest.approx(one - two, abs=1e-6) and 0 < ratio["p"] <= 1
-    same = compare(a, a, base, "accuracy", draws, 0)
+    same = compare(a, a, base, "good", draws, 0)
     assert same["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0} and same["p"] == 1.0
 
 
@@ -313,17 +441,23 @@ def test_equal_ratio_takes_the_nearest_dose_and_says_how_near() -> None:
     (found,) = equal_ratio(trials, doses, [("circuit", "prompt-tone")], settings)
     assert found["setting"] == 1.0 and found["ratio_a"] / found["ratio_b"] == pytest.approx(math.exp(0.01), abs=1e-5)
     assert found["difference"]["value"] == 0.0 and found["n"] == 18
+    trials["circuit", 1.0] = {**trials["circuit", 1.0], "good": torch.ones(6, 3, dtype=torch.float64)}
+    (found,) = equal_ratio(trials, doses, [("circuit", "prompt-tone")], settings)
+    asked = trials["prompt-tone", None]["good"].mean().item()
+    assert found["good_a"]["value"] == 1.0 and found["good_b"]["value"] == pytest.approx(asked, abs=1e-6)
+    assert found["difference"]["value"] == pytest.approx(1 - asked, abs=1e-6)
 
 
 def test_the_frontier_has_every_method_dose_and_emotion() -> None:
     trials = {(NONE, None): tables(6, 0), ("circuit", 0.5): tables(6, 1), ("random-heads", 0.5): tables(3, 2)}
     found = frontier(trials, EMOTIONS)
-    assert [(row["method"], row["setting"], row["emotion"]) for row in found[:4]] == [(NONE, None, e) for e in ("all", *EMOTIONS)]
+    assert [(row["method"], row["setting"], row["target"]) for row in found[:4]] == [(NONE, None, e) for e in ("all", *EMOTIONS)]
     assert len(found) == 12 and found[0]["ratio"] == 1.0 and found[0]["n"] == 18
-    assert next(row for row in found if row["method"] == "random-heads" and row["emotion"] == "all")["n"] == 9
-    whole = next(row for row in found if row["method"] == "circuit" and row["emotion"] == "all")
-    assert whole["accuracy"] == pytest.approx(trials["circuit", 0.5]["accuracy"].mean().item(), abs=1e-6)
-    assert set(whole) == {"method", "setting", "emotion", "accuracy", "probability", "ratio", "names", "sound", "n"}
+    assert next(row for row in found if row["method"] == "random-heads" and row["target"] == "all")["n"] == 9
+    whole = next(row for row in found if row["method"] == "circuit" and row["target"] == "all")
+    for name in ("good", "emotion", "answers"):
+        assert whole[name] == pytest.approx(trials["circuit", 0.5][name].mean().item(), abs=1e-6)
+    assert whole.keys() == {"method", "setting", "target", *(field.name for field in fields(DosePoint))}
 
 
 def test_settings_refuse_nonsense() -> None:
@@ -348,10 +482,15 @@ SETTINGS = EvaluationSettings(doses=(0.25, 1.0, 2.0), control_groups=2, budget=B
 
 
 def hold(
-    folder: Path, judge: WordJudge | None = None, paid: bool = False, settings: EvaluationSettings = SETTINGS
+    folder: Path,
+    judge: WordJudge | Sequence[WordJudge] | None = None,
+    paid: bool = False,
+    settings: EvaluationSettings = SETTINGS,
+    test: Sequence[Group] = (),
 ) -> tuple[Row, list[Row]]:
     """The contest on disjoint scenario-events."""
-    return evaluate(contest(folder, batch_size=16), jury(folder, judge, paid=paid), groups(3, 30), groups(6), defaults(), settings)
+    panel = jury(folder, judge, paid=paid)
+    return evaluate(contest(folder, batch_size=16), panel, groups(3, 30), test or groups(6), defaults(), settings)
 
 
 @pytest.fixture(scope="module")
@@ -364,11 +503,12 @@ def test_the_planted_circuit_wins_and_random_ones_do_not(held: tuple[Row, list[R
     results = {row["method"]: row for row in body["results"]}
     assert list(results) == list(CONTEST)
     assert results[NONE]["accuracy"]["value"] == pytest.approx(1 / 3) and results[NONE]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert results["circuit"]["accuracy"]["value"] > 0.8 < results["residual"]["accuracy"]["value"]
-    assert results["learned-residual"]["accuracy"]["value"] == results["residual"]["accuracy"]["value"], "the same vectors, at other units"
+    assert results["circuit"]["emotion"]["value"] > 0.8 and results["residual"]["emotion"]["value"] > 0.7
+    assert results["circuit"]["good"]["value"] > 0.5
+    assert results["learned-residual"]["good"]["value"] == results["residual"]["good"]["value"], "the same vectors, at other units"
     for control in CONTROLS:
-        assert results[control]["accuracy"]["value"] < 0.6
-    (found,) = [r for r in body["comparisons"] if (r["a"], r["b"], r["metric"]) == ("circuit", "random-circuit", "accuracy")]
+        assert results[control]["emotion"]["value"] < 0.4 > results[control]["good"]["value"]
+    (found,) = [r for r in body["comparisons"] if (r["a"], r["b"], r["metric"]) == ("circuit", "random-circuit", "good")]
     assert found["difference"]["low"] > 0.2 and found["p"] == round(2 * 2**-6, 4) and found["n"] == 18
     assert {(r["a"], r["b"]) for r in body["comparisons"]} == set(rivals_of(CONTEST, body["best_prompt"]))
     assert {r["metric"] for r in body["comparisons"]} == set(COMPARED)
@@ -388,6 +528,15 @@ def test_results_agree_with_the_replies_on_disk(held: tuple[Row, list[Row]]) -> 
         pairs = [(row, row["emotion"]) for row in mine] if result["method"] != NONE else [(row, e) for row in mine for e in EMOTIONS]
         right = [bool(row["text"]) and max(EMOTIONS, key=lambda e: row["probabilities"][e]) == target for row, target in pairs]
         assert result["accuracy"]["value"] == pytest.approx(sum(right) / len(pairs), abs=1e-6)
+        answered = [bool(row["text"]) and "never" not in row["text"].split() for row, _ in pairs]
+        assert result["answers"]["value"] == pytest.approx(sum(answered) / len(pairs), abs=1e-6)
+        read = [max(row["probabilities"], key=lambda label, row=row: row["probabilities"][label]) == target for row, target in pairs]
+        assert result["emotion"]["value"] == pytest.approx(sum(read) / len(pairs), abs=1e-6) == result["judges"]["words"]
+        good = [
+            a and b and row["sound"] and not stem_pattern(target).search(row["text"])
+            for a, b, (row, target) in zip(answered, read, pairs, strict=True)
+        ]
+        assert result["good"]["value"] == pytest.approx(sum(good) / len(pairs), abs=1e-6)
         assert result["ratio"]["value"] == pytest.approx(math.exp(sum(row["nll"] for row, _ in pairs) / len(pairs) - base), abs=1e-5)
         assert result["unfinished"]["value"] == pytest.approx(sum(r["finish_reason"] == "length" for r, _ in pairs) / len(pairs), abs=1e-6)
         assert result["n"] == len(pairs) and result["missing"] == 0
@@ -398,10 +547,10 @@ def test_results_agree_with_the_replies_on_disk(held: tuple[Row, list[Row]]) -> 
 
 def test_settings_are_chosen_by_the_rule_from_the_frontier(held: tuple[Row, list[Row]]) -> None:
     body, _ = held
-    points = {(r["method"], r["setting"], r["emotion"]): r for r in body["frontier"]}
+    points = {(r["method"], r["setting"], r["target"]): r for r in body["frontier"]}
 
     def make(row: Row) -> DosePoint:
-        return DosePoint(*(row[name] for name in ("probability", "accuracy", "ratio", "names", "sound", "n")))
+        return DosePoint(**{field.name: row[field.name] for field in fields(DosePoint)})
 
     for method in STEERED:
         tried = {emotion: {dose: make(points[method, dose, emotion]) for dose in SETTINGS.doses} for emotion in EMOTIONS}
@@ -444,6 +593,8 @@ def test_missing_opinions_are_counted_and_leave_the_denominators(held: tuple[Row
         if result["method"] != NONE:
             right = [bool(row["text"]) and max(EMOTIONS, key=lambda e: row["probabilities"][e]) == row["emotion"] for row in known]
             assert result["accuracy"]["value"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+            read = [row["judged"] == row["emotion"] for row in known]
+            assert result["emotion"]["value"] == pytest.approx(sum(read) / len(read), abs=1e-6)
         assert result["ratio"]["value"] is not None and result["sound"]["value"] is not None
     assert lost > 20
     if body["chosen"] == held[0]["chosen"]:
@@ -456,7 +607,7 @@ def test_a_judge_that_says_nothing_ends_in_a_complete_result(tmp_path: Path, cap
     for result in body["results"]:
         empty = sum(row["text"] == "" for row in rows if row["method"] == result["method"]) * (3 if result["method"] == NONE else 1)
         assert result["n"] == 18 and result["missing"] == 18 - empty, "an empty reply needs no judge"
-        assert result["accuracy"]["value"] == (0.0 if empty else None)
+        assert result["accuracy"]["value"] == result["good"]["value"] == (0.0 if empty else None)
         assert result["ratio"]["value"] > 0
     assert body["chosen"]["circuit"] == dict.fromkeys(EMOTIONS, 0.5), "the weakest"
     assert body["unfit"] == dict.fromkeys(STEERED, list(EMOTIONS))
@@ -466,7 +617,7 @@ def test_a_judge_that_says_nothing_ends_in_a_complete_result(tmp_path: Path, cap
 
 def show(body: Row, capsys: pytest.CaptureFixture[str]) -> str:
     """The printed tables of an evaluation."""
-    split = {"n_groups": 9, "file": "test.jsonl"}
+    split = {"n_groups": 9, "kinds": {"chat": 4, SEV_KIND: 5}, "files": {"test.jsonl": "0"}}
     print_evaluation(
         {"model": "tiny", "judge": {"name": "words"}, "emotions": list(EMOTIONS), "test": split, "dev": split, **body}, "x.json"
     )
@@ -477,9 +628,59 @@ def test_the_tables_hold_the_figures(held: tuple[Row, list[Row]], capsys: pytest
     out = show(held[0], capsys)
     for result in held[0]["results"]:
         line = next(line for line in out.splitlines() if line.startswith(f"{result['method']} "))
-        accuracy = result["accuracy"]
-        assert f"{100 * accuracy['value']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]" in line
+        for name in ("good", "emotion"):
+            share = result[name]
+            assert f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]" in line
+        assert result["worst_kind"] in line
+    assert "9 prompts (chat 4, sev-vivid 5), each for every emotion" in out and "most good replies with ratio up to 3" in out
+    measured = [result for result in held[0]["results"] if result["contamination"] is not None]
+    assert [result["method"] for result in measured] == [method for method in CONTEST if method != NONE]
+    table = out[out.index("topic contamination") :].splitlines()
+    for result in measured:
+        line = next(line for line in table if line.startswith(f"{result['method']} "))
+        shares = [f"{100 * result['contamination'][name]:.1f}" for name in ("accuracy", "subject", "chance")]
+        assert line.split()[1:4] == shares and f"{100 * max(result['contamination']['phrases'].values()):.1f}" in line
     assert "circuit - residual" in out and f"circuit - {held[0]['best_prompt']}" in out and "at the ratio of" in out
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, list[Row]]:
+    """A contest on prompts of several kinds, read by a panel of three of whom one hears laughter only."""
+    panel = [WordJudge(), WordJudge(name="others", key="words-2"), WordJudge(lambda text: "laugh" not in text, name="deaf", key="deaf")]
+    return hold(tmp_path_factory.mktemp("mixed"), panel, settings=QUICK, test=[*groups(3), *prompts(6)], paid=True)
+
+
+QUICK = replace(SETTINGS, methods=(NONE, "circuit", "prompt-tone"))
+
+
+def test_a_panel_reads_prompts_of_all_kinds(mixed: tuple[Row, list[Row]], capsys: pytest.CaptureFixture[str]) -> None:
+    body, rows = mixed
+    assert [*body["results"][0]["by_kind"]] == [SEV_KIND, "chat", "question", "one-liner"]
+    assert {row["kind"] for row in rows} == {SEV_KIND, "chat", "question", "one-liner"}
+    chat = next(row for row in rows if row["kind"] == "chat")
+    assert chat["prompt"] == prompts(1)[0].said and (chat["valence"], chat["id"]) == ("", f"p00/{chat['emotion']}")
+    assert body["agreement"]["judges"] == ["deaf", "others", "words"] and body["agreement"]["pairs"]["others - words"] == 1.0
+    assert body["agreement"]["n"] == len({row["text"] for row in rows})
+    for row in rows:
+        given = [shares for shares in row["opinions"].values() if shares is not None]
+        assert [*row["opinions"]] == ["words", "others", "deaf"] and len(given) == (3 if "laugh" in row["text"] or not row["text"] else 2)
+        assert row["judged"] == max(given[0], key=lambda label, shares=given[0]: shares[label]), "two of three agree"
+        assert row["answers"] == (0.0 if not row["text"] else 0.1 if "never" in row["text"].split() else 0.9)
+    for result in body["results"]:
+        assert result["missing"] == 0 and result["judges"]["words"] == result["judges"]["others"] == result["emotion"]["value"]
+        assert sum(part["n"] for part in result["by_kind"].values()) == result["n"] == 27
+        worst = min(result["by_kind"], key=lambda kind: result["by_kind"][kind]["good"]["value"])
+        assert result["worst_kind"] == worst
+    out = show(body, capsys)
+    assert "emotion read by" in out and "Krippendorff's alpha" in out and "others - words 100%" in out
+    head = next(line for line in out.splitlines() if line.startswith("good / emotion / answers"))
+    circuit = next(result for result in body["results"] if result["method"] == "circuit")
+    best = max(body["results"], key=lambda result: result["good"]["value"])
+    kinds = sorted(best["by_kind"], key=lambda kind: best["by_kind"][kind]["good"]["value"])
+    assert head.split()[5:] == kinds, "the worst kind stands first"
+    line = [line for line in out[out.index(head) :].splitlines() if line.startswith("circuit ")][0]
+    for kind in kinds:
+        assert " / ".join(f"{100 * circuit['by_kind'][kind][name]['value']:.1f}" for name in ("good", "emotion", "answers")) in line
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------
@@ -492,9 +693,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     circuit.save(tmp_path / "circuit.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_module.Model, "load", classmethod(lambda cls, *a, **b: model))
-    monkeypatch.setattr(judges, "make_judge", lambda spec, **options: WordJudge())
-    monkeypatch.setattr(embedded_judge, "SentenceEncoder", BagEncoder)
+    monkeypatch.setattr(judges, "make_judges", lambda spec, **options: [WordJudge(name=name, key=f"{name}-1") for name in spec.split(",")])
+    monkeypatch.setattr(embedded_judge, "shared_encoder", BagEncoder)
     monkeypatch.setattr(soundness.SoundnessCheck, "load", classmethod(lambda cls, **options: WordCheck()))
+    monkeypatch.setattr(answers.AnswerCheck, "load", classmethod(lambda cls, **options: WordAnswers()))
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
@@ -505,7 +707,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return call
 
 
-SMALL = ("--groups", "3", "--dev-groups", "2", "--doses", "1,2", "--max-new-tokens", "4", "--budget", "3")
+SMALL = ("--groups", "8", "--dev-groups", "8", "--doses", "1,2", "--max-new-tokens", "4", "--budget", "3")
+
+
+READ_BY = {"soundness": "check-1", "answers": "answers-1"}
 
 
 def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -517,13 +722,15 @@ def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[in
     folder = Places.of(parts()[0].name).folder / "evaluation"
     first = (folder / "evaluation.json").read_bytes()
     assert json.loads(first) == found
-    assert (found["schema"], found["kind"], found["model"], found["emotions"]) == (1, "evaluation", parts()[0].name, list(EMOTIONS))
-    assert found["command"].startswith("emosteer evaluate --circuit circuit.safetensors --groups 3") and "created" not in found
-    assert found["dtype"] == "float32" and found["judge"]["key"] == "words-1" and found["decoding"]["max_new_tokens"] == 4
-    assert found["test"]["n_groups"] == 3 and found["test"]["file"] == "test.jsonl" and len(found["test"]["sha256"]) == 64
+    assert (found["schema"], found["kind"], found["model"], found["emotions"]) == (2, "evaluation", parts()[0].name, list(EMOTIONS))
+    assert found["command"].startswith("emosteer evaluate --circuit circuit.safetensors --groups 8") and "created" not in found
+    assert found["dtype"] == "float32" and found["decoding"]["max_new_tokens"] == 4
+    assert found["judge"] == {"name": "embedded, public, linear", "key": "embedded-1, public-1, linear-1"} | READ_BY
+    for split, files in (("dev", ("sev/train.jsonl", "prompts/dev.jsonl")), ("test", ("sev/test.jsonl", "prompts/test.jsonl"))):
+        assert found[split] == {"n_groups": 8, "kinds": dict.fromkeys(KINDS, 1), "files": {f: sha256_file(data_path(f)) for f in files}}
     assert {row["method"] for row in found["results"]} == set(CONTEST)
     rows = [json.loads(line) for line in (folder / "test-replies.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 + 9 * 9
+    assert len(rows) == 8 + 9 * 24 and {row["kind"] for row in rows} == set(KINDS)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert run(*SMALL, "--json")[:2] == (0, out) and (folder / "evaluation.json").read_bytes() == first
     assert {file.name: file.stat().st_size for file in folder.iterdir()} == sizes, "nothing was written or asked again"
@@ -540,13 +747,28 @@ def test_test_prompts_come_from_the_end_of_the_order(run: Callable[..., tuple[in
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "here" / "test-replies.jsonl").read_text().splitlines()]
     keys = [f"{n}/{v}" for n in names for v in event]
-    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-3:])
-    assert json.loads(out)["test"]["file"] == "mine.jsonl"
+    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-8:])
+    assert [*json.loads(out)["test"]["files"]] == ["mine.jsonl"] and json.loads(out)["test"]["kinds"] == {SEV_KIND: 8}
+    assert json.loads(out)["dev"]["kinds"] == {SEV_KIND: 8}, "strengths are chosen on the kinds that are tested"
     assert [row["method"] for row in json.loads(out)["results"]] == [NONE, "residual", "circuit"]
     assert {row["prompt"].split()[4] for row in rows} <= set(names)
-    code, out, err = run(*SMALL, "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "there", "--skip", "3")
+    code, out, err = run(*SMALL, "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "there", "--skip", "8")
     rows = [json.loads(line) for line in (tmp_path / "there" / "test-replies.jsonl").read_text().splitlines()]
-    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-6:-3])
+    assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-16:-8])
+
+
+def test_kinds_and_judges_are_chosen(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    options = (*SMALL, "--json", "--methods", "circuit", "--judge", "words")
+    code, out, err = run(*options, "--kinds", "chat,question", "--out", "here")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["test"]["kinds"] == {"question": 4, "chat": 4} == found["dev"]["kinds"] and found["judge"]["name"] == "words"
+    assert [*found["test"]["files"]] == ["prompts/test.jsonl"] and found["agreement"]["judges"] == ["words"]
+    chats = [json.loads(line) for line in (tmp_path / "here" / "test-replies.jsonl").read_text().splitlines()]
+    said = {group.key.scenario: group.said for group in read_groups(data_path("prompts/test.jsonl"))}
+    assert all(row["prompt"] == said[row["skeleton_id"]] for row in chats)
+    code, out, err = run(*options, "--kinds=-chat", "--out", "there")
+    assert code == 0 and json.loads(out)["test"]["kinds"] == dict.fromkeys(KINDS[:-1], 1)
 
 
 def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -578,7 +800,8 @@ def test_a_judge_that_is_the_steered_model_is_refused(run: Callable[..., tuple[i
     judge = object.__new__(HfJudge)  # nothing but what names it and its weights is looked at
     for name, value in {"name": "hf:tiny", "key": "x", "weights": (parts()[0].sha256,)}.items():
         object.__setattr__(judge, name, value)
-    monkeypatch.setattr(judges, "make_judge", lambda spec, **options: judge)
+    monkeypatch.setattr(judges, "make_judges", lambda spec, **options: [WordJudge(), judge])
+    monkeypatch.setattr(judges, "specs_of", lambda spec: ["embedded", "embedded"])
     code, out, err = run(*SMALL)
     assert code == 2 and out == "" and "independent" in err and err.count("\n") == 1
 
@@ -592,8 +815,11 @@ def test_a_judge_that_is_the_steered_model_is_refused(run: Callable[..., tuple[i
         (("--budget", "nan"), "--budget"),
         (("--scenarios", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--skip", "100000"), "leaves nothing"),
+        (("--kinds", "chatt"), "unknown kind 'chatt' (did you mean 'chat'?)"),
+        (("--kinds", "all,-chat", "--scenarios", "chats.jsonl"), "chats.jsonl has no prompt of the kinds"),
     ],
 )
 def test_bad_options_are_one_line(run: Callable[..., tuple[int, str, str]], options: tuple[str, ...], message: str) -> None:
+    Path("chats.jsonl").write_text('{"id": "c", "kind": "chat", "messages": [{"role": "user", "content": "why"}]}\n')
     code, out, err = run(*SMALL[:2], *options)
     assert code in (1, 2) and out == "" and message in err and err.count("\n") == 1 and "Traceback" not in err

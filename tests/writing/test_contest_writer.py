@@ -88,7 +88,7 @@ def test_every_reply_is_what_generate_writes_alone(tmp_path: Path) -> None:
 
 
 def test_a_chat_s_earlier_turns_reach_the_model_with_every_method(tmp_path: Path) -> None:
-    """Token for token: what was said before, then the prompt's or the plain last turn; also by another process, which reads it from disk."""
+    """Token for token: what was said before, then the prompt's or the plain last turn; other processes read it from disk."""
     model = parts()[0]
     chat = prompts(1)[0]
     turns = [message._asdict() for message in chat.earlier]
