@@ -7,8 +7,10 @@ import random
 import pytest
 
 from emosteer.base.errors import DataError
-from emosteer.scenarios.contamination import Text, contamination, content_words, phrases_of, subject_words, word_list
-from emosteer.scenarios.scenarios import data_path, read_bank
+from emosteer.scenarios.contamination import Text, contamination, contamination_of_bank, content_words, phrases_of, subject_words, word_list
+from emosteer.scenarios.lints import lint_contamination
+from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, GroupKey, data_path, read_bank
+from emosteer.scenarios.words import feeling_pattern
 
 SUBJECTS = {"anger": ("refund", "invoice", "clerk"), "sadness": ("bedroom", "photograph", "curtain"), "fear": ("ladder", "river", "dog")}
 
@@ -76,3 +78,43 @@ def test_the_first_bank_is_contaminated() -> None:
     bank = read_bank(data_path("replies/train.jsonl"))
     rows = [Text(text, emotion, key.scenario) for key, replies in bank.items() for emotion, text in replies.items()]
     assert contamination(rows).accuracy == pytest.approx(0.826, abs=0.02)
+
+
+def test_the_spoken_bank_is_half_as_contaminated() -> None:
+    """Its replies to one prompt have the same content, so that the subject is left with the emotion's own ways."""
+    found = contamination_of_bank(read_bank(data_path("replies/spoken.jsonl")), EMOTIONS)
+    assert found is not None and found.n == 6 * 572 and found.chance == pytest.approx(1 / 6)
+    assert found.accuracy == pytest.approx(0.471, abs=0.01) and found.subject == pytest.approx(0.462, abs=0.01)
+    assert max(found.phrases.values()) < 0.13
+
+
+def test_a_bank_too_small_is_not_measured_and_others_emotions_are_left_out() -> None:
+    rows = texts(1.0, 5)
+    bank: Bank = {}
+    for row in rows:
+        bank.setdefault(GroupKey(row.group, ""), {})[row.emotion] = row.text
+    assert contamination_of_bank(bank, ("anger",)) is None and contamination_of_bank(dict([*bank.items()][:4]), tuple(SUBJECTS)) is None
+    assert contamination_of_bank(bank, tuple(SUBJECTS)) == contamination(rows)
+    assert contamination_of_bank(bank, ("anger", "fear")) == contamination([row for row in rows if row.emotion != "sadness"])
+    valences = {GroupKey(f"s{n}", valence): {"anger": "no", "fear": "yes"} for n in range(4) for valence in VALENCES}
+    assert contamination_of_bank(valences, ("anger", "fear")) is None, "events of one scenario are one prompt"
+
+
+def test_a_bound_is_a_problem_when_the_subject_gives_more_away() -> None:
+    clean, leaking = contamination(texts(0.0)), contamination(texts(1.0))
+    assert lint_contamination(clean, 0.6) == [] and lint_contamination(leaking, 1.0) == []
+    (problem,) = lint_contamination(leaking, 0.35)
+    assert str(problem).startswith(
+        "replies: contamination: subject words alone name the emotion of 100.0% of held-out replies (chance 33.3%), expected at most 35.0%"
+    )
+    assert "anger clerk, " in str(problem) or "invoice" in str(problem)
+    (missing,) = lint_contamination(None, 0.35)
+    assert "too few replies to measure it" in str(missing)
+
+
+def test_words_are_told_feelings_as_whole_texts_are() -> None:
+    """Word by word, with the pattern of the whole list over the text as the measure."""
+    bank = read_bank(data_path("replies/train.jsonl"))
+    for said in ["I'm MADDENED, he's glad; anger's un-happy_1 mad2 Angry!", *([*replies.values()][0] for replies in bank.values())]:
+        without = feeling_pattern().sub(" ", said.replace("\u2019", "'"))
+        assert content_words(said) == content_words(without), said
