@@ -29,7 +29,8 @@ from emosteer.evaluation.metrics import measure
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Request
-from emosteer.judges.embedded import EmbeddedJudge
+from emosteer.judges.protocol import EmotionJudge
+from emosteer.judges.registry import PANEL, judge_of, make_judges
 from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
 from emosteer.scenarios.prompts import INSTRUCTION
@@ -69,13 +70,22 @@ def by_builtin(folder: Path, jobs: Sequence[Job], requests: Sequence[Request], o
     return keyed(rows)
 
 
-def measured(rows: Rows, judge: EmbeddedJudge, plain: Model, emotions: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+def measured(rows: Rows, judge: EmotionJudge, plain: Model, emotions: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
     """(event, emotion) -> the figures of its reply."""
     texts = [row["text"] for row in rows.values()]
     opinions, costs = judge.opinions(texts), reply_nll(plain, texts)
+    unread = {"sound": True, "answers": math.nan}  # neither is compared here
     return {
         key: measure(
-            {**row, "probabilities": opinion.probabilities, "nll": None if math.isnan(cost) else cost, "sound": True}, key[1], emotions
+            {
+                **row,
+                **unread,
+                "probabilities": opinion.probabilities,
+                "judged": opinion.emotion(),
+                "nll": None if math.isnan(cost) else cost,
+            },
+            key[1],
+            emotions,
         )
         for (key, row), opinion, cost in zip(rows.items(), opinions, costs, strict=True)
     }
@@ -116,7 +126,7 @@ def main() -> None:
     found = weights.resolve(options.model, progress=note)
     circuit, path = require_circuit(found, options.circuit)
     emotions, groups = parse_emotions(options.emotions, circuit.emotions), test_groups(options.events)
-    judge = EmbeddedJudge.load()
+    judge = judge_of(make_judges(PANEL))
     vllm = ["--engine", "vllm", *(part for option in options.engine_option for part in ("--engine-option", option))]
     theirs = by_command(options, groups, emotions, options.room / "vllm.jsonl", vllm)
     builtin_options = ["--engine", "builtin", "--positions", "reply", "--batch-size", str(options.batch_size)]

@@ -20,7 +20,6 @@ from emosteer.base.files import sha256_text
 from emosteer.cli import main as cli
 from emosteer.judges import registry
 from emosteer.judges.by_hand import draw, sheet_of
-from emosteer.judges.embedded import EmbeddedJudge
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.judges.soundness import SoundnessCheck
 from emosteer.scenarios.scenarios import EMOTIONS
@@ -84,7 +83,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeJudge:
     judge = FakeJudge()
-    monkeypatch.setattr(EmbeddedJudge, "load", lambda: judge)
+    monkeypatch.setitem(registry.KINDS, "embedded", registry.JudgeKind("embedded", lambda reference, options: judge))
     monkeypatch.setattr(SoundnessCheck, "load", lambda encoder=None: FakeSoundness())
     return judge
 
@@ -97,7 +96,7 @@ def run(fake: FakeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def call(*arguments: object, said: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(said))
         with pytest.raises(SystemExit) as stop:
-            cli.main(["judge", *map(str, arguments)])
+            cli.main(["judge", *([] if "--judge" in arguments else ["--judge", "embedded"]), *map(str, arguments)])
         out, err = capsys.readouterr()
         return int(stop.value.code or 0), out, err
 
@@ -307,7 +306,7 @@ PROGRAM = """
 import sys
 from tests.cli import test_by_hand as fakes
 from emosteer.cli import main as cli
-fakes.EmbeddedJudge.load = lambda: fakes.FakeJudge()
+fakes.registry.KINDS["embedded"] = fakes.registry.JudgeKind("embedded", lambda reference, options: fakes.FakeJudge())
 fakes.SoundnessCheck.load = lambda encoder=None: fakes.FakeSoundness()
 cli.main(sys.argv[1:])
 """
@@ -320,7 +319,7 @@ class Terminal:
         assert pty is not None
         self.master, slave = pty.openpty()
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "80"}
-        command = [sys.executable, "-c", PROGRAM, "judge", "f.jsonl", "--by-hand", *arguments]
+        command = [sys.executable, "-c", PROGRAM, "judge", "f.jsonl", "--by-hand", "--judge", "embedded", *arguments]
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=slave, stdout=subprocess.PIPE, stderr=slave, start_new_session=True
         )
