@@ -29,7 +29,7 @@ def test_it_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EMOSTEER_NOTEBOOK_CIRCUIT", str(tmp_path / "circuit.safetensors"))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    done = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    done = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = [output for cell in done.cells for output in cell.get("outputs", ())]
     assert any("the same as m.generate: True" in output.get("text", "") for output in printed)
     assert any("image/png" in output.get("data", {}) for output in printed)
