@@ -249,10 +249,10 @@ def test_a_judge_with_the_steered_models_weights_is_refused(tmp_path: Path) -> N
     classifier(tmp_path / "a", EKMAN)
     classifier(tmp_path / "b", EKMAN, seed=1)
     judge = HfJudge.load(str(tmp_path / "a"), "cpu")
-    refuse_same_weights(judge, resolve(str(tmp_path / "b")).sha256)
-    refuse_same_weights(object(), resolve(str(tmp_path / "a")).sha256)
+    refuse_same_weights([judge], resolve(str(tmp_path / "b")).sha256)
+    refuse_same_weights([object()], resolve(str(tmp_path / "a")).sha256)
     with pytest.raises(UsageError, match="judge hf:a has the weights of the steered model itself"):
-        refuse_same_weights(judge, resolve(str(tmp_path / "a")).sha256)
+        refuse_same_weights([judge], resolve(str(tmp_path / "a")).sha256)
 
 
 def test_all_six_can_be_said(tmp_path: Path) -> None:

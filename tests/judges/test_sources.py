@@ -35,9 +35,9 @@ def test_texts_with_one_label_that_judges_tell_are_read(tmp_path: Path) -> None:
         row("none"),
         row("trust", "trust"),
         row("  ", "fear"),
-        row("[NAME] told [NAME] of [LOCATION] , [PERSON] and [RELIGION] [TEAM]", "neutral"),
+        row("[NAME] told [NAME] of [RELIGION] [TEAM]", "neutral"),
     )
-    assert read_labelled(file) == [("one", "anger"), ("Alex told Alex of London , Alex and Christian [TEAM]", "neutral")]
+    assert read_labelled(file) == [("one", "anger"), ("Alex told Alex of Christian [TEAM]", "neutral")]
 
 
 @pytest.mark.parametrize(

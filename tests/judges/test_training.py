@@ -26,7 +26,18 @@ from emosteer.judges.protocol import LABELS
 from emosteer.judges.soundness import FAULTS, SOUND
 from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
 from emosteer.judges.storage import load_adapter, load_heads
-from emosteer.judges.training import FOREIGN, OWN, measure, measure_answers, measure_soundness, print_card, read_own, some_of, train
+from emosteer.judges.training import (
+    FOREIGN,
+    OWN,
+    Workshop,
+    measure,
+    measure_answers,
+    measure_soundness,
+    print_card,
+    read_own,
+    some_of,
+    train,
+)
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, data_path, read_bank
 from tests.helpers.judge_setup import FILLERS, TELLING, card_of, shipped_adapters, tiny_encoder
 
@@ -238,8 +249,8 @@ def fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list
     monkeypatch.setattr(training, "BANKS", {"bank": ("sev/train.jsonl", "replies/train.jsonl")})
     monkeypatch.setattr(training, "SHARES", {"film": 0.5})
     monkeypatch.setattr(training, "ANSWER_SETTINGS", replace(SMALL, balance=1.0))
-    for one in (training, fine_tuning):
-        monkeypatch.setattr(one, "SentenceEncoder", tiny_encoder)
+    monkeypatch.setattr(training, "shared_encoder", tiny_encoder)
+    monkeypatch.setattr(fine_tuning, "SentenceEncoder", tiny_encoder)
     calls: list[dict[str, list[Labelled]]] = []
     plainly = training.fine_tune
 
@@ -254,10 +265,11 @@ def fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list
 def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     tmp_path: Path, fits: list[dict[str, list[Labelled]]]
 ) -> None:
-    card = train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL)
-    names = {"film", "forum", "sentences", "replies"}
-    assert [set(one) for one in fits] == [names, {"film", "forum"}, *(names - {left} for left in ("film", "forum", *OWN)), {"pairs"}]
-    for one in fits[:-1]:
+    card = train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, SMALL.steps, Workshop(tmp_path / "parts"))
+    assert card is not None
+    names = {"film", "forum", *OWN}
+    assert [set(one) for one in fits] == [names, {"film", "forum"}, {"pairs"}, names - {"film"}, names - {"forum"}]
+    for one in fits[:2] + fits[3:]:
         for name, texts in one.items():
             assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(name) for text, _ in texts)
             assert "bank" not in " ".join(text for text, _ in texts), "the reply bank is a test"
@@ -271,10 +283,13 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
 
 def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path: Path, fits: list[Any]) -> None:
     out, again = tmp_path / "judge.safetensors", tmp_path / "again.safetensors"
-    card = train(tmp_path / "public", out, SMALL, leave_out=False)
-    train(tmp_path / "public", again, SMALL, leave_out=False)
+    card = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
+    train(tmp_path / "public", again, SMALL, 0, Workshop(tmp_path / "others"))
+    assert card is not None
     assert sha256_file(out) == sha256_file(again), "the same texts, the same bytes"
-    assert load_heads(out).keys() == {"emotion", "soundness"} and "left_out" not in card
+    assert load_heads(out).keys() == {"emotion", "soundness"} and set(card["left_out"]) == set(OWN), (
+        "all of our own are left out of `public`"
+    )
     film = read_public(tmp_path / "public")[0]
     answers = torch.tensor([LABELS.index(label) for _, label in film.test])
     for name in ("embedded", "public"):
@@ -289,10 +304,11 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
 @pytest.mark.parametrize("file", ["public/film", "judge/sentences.jsonl"])
 def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: str) -> None:
     out = tmp_path / "judge.safetensors"
-    before = train(tmp_path / "public", out, SMALL, leave_out=False)
+    before = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
     heads, adapters = load_heads(out), {name: load_adapter(out, name).key for name in ("embedded", "public", "answers")}
     write_data(tmp_path, flipped=file)
-    after = train(tmp_path / "public", out, SMALL, leave_out=False)
+    after = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "others"))
+    assert before is not None and after is not None
     assert {name: head.key for name, head in load_heads(out).items()} == {name: head.key for name, head in heads.items()}
     assert {name: load_adapter(out, name).key for name in adapters} == adapters
     name = Path(file).stem
@@ -302,7 +318,17 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
     (tmp_path / "public/film.jsonl").rename(tmp_path / "public/replies.jsonl")
     with pytest.raises(DataError, match="expected sources of different names, found forum, replies, sentences, replies"):
-        train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL)
+        train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, 0, Workshop(tmp_path / "parts"))
+
+
+def test_parts_are_kept_and_shared(tmp_path: Path, fits: list[Any]) -> None:
+    out, parts = tmp_path / "judge.safetensors", tmp_path / "parts"
+    assert train(tmp_path / "public", out, SMALL, 0, Workshop(parts, ("public",))) is None and not out.exists()
+    assert [set(one) for one in fits] == [{"film", "forum"}]
+    assert train(tmp_path / "public", out, SMALL, 0, Workshop(parts)) is not None and len(fits) == 3
+    assert train(tmp_path / "public", out, replace(SMALL, seed=1), 0, Workshop(parts)) is not None and len(fits) == 5, (
+        "but for other settings"
+    )
 
 
 # ---- what is shipped -----------------------------------------------------------------------------------------------
@@ -311,7 +337,7 @@ def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: li
 def test_the_shipped_card_agrees_with_itself(own: list[Source]) -> None:
     shipped_adapters()
     card = card_of()
-    assert set(card["emotions"]) == {"embedded", "public", "linear"} and len(card["left_out"]) == 4
+    assert set(card["emotions"]) == {"embedded", "public", "linear"} and set(card["left_out"]) >= set(OWN)
     for rows in (*card["emotions"].values(), card["left_out"]):
         for row in rows.values():
             confusion = torch.tensor([[row["confusion"][given][judged] for judged in LABELS] for given in LABELS])
