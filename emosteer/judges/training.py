@@ -2,7 +2,7 @@
 
 - `embedded`: the encoder fine-tuned on all sources: public texts that people labelled, and the project's own (data/judge/).
 - `public`: the same, on the public sources alone.
-- `linear`: a linear head on the frozen encoder, on all sources.
+- `linear`: a linear head on the frozen encoder, on the project's own texts.
 - the soundness head, on sound texts broken on purpose (`broken_texts`), and the check whether a reply answers its prompt (`answers`).
 
 The card in the file holds what is printed here. The reply banks are never fitted on by a judge of emotions: they are a test.
@@ -47,8 +47,10 @@ PAIRS = "judge/answer_pairs.jsonl"
 BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
 #: Shares of the draws that each source has; those of sources left out go to the others.
 SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18, "sentences": 0.122, "replies": 0.18, "spoken": 0.14}
-#: Texts of each source that the linear head is fitted on, at most, and that any judge is measured on.
-MOST_FITTED, MOST_MEASURED = 6000, 3000
+#: Sources of the linear judge and of the soundness head.
+LINEAR = ("sentences", "replies")
+#: Texts of a source that a judge is measured on, at most; all of GoEmotions' test split.
+MOST_MEASURED = 1000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
 LEFT_OUT_STEPS = 300
 #: The answer check learns from pairs, twice as long as texts.
@@ -259,11 +261,12 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
     emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
     encoder = shared_encoder()
-    chosen = [t for s in sources for t in some_of(s.train, MOST_FITTED)]
+    plain = [source for source in own if source.name in LINEAR]
+    chosen = [labelled for source in plain for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
-    soundness, how_sound = fit_soundness(encoder, [text for s in own for text, _ in (*s.train, *s.test)], foreign)
+    soundness, how_sound = fit_soundness(encoder, [text for s in plain for text, _ in (*s.train, *s.test)], foreign)
     answer_judge = TunedJudge.of(encoder, check, "answers")
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
