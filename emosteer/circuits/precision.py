@@ -15,8 +15,8 @@ from emosteer.base.progress import note
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
 
-#: Tokens of the trial, repeats of it (the fastest counts: other work on the machine only slows), and the seconds below which no copy is
-#: worth making, nor a trial of one.
+#: Tokens of the trial, repeats of it (the fastest counts: what else happens only slows), and the seconds below which no copy is worth
+#: making, nor a trial of one.
 TOKENS, REPEATS, QUICK = 128, 3, 0.05
 
 
@@ -48,11 +48,16 @@ def reader(model: Model, dtype: str) -> Model:
 
 
 def step_seconds(model: Model) -> float:
-    """How long one forward and backward pass of a short sequence takes, from the first layer's vectors to the logits and back."""
+    """How long one forward and backward pass of a short sequence takes, from the first layer's vectors to the logits and back.
+
+    On a CPU the time that the process computes, all threads together, so that other work on the machine does not decide; else the time
+    that passes.
+    """
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     ids = torch.arange(min(TOKENS, model.shape.context), device=model.device).remainder(model.shape.d_vocab)[None]
 
     def step() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         free = torch.zeros(model.shape.d_model, device=model.device, requires_grad=True)
 
         def edit(activation: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def step_seconds(model: Model) -> float:
         model.logits(model.run(ids, {Site(0, ATTN_OUT): edit}, bridge=False)).float().logsumexp(-1).mean().backward()
         assert free.grad is not None
         free.grad.sum().item()  # waits for a GPU
-        return time.perf_counter() - begin
+        return clock() - begin
 
     step()  # the first one also makes room and chooses kernels
     return min(step() for _ in range(REPEATS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -270,6 +271,18 @@ def test_what_is_named_or_cannot_be_copied_is_not_measured(tiny: Model, monkeypa
     assert [precision.chosen_dtype(tiny, name) for name in ("bfloat16", "float32")] == ["bfloat16", "float32"] and not tried
     with pytest.raises(UsageError, match="unknown dtype 'bfloat32'.*expected auto, bfloat16, float32"):
         GainSettings(dtype="bfloat32")
+
+
+def test_what_else_the_machine_does_counts_for_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that waits, as on a busy processor, is as fast as one that does not."""
+    usual = tiny.run
+
+    def waiting(*args: Any, **options: Any) -> Tensor:
+        time.sleep(2 * precision.QUICK)
+        return usual(*args, **options)
+
+    monkeypatch.setattr(tiny, "run", waiting)
+    assert precision.step_seconds(tiny) < precision.QUICK and precision.chosen_dtype(tiny, "auto") == "float32"
 
 
 def test_a_trial_takes_time_and_leaves_nothing_behind(family: Model) -> None:
