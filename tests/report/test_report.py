@@ -284,7 +284,7 @@ def test_kinds_of_prompt_are_drawn_worst_first_with_good_emotion_and_answers(who
     first = shown.all("svg")[0]
     assert [title.text.split(",")[0] for title in first.all("title")] == [kind for kind in order for _ in range(3)]
     assert first.attributes["aria-label"].startswith("Circuit by kind of prompt.") and "Worst: question." in first.attributes["aria-label"]
-    assert len(shown.all("svg")) == len(TRUTH) and len(shown.all("details", class_="more")[0].all("svg")) == len(TRUTH) - 3
+    assert len(shown.all("svg")) == len(TRUTH) and len(shown.all("details", class_="more")[0].all("svg")) == len(TRUTH) - 4
     for table, metric in zip(shown.all("table"), ("good", "emotion", "answers"), strict=True):
         assert [cell.text for cell in table.all("tr")[0].all("th")] == ["Method", *(kind.capitalize() for kind in order)]
         values = [percent_range(Interval.of(result("residual")["by_kind"][names[kind]][metric])) for kind in order]
@@ -324,7 +324,7 @@ def test_contamination_stands_in_tables_and_a_figure(whole: Node) -> None:
     ]
     assert "Unsteered" not in cells(summary) and len(cells(summary)) == len(TRUTH) - 1
     assert cells(words_of_main)["Residual steering: anger"] == ["20.0\u202f%", "0.0\u202f%", "refund 5.2, manager 3.5"]
-    assert cells(words_of_main)["Circuit: fear"][-1] == "dark 4.1" and len(cells(words_of_main)) == 3 * 6
+    assert cells(words_of_main)["Circuit: fear"][-1] == "dark 4.1" and len(cells(words_of_main)) == 4 * 6
     shown = figure(whole, "contamination")
     assert len(cells(shown.all("table")[0])) == 6 * (len(TRUTH) - 1)
     for name, part in zip(("accuracy", "subject"), shown.all("div", class_="panel"), strict=True):
