@@ -1,7 +1,7 @@
-"""Does a reply answer its prompt? A pair classifier: the sentence encoder, fine-tuned (`adapters`) on prompts with their own replies
-against replies to other events, to other prompts, and replies that only repeat words of the prompt. It is told nothing of emotions.
+"""Does a reply answer its prompt? A linear head on what the frozen sentence encoder makes of both, and on which words they share.
 
-docs/JUDGES.md has its error rates on pairs that were written by hand for this, beside those of what it replaced.
+Fitted on prompts with their own replies against replies to other events, to other prompts, and replies that only repeat words of the prompt;
+told nothing of emotions. docs/JUDGES.md has its error rates on pairs that were written by hand for this, beside those of what it replaced.
 """
 
 from __future__ import annotations
@@ -12,48 +12,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emosteer.base.errors import DataError
-from emosteer.judges.adapters import TunedJudge
-from emosteer.judges.embedded import ASSET, SentenceEncoder
-from emosteer.judges.storage import load_adapter
+import torch
+from torch import Tensor
+
+from emosteer.base.errors import ArtifactError, DataError
+from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder, shared_encoder
+from emosteer.judges.protocol import Encoder
+from emosteer.judges.soundness import repetition, words_of
+from emosteer.judges.storage import load_heads
 from emosteer.scenarios.contamination import content_words
 
 ANSWERS, NOT = "answers", "does not"
 PAIR_LABELS = (ANSWERS, NOT)
-#: What the encoder was taught to read as the border between two texts.
-_BORDER = " [SEP] "
+Pair = tuple[str, str]
+#: Longest reply, in words, that lengths are told apart to.
+LONGEST = 60
 
 
-def pair_of(prompt: str, reply: str) -> str:
-    """Both as one text for the encoder."""
-    return f"{prompt}{_BORDER}{reply}"
+def pair_features(pairs: Sequence[Pair], encoder: Encoder) -> Tensor:
+    """What is read of each (prompt, reply): product and distance of their embeddings, and `_words`. Shape [pair, feature]."""
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    place, vectors = {text: i for i, text in enumerate(texts)}, encoder(texts)
+    rows = []
+    for prompt, reply in pairs:
+        one, other = vectors[place[prompt]], vectors[place[reply]]
+        rows.append(torch.cat([one * other, (one - other).abs(), torch.tensor([float(one @ other), *_words(prompt, reply)])]))
+    return torch.stack(rows)
+
+
+def _words(prompt: str, reply: str) -> list[float]:
+    """Shares of content words that the other text has too, of reply words that the prompt has; repetition inside the reply; its length."""
+    asked, said = content_words(prompt), content_words(reply)
+    shared, words, heard = len({*asked} & {*said}), words_of(reply), {*words_of(prompt)}
+    return [
+        shared / max(1, len({*said})),
+        shared / max(1, len({*asked})),
+        sum(word in heard for word in words) / max(1, len(words)),
+        len({*said}) / max(1, len(said)),
+        repetition(words, 2),
+        1 - len({*words}) / max(1, len(words)),
+        min(len(words), LONGEST) / LONGEST,
+        len(said) / max(1, len(words)),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerCheck:
-    """The fine-tuned classifier."""
+    """The encoder and the head."""
 
-    judge: TunedJudge
+    encoder: Encoder
+    head: LinearHead
 
     @classmethod
     def load(cls, path: Path = ASSET, encoder: SentenceEncoder | None = None) -> AnswerCheck:
         """The shipped check; give the judges' encoder so that it is loaded once.
 
         Raises:
-            ArtifactError: if the file is missing or damaged.
+            ArtifactError: if the file is missing or damaged, or holds no such check.
         """
-        adapter = load_adapter(path, "answers")
-        return cls(TunedJudge.of(encoder or SentenceEncoder(), adapter, "answers"))
+        head = load_heads(path).get("answers")
+        if head is None:
+            raise ArtifactError(f"{path} holds no check of answers; run `make judge`")
+        return cls(encoder or shared_encoder(), head)
 
     @property
     def key(self) -> str:
-        """A hash of the adapter."""
-        return self.judge.key
+        """A hash of the head."""
+        return f"answers-{self.head.key}"
 
-    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def probabilities(self, pairs: Sequence[Pair]) -> list[float]:
         """Per (prompt, reply) the probability that the reply answers the prompt."""
-        column = self.judge.labels.index(ANSWERS)
-        return [float(row[column]) for row in self.judge.probabilities([pair_of(*pair) for pair in pairs])]
+        if not pairs:
+            return []
+        return [float(share) for share in self.head.probabilities(pair_features(pairs, self.encoder))[:, PAIR_LABELS.index(ANSWERS)]]
 
 
 # ---- texts to fit it on ------------------------------------------------------------------------------------------------------------
@@ -97,7 +128,7 @@ class Answered:
     siblings: tuple[str, ...] = ()
 
 
-def pair_texts(answered: Sequence[Answered], per_reply: int, seed: int) -> list[tuple[str, str]]:
+def labelled_pairs(answered: Sequence[Answered], per_reply: int, seed: int) -> list[tuple[Pair, str]]:
     """(pair, label): every reply with its own prompt as often as with what does not answer it, so that tone tells nothing.
 
     Args:
@@ -110,19 +141,19 @@ def pair_texts(answered: Sequence[Answered], per_reply: int, seed: int) -> list[
     by_tone: dict[str, list[Answered]] = {}
     for one in answered:
         by_tone.setdefault(one.tone, []).append(one)
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[Pair, str]] = []
     for one in answered:
         elsewhere = [other for other in by_tone[one.tone] if other.prompt != one.prompt and other.reply != one.reply]
         siblings = [reply for reply in one.siblings if reply != one.reply]
         if not elsewhere:
             raise DataError(f"expected replies of '{one.tone}' to at least two prompts, found one: '{one.prompt[:60]}'; give more replies")
         for _ in range(per_reply):
-            pairs.append((pair_of(one.prompt, one.reply), ANSWERS))
+            pairs.append(((one.prompt, one.reply), ANSWERS))
             other = rng.choice(elsewhere)
             way = rng.random()
             if way < 0.4 and siblings:
                 reply = rng.choice(siblings)
             else:
                 reply = other.reply if way < 0.75 else rambling(one.prompt, other.reply, rng)
-            pairs.append((pair_of(one.prompt, reply), NOT))
+            pairs.append(((one.prompt, reply), NOT))
     return pairs

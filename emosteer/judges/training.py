@@ -28,7 +28,7 @@ from emosteer.base.files import read_jsonl, sha256_file, sha256_text
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
-from emosteer.judges.answers import ANSWERS, PAIR_LABELS, Answered, pair_of, pair_texts
+from emosteer.judges.answers import PAIR_LABELS, AnswerCheck, Answered, labelled_pairs, pair_features
 from emosteer.judges.broken_texts import soundness_examples
 from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, LinearJudge, SentenceEncoder, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
@@ -53,8 +53,6 @@ LINEAR = ("sentences", "replies")
 MOST_MEASURED = 1000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
 LEFT_OUT_STEPS = 300
-#: The answer check learns from pairs, twice as long as texts.
-ANSWER_SETTINGS = FineTuneSettings(steps=600, batch=32, balance=1.0, longest=160)
 
 
 def read_own(name: str, file: str) -> Source:
@@ -161,10 +159,9 @@ def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tup
     }
 
 
-def measure_answers(judge: TunedJudge, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By relation of the hand-made pairs: the share that is called an answer."""
-    column = judge.labels.index(ANSWERS)
-    shares = judge.probabilities([pair_of(pair["prompt"], pair["reply"]) for pair in pairs])[:, column].tolist()
+    shares = check.probabilities([(pair["prompt"], pair["reply"]) for pair in pairs])
     relations = dict.fromkeys(pair["relation"] for pair in pairs)
     called = {r: [share >= ANSWERED for share, pair in zip(shares, pairs, strict=True) if pair["relation"] == r] for r in relations}
     return {relation: {"n": len(hits), "called_answer": round(sum(hits) / len(hits), 4)} for relation, hits in called.items()}
@@ -243,20 +240,14 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     sources = read_sources(public)
     outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
     banks, answered = read_banks()
-    pairs = pair_texts(answered, 4, 0)
     made = {"embedded": tuned(sources, "embedded", settings, workshop), "public": tuned(outside, "public", settings, workshop)}
-    check = workshop.adapter(
-        "answers",
-        [pairs, asdict(ANSWER_SETTINGS)],
-        lambda: fine_tune({"pairs": pairs}, {}, ANSWER_SETTINGS, "answers", labels=PAIR_LABELS),
-    )
     shorter = replace(settings, steps=left_out_steps)
     without = {
         source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, workshop)
         for source in (outside if left_out_steps else [])
     }
     judges, left_out = {n: j for n, j in made.items() if j is not None}, {n: j for n, j in without.items() if j is not None}
-    if check is None or len(judges) < len(made) or len(left_out) < len(without):
+    if len(judges) < len(made) or len(left_out) < len(without):
         return None
     tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
     emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
@@ -267,7 +258,10 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     soundness, how_sound = fit_soundness(encoder, [text for s in plain for text, _ in (*s.train, *s.test)], foreign)
-    answer_judge = TunedJudge.of(encoder, check, "answers")
+    note("fitting the check of answers")
+    pairs = labelled_pairs(answered, 1, 0)
+    places = torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
+    check = AnswerCheck(encoder, fit_head(pair_features([pair for pair, _ in pairs], encoder), places, PAIR_LABELS))
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "left_out_steps": left_out_steps},
@@ -277,14 +271,14 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
         "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()}
         | measured(judges["public"], {s.name: tests[s.name] for s in own}),
         "soundness": how_sound,
-        "answers": measure_answers(answer_judge, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]),
+        "answers": measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]),
     }
     hashes = {name: digest for source in sources for name, digest in source.files.items()}
     hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *(f for both in BANKS.values() for f in both))}
     method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
     provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
-    adapters = {**{name: judge.adapter for name, judge in judges.items()}, "answers": check}
-    save_judges(out, {"emotion": linear, "soundness": soundness}, adapters, card, provenance)
+    heads = {"emotion": linear, "soundness": soundness, "answers": check.head}
+    save_judges(out, heads, {name: judge.adapter for name, judge in judges.items()}, card, provenance)
     return card
 
 
