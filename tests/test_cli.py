@@ -15,6 +15,7 @@ import torch
 
 from emosteer.base.files import sha256_file
 from emosteer.cli import main as cli
+from emosteer.scenarios.shipped import read_data
 from tests.conftest import build
 from tests.helpers.precision import forward_bound
 from tests.helpers.tiny_project import EMOTIONS, write_tiny_project
@@ -281,6 +282,30 @@ def test_generate_answers_conversations(run: Callable[..., Any], made: Path, tmp
     assert found["line-3/fear"] == {**found["text/fear"], "id": "line-3/fear"}, "a conversation of one turn is a text"
     whole = out.read_bytes()
     assert run(*arguments)[0] == 0 and out.read_bytes() == whole
+
+
+def test_what_generate_writes_to_a_prompt_file_is_its_bank(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    """Prompts keep their ids, and earlier turns reach the model: the same tokens as the conversation typed in."""
+    chat = [{"role": "user", "content": "the train"}, {"role": "assistant", "content": "never"}, {"role": "user", "content": "why"}]
+    lines: list[dict[str, Any]] = [
+        {"id": "c1", "kind": "chat", "messages": chat},
+        {"id": "q1", "kind": "question", "messages": chat[2:]},
+        {"id": "own", "kind": "mine", "messages": chat},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    out = tmp_path / "out.jsonl"
+    options = ("-m", "./tiny", "-e", "fear,anger", "--method", "prompt", "--max-new-tokens", "4", "--out", str(out))
+    assert run("generate", "-i", str(tmp_path / "in.jsonl"), *options)[0] == 0
+    found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert found["c1/fear"]["messages"] == chat and (found["c1/fear"]["skeleton_id"], found["c1/fear"]["valence"]) == ("c1", None)
+    assert found["own/fear"]["text"] == found["c1/fear"]["text"] and found["own/fear"]["skeleton_id"] is None, "a kind of the user's own"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in lines[:2]))
+    written = [row for row in found.values() if row["skeleton_id"] is not None]
+    (tmp_path / "bank.jsonl").write_text("".join(json.dumps({**row, "text": row["text"] or "no"}) + "\n" for row in written))
+    data = read_data(prompts, tmp_path / "bank.jsonl")
+    assert [str(group.key) for group in data.groups] == ["c1", "q1"] and data.bank is not None
+    assert all({*replies} == {"fear", "anger"} for replies in data.bank.values())
 
 
 def test_generate_reads_lines_with_text_and_stdin(

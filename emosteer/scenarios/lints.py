@@ -148,8 +148,8 @@ def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> 
 
 def overlap_between(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
     """Scenarios of `second` that also occur in `first`, by id or by text: train and test must be disjoint."""
-    one, other = ({s.id: " ".join([s.text, *s.events.values()]) for s in scenarios} for scenarios in (first, second))
-    return overlap_of_texts(one, other, limits)
+    one, two = ({s.id: " ".join([s.text, *s.events.values()]) for s in scenarios} for scenarios in (first, second))
+    return overlap_of_texts(one, two, limits)
 
 
 def overlap_of_texts(first: Mapping[str, str], second: Mapping[str, str], limits: Limits | None = None) -> list[Problem]:

@@ -30,7 +30,7 @@ from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Head
 from emosteer.scenarios.prompts import plain
-from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.scenarios import Group, Message
 from tests.attribution.test_unit_scores import double
 from tests.circuits.test_assemble import Case, at_t_star, direction_by_hand, final, written_by
 from tests.conftest import build, small_data
@@ -62,7 +62,7 @@ def cost_by_hand(model: Model, group: Group, reply: str, z: Tensor, gain: Tensor
     Args:
         z: [layer, n_heads * d_head]; gain: [layer, n_heads].
     """
-    prompt = model.prompt_ids(plain(group.text, INSTRUCTION))
+    prompt = model.prompt_ids(plain(group.text, INSTRUCTION, group.earlier))
     tokens = [*model.text_ids(reply), model.tokenizer.eos_token_id]
     changes = {}
     for layer in range(model.shape.n_layers):
@@ -84,7 +84,7 @@ def costs(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[i
 
 def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) -> None:
     z, gain = contrast(family), random_gains()
-    for group in GROUPS[:3]:
+    for group in (*GROUPS[:2], replace(GROUPS[2], earlier=(Message("user", "the train was late"), Message("assistant", "why")))):
         replies = [BANK[group.key][e] for e in EMOTIONS]
         found = costs(family, group, replies, (2, 1), gain, z)
         assert found.shape == (3, 3)
@@ -94,6 +94,15 @@ def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) 
             assert row.tolist() == pytest.approx(by_hand, abs=1e-4)
             unsteered = [cost_by_hand(family, group, text, z[e], 0 * gain[e]) for e, text in enumerate(texts)]
             assert min(abs(a - b) for a, b in zip(by_hand, unsteered, strict=True)) > 3e-4, "the edits are felt"
+
+
+def test_what_was_said_before_changes_what_a_reply_costs(tiny: Model) -> None:
+    chat, gain, z = replace(GROUPS[0], earlier=(Message("user", "we waited"), Message("assistant", "no"))), random_gains(), contrast(tiny)
+    replies = [BANK[chat.key][e] for e in EMOTIONS]
+    assert not torch.allclose(costs(tiny, chat, replies, (), gain, z), costs(tiny, GROUPS[0], replies, (), gain, z), atol=1e-3)
+    (sample,) = prompt_samples(tiny, [chat], 1, 3, INSTRUCTION)
+    ids = tuple(tiny.prompt_ids([*(m._asdict() for m in chat.earlier), *plain(chat.text, INSTRUCTION)]))
+    assert sample.prompts == (ids,) * 3, "effects are measured on the whole conversation as well"
 
 
 def test_a_reply_does_not_feel_the_others(tiny: Model) -> None:

@@ -17,7 +17,8 @@ from emosteer.directions.activations import Sample, batches_by_cost, read_positi
 from emosteer.models.memory import halve_on_oom
 from emosteer.models.model import Model
 from emosteer.models.sites import KINDS, MLP_POST, RESID_MID, RESID_POST, Site, Z
-from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey
+from emosteer.scenarios.prompts import elicit
+from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, Message
 from tests.conftest import WORDS, build, small_data
 from tests.helpers.precision import assert_forward
 
@@ -283,6 +284,20 @@ def test_a_group_is_tokenized_as_prompt_and_bare_replies(tiny: Model) -> None:
     prompt = ids("<|im_start|> user the train was late keep two <|im_end|> <|im_start|> assistant")
     assert sample == Sample(group.key, "work", (prompt, prompt), (ids("sing dance"), ids("slam the door")))
     assert sample.packs and sample.cost == len(prompt) + 5
+
+
+@pytest.mark.parametrize("elicitation", ["reply", "tone", "system", "stimulus"])
+def test_a_chat_is_tokenized_with_its_earlier_turns(tiny: Model, elicitation: str) -> None:
+    """Token for token what the chat template makes of the conversation, with the elicitation's system line at its head."""
+    chat = Group(GroupKey("p1", ""), "chat", "the train was late", "chat", (Message("user", "we wait"), Message("assistant", "why")))
+    replies = {"anger": "slam", "fear": "hide"} if elicitation == "reply" else None
+    sample = tokenize_group(tiny, chat, elicitation, ("anger", "fear"), replies, "keep two")
+    turns = [{"role": "user", "content": "we wait"}, {"role": "assistant", "content": "why"}]
+    for emotion, ids in zip(("anger", "fear"), sample.prompts, strict=True):
+        *system, last = elicit(elicitation, chat.text, emotion, "keep two")
+        template = tiny.tokenizer.apply_chat_template([*system, *turns, last], tokenize=False, add_generation_prompt=True)
+        assert template.count("<|im_start|>") == 4 + len(system)
+        assert list(ids) == tiny.tokenizer(template, add_special_tokens=False)["input_ids"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_figures(tiny: Model) -> None:

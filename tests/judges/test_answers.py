@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.base.files import read_jsonl
-from emosteer.judges import answers as module
-from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, pair_of, pair_texts, rambling
-from emosteer.judges.storage import save_judges
+from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, labelled_pairs, pair_features, rambling
+from emosteer.judges.embedded import LinearHead, fit_head
+from emosteer.judges.storage import load_heads, save_judges
 from emosteer.scenarios.contamination import content_words
 from emosteer.scenarios.scenarios import EMOTIONS, data_path
-from tests.helpers.judge_setup import PROVENANCE, tiny_adapter, tiny_encoder, tiny_heads
+from tests.helpers.judge_setup import PROVENANCE, card_of, tiny_encoder, tiny_heads
 
 PROMPT = "My train was late and the office had closed when I arrived."
 REPLY = "The kettle you bought leaks again, so take it back to the shop."
@@ -63,11 +65,11 @@ def test_a_prompt_without_content_words_is_rambled_too() -> None:
 def test_pairs_are_balanced_and_tone_tells_nothing() -> None:
     """Of each reply as many pairs that answer as not, and what does not answer has the tone of what does."""
     replies = answered()
-    pairs = pair_texts(replies, 3, seed=0)
+    pairs = labelled_pairs(replies, 3, seed=0)
     assert Counter(label for _, label in pairs) == {ANSWERS: 3 * len(replies), NOT: 3 * len(replies)}
     tones = Counter[tuple[str, str]]()
     for pair, label in pairs:
-        prompt, _, reply = pair.partition(module._BORDER)
+        prompt, reply = pair
         assert prompt.startswith("prompt number")
         for tone in EMOTIONS:
             tones[tone, label] += tone in reply.split()
@@ -80,16 +82,16 @@ def test_a_reply_never_counts_as_not_answering_its_own_prompt() -> None:
     """Neither by chance, nor as its own sibling, nor where another prompt has the same reply."""
     replies = [Answered(f"prompt {n}", "same words" if n < 5 else f"words {n}", "fear", ("same words", f"other {n}")) for n in range(7)]
     for seed in range(20):
-        for pair, label in pair_texts(replies, 4, seed):
-            prompt, _, reply = pair.partition(module._BORDER)
+        for pair, label in labelled_pairs(replies, 4, seed):
+            prompt, reply = pair
             mine = next(one.reply for one in replies if one.prompt == prompt)
             assert (reply == mine) == (label == ANSWERS)
 
 
 def test_siblings_other_prompts_and_rambling_all_occur() -> None:
     wrong = Counter[str]()
-    for pair, label in pair_texts(answered(), 6, seed=1):
-        prompt, _, reply = pair.partition(module._BORDER)
+    for pair, label in labelled_pairs(answered(), 6, seed=1):
+        prompt, reply = pair
         if label == NOT:
             number, other = int(prompt.split()[-1]), reply.split()[-1]
             kind = "rambling" if len(reply.split()) != 4 or not other.isdigit() or reply.split()[1] != "reply" else "another"
@@ -98,12 +100,12 @@ def test_siblings_other_prompts_and_rambling_all_occur() -> None:
 
 
 def test_pairs_depend_on_the_seed_alone() -> None:
-    assert pair_texts(answered(), 2, 0) == pair_texts(answered(), 2, 0) != pair_texts(answered(), 2, 1)
+    assert labelled_pairs(answered(), 2, 0) == labelled_pairs(answered(), 2, 0) != labelled_pairs(answered(), 2, 1)
 
 
 def test_one_prompt_alone_is_too_little() -> None:
     with pytest.raises(DataError, match="expected replies of 'fear' to at least two prompts, found one: 'prompt'"):
-        pair_texts([Answered("prompt", "a", "fear"), Answered("prompt", "b", "fear")], 1, 0)
+        labelled_pairs([Answered("prompt", "a", "fear"), Answered("prompt", "b", "fear")], 1, 0)
 
 
 def test_the_hand_made_pairs_are_whole() -> None:
@@ -118,31 +120,51 @@ def test_the_hand_made_pairs_are_whole() -> None:
 # ---- the check -----------------------------------------------------------------------------------------------------
 
 
-def test_the_check_reads_pairs_with_its_own_adapter(tmp_path: Path) -> None:
-    encoder = tiny_encoder()
-    adapter = tiny_adapter(PAIR_LABELS, encoder=encoder)
-    path = tmp_path / "judge.safetensors"
-    save_judges(path, tiny_heads(), {"answers": adapter}, {}, PROVENANCE)
-    check = AnswerCheck.load(path, encoder)
-    pairs = [("we cry", "sing it"), ("we cry", "slam the desk and hide"), ("", "sing"), ("the desk", "")]
-    column = check.judge.probabilities([pair_of(*pair) for pair in pairs])[:, PAIR_LABELS.index(ANSWERS)]
-    assert check.probabilities(pairs) == column.tolist() and len(set(column.tolist())) == 4
-    assert check.key == f"answers-{adapter.key}" and check.probabilities([]) == []
-    assert check.probabilities([("sing it", "we cry")]) != check.probabilities(pairs[:1]), "which is the prompt matters"
+def bags(texts: Sequence[str]) -> Tensor:
+    """Unit vectors of letter counts."""
+    rows = torch.tensor([[float(text.count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+    return torch.nn.functional.normalize(rows + 1e-3, dim=-1)
 
 
-def test_the_column_goes_by_its_name(tmp_path: Path) -> None:
-    encoder = tiny_encoder()
-    adapter = tiny_adapter(PAIR_LABELS, encoder=encoder)
-    turned = type(adapter)(PAIR_LABELS[::-1], adapter.down, adapter.up, adapter.weight.flip(0), adapter.bias.flip(0))
-    found = []
-    for one in (adapter, turned):
-        save_judges(tmp_path / "j.safetensors", tiny_heads(), {"answers": one}, {}, PROVENANCE)
-        found.append(AnswerCheck.load(tmp_path / "j.safetensors", encoder).probabilities([("we cry", "sing it")]))
-    torch.testing.assert_close(*map(torch.tensor, found))
+def fitted(pairs: Sequence[tuple[tuple[str, str], str]]) -> LinearHead:
+    places = torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
+    return fit_head(pair_features([pair for pair, _ in pairs], bags), places, PAIR_LABELS)
+
+
+def test_the_features_by_hand() -> None:
+    pairs = [("my invoice is late", "the invoice, the invoice again"), ("where is it", "hm")]
+    rows = pair_features(pairs, bags)
+    one, other = bags([text for text in pairs[0]])
+    assert rows.shape == (2, 2 * 26 + 9)
+    torch.testing.assert_close(rows[0, :26], one * other)
+    torch.testing.assert_close(rows[0, 26:52], (one - other).abs())
+    shares = rows[0, 52:].tolist()
+    assert shares[0] == pytest.approx(float(one @ other)) and shares[1] == 1.0, "its only content word is the prompt's"
+    assert shares[3] == pytest.approx(2 / 5) and shares[4] == pytest.approx(1 / 2), "invoice twice"
+    assert shares[6] == pytest.approx(1 - 3 / 5) and shares[7] == pytest.approx(5 / 60)
+
+
+def test_it_learns_to_tell_answers_apart_and_is_read_back(tmp_path: Path) -> None:
+    head = fitted(labelled_pairs(answered(), 6, seed=0))
+    save_judges(tmp_path / "j.safetensors", tiny_heads() | {"answers": head}, {}, {}, PROVENANCE)
+    check = AnswerCheck(bags, load_heads(tmp_path / "j.safetensors")["answers"])
+    fresh = labelled_pairs(answered(), 3, seed=9)
+    said = check.probabilities([pair for pair, _ in fresh])
+    right = [(share >= ANSWERED) == (label == ANSWERS) for share, (_, label) in zip(said, fresh, strict=True)]
+    assert sum(right) / len(right) > 0.7 and min(said) < 0.2 < 0.8 < max(said), "a check that says one thing to everything is none"
+    assert check.key == f"answers-{check.head.key}" and check.probabilities([]) == []
 
 
 def test_a_file_without_the_check_is_refused(tmp_path: Path) -> None:
     save_judges(tmp_path / "j.safetensors", tiny_heads(), {}, {}, PROVENANCE)
-    with pytest.raises(ArtifactError, match="holds no judge 'answers'; run `make judge`"):
+    with pytest.raises(ArtifactError, match="holds no check of answers; run `make judge`"):
         AnswerCheck.load(tmp_path / "j.safetensors", tiny_encoder())
+
+
+def test_the_shipped_check_tells_hand_made_pairs_apart() -> None:
+    """Better than the nearest of eleven prompts, which took every rambling reply for an answer. Measured by `make judge`."""
+    rows = card_of()["answers"]
+    if not rows:
+        pytest.skip("the shipped card is not there yet")
+    called = {relation: row["called_answer"] for relation, row in rows.items()}
+    assert called["right"] > 0.75 > 0.65 > called["rambling"] and called["other-scenario"] < 0.15 < called["other-event"] < called["right"]

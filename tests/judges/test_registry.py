@@ -11,7 +11,7 @@ import pytest
 from emosteer.base.errors import UsageError
 from emosteer.base.jsonl import KeyedLog
 from emosteer.judges import embedded, registry
-from emosteer.judges.answers import PAIR_LABELS, AnswerCheck
+from emosteer.judges.answers import AnswerCheck
 from emosteer.judges.jury import make_jury
 from emosteer.judges.panel import Panel
 from emosteer.judges.registry import (
@@ -146,7 +146,6 @@ def test_the_panel_that_comes_along_is_known() -> None:
 def test_the_judges_that_come_along_share_one_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, file = tiny_encoder(), tmp_path / "judge.safetensors"
     adapters = {name: tiny_adapter(encoder=encoder, seed=seed) for seed, name in enumerate(("embedded", "public"))}
-    adapters["answers"] = tiny_adapter(PAIR_LABELS, encoder=encoder)
     save_judges(file, tiny_heads(), adapters, {}, PROVENANCE)
     monkeypatch.setattr(embedded, "ASSET", file)
     monkeypatch.setattr(embedded, "shared_encoder", lambda: encoder)

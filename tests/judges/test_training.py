@@ -248,7 +248,6 @@ def fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list
     monkeypatch.setattr(training, "data_path", lambda file: tmp_path / file)
     monkeypatch.setattr(training, "BANKS", {"bank": ("sev/train.jsonl", "replies/train.jsonl")})
     monkeypatch.setattr(training, "SHARES", {"film": 0.5})
-    monkeypatch.setattr(training, "ANSWER_SETTINGS", replace(SMALL, balance=1.0))
     monkeypatch.setattr(training, "shared_encoder", tiny_encoder)
     monkeypatch.setattr(fine_tuning, "SentenceEncoder", tiny_encoder)
     calls: list[dict[str, list[Labelled]]] = []
@@ -268,8 +267,8 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     card = train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, SMALL.steps, Workshop(tmp_path / "parts"))
     assert card is not None
     names = {"film", "forum", *OWN}
-    assert [set(one) for one in fits] == [names, {"film", "forum"}, {"pairs"}, names - {"film"}, names - {"forum"}]
-    for one in fits[:2] + fits[3:]:
+    assert [set(one) for one in fits] == [names, {"film", "forum"}, names - {"film"}, names - {"forum"}]
+    for one in fits:
         for name, texts in one.items():
             assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(name) for text, _ in texts)
             assert "bank" not in " ".join(text for text, _ in texts), "the reply bank is a test"
@@ -287,7 +286,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
     train(tmp_path / "public", again, SMALL, 0, Workshop(tmp_path / "others"))
     assert card is not None
     assert sha256_file(out) == sha256_file(again), "the same texts, the same bytes"
-    assert load_heads(out).keys() == {"emotion", "soundness"} and set(card["left_out"]) == set(OWN), (
+    assert load_heads(out).keys() == {"emotion", "soundness", "answers"} and set(card["left_out"]) == set(OWN), (
         "all of our own are left out of `public`"
     )
     film = read_public(tmp_path / "public")[0]
@@ -305,7 +304,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
 def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: str) -> None:
     out = tmp_path / "judge.safetensors"
     before = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
-    heads, adapters = load_heads(out), {name: load_adapter(out, name).key for name in ("embedded", "public", "answers")}
+    heads, adapters = load_heads(out), {name: load_adapter(out, name).key for name in ("embedded", "public")}
     write_data(tmp_path, flipped=file)
     after = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "others"))
     assert before is not None and after is not None
@@ -325,8 +324,8 @@ def test_parts_are_kept_and_shared(tmp_path: Path, fits: list[Any]) -> None:
     out, parts = tmp_path / "judge.safetensors", tmp_path / "parts"
     assert train(tmp_path / "public", out, SMALL, 0, Workshop(parts, ("public",))) is None and not out.exists()
     assert [set(one) for one in fits] == [{"film", "forum"}]
-    assert train(tmp_path / "public", out, SMALL, 0, Workshop(parts)) is not None and len(fits) == 3
-    assert train(tmp_path / "public", out, replace(SMALL, seed=1), 0, Workshop(parts)) is not None and len(fits) == 5, (
+    assert train(tmp_path / "public", out, SMALL, 0, Workshop(parts)) is not None and len(fits) == 2
+    assert train(tmp_path / "public", out, replace(SMALL, seed=1), 0, Workshop(parts)) is not None and len(fits) == 4, (
         "but for other settings"
     )
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -698,6 +698,7 @@ AUTHOR = ["--author", "--domain", "d", "--out", "o.jsonl"]
         (["f.jsonl", "--domain", "d"], "--domain has a meaning with --author only"),
         (["f.jsonl", "--split", "0.5"], "--split SHARE and --out DIR go together"),
         (["f.jsonl", "--out", "d"], "--split SHARE and --out DIR go together"),
+        (["f.jsonl", "--most-contaminated", "0.35"], "--most-contaminated is about replies; give the bank with --replies"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -759,6 +760,109 @@ def test_check_of_a_bank(tmp_path: Path) -> None:
     assert other.out.count("not matched: the bank holds no reply to it") == 3
     fewer = invoke(clean_file(tmp_path / "h.jsonl", 1), "--replies", bank, "--emotions", "zeal,pique")
     assert fewer.out.count("not matched: the bank replies to it, the scenario file does not hold it") == 3
+
+
+def prompt_file(path: Path, count: int = 6, start: int = 0) -> Path:
+    """Prompts of two kinds, no two of which are alike."""
+    rows = [
+        {
+            "id": f"p{n}",
+            "kind": ("question", "chat")[n % 2],
+            "messages": [
+                *([{"role": "user", "content": f"so{n}"}, {"role": "assistant", "content": f"well{n}"}] if n % 2 else []),
+                {"role": "user", "content": f"who{n} keeps{n} the{n} {PLACES[n % 10]}{n}"},
+            ],
+        }
+        for n in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def bank_file(path: Path, ids: Sequence[str], valence: str | None = None, leak: bool = False) -> Path:
+    """Five words to each emotion, four of which occur once; the first is the emotion's own where the subject is to give it away."""
+    rows = []
+    for number, name in enumerate(ids):
+        letters = chr(97 + number // 10) + chr(97 + number % 10)
+        for e in ("zeal", "pique"):
+            once = " ".join(f"{e[0]}{letters}{n}" for n in "klmn")
+            rows.append({"skeleton_id": name, "emotion": e, "text": f"{'kettle' if leak and e == 'zeal' else 'ladder'} {once}"})
+    extra = {} if valence is None else {"valence": valence}
+    path.write_text("".join(json.dumps(row | extra) + "\n" for row in rows))
+    return path
+
+
+def test_check_of_a_prompt_file_and_its_bank(tmp_path: Path) -> None:
+    file = prompt_file(tmp_path / "p.jsonl")
+    done = invoke(file)
+    assert done.code == 0 and done.out.splitlines()[0] == f"{file}: 0 scenarios, 6 groups"
+    assert any(text.split() == ["chat", "3"] for text in done.out.splitlines()) and "no problems found" in done.out
+    found = json.loads(invoke(file, "--json").out)
+    assert found["kinds"] == {"question": 3, "chat": 3} and found["words"] == {"prompt": {"min": 4, "mean": 4.0, "max": 4}}
+    bank = bank_file(tmp_path / "b.jsonl", [f"p{n}" for n in range(5)])
+    done = invoke(file, "--replies", bank, "--emotions", "zeal,pique")
+    assert done.code == 1 and done.out.count("not matched") == 1 and "p5: not matched: the bank holds no reply to it" in done.out
+    mixed = tmp_path / "m.jsonl"
+    mixed.write_text(file.read_text() + clean_file(tmp_path / "f.jsonl", 2).read_text())
+    assert json.loads(invoke(mixed, "--json").out)["groups"] == 12 and invoke(mixed).out.startswith(f"{mixed}: 2 scenarios, 12 groups")
+    done = invoke(mixed, "--split", 0.5, "--out", tmp_path / "d")
+    assert done.code == 2 and "holds 6 prompts" in str(done.error) and not (tmp_path / "d").exists()
+
+
+def test_lints_of_prompts(tmp_path: Path) -> None:
+    file = prompt_file(tmp_path / "p.jsonl", 3)
+    lines = rows(file)
+    lines[0]["messages"][-1]["content"] = "are you angry at the kettle"
+    lines[2]["messages"] = lines[1]["messages"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    done = invoke(file)
+    assert done.code == 1 and done.out.splitlines()[-3:] == [
+        "p0: emotion word: the prompt holds angry",
+        "p2: duplicate: says the same as p1",
+        "2 problems found",
+    ]
+    other = prompt_file(tmp_path / "o.jsonl", 3, 10)
+    assert invoke(prompt_file(file), "--against", other).code == 0
+    taken = rows(other)
+    taken[0]["messages"] = rows(file)[3]["messages"]
+    other.write_text("".join(json.dumps(row) + "\n" for row in taken))
+    done = invoke(file, "--against", other)
+    assert done.code == 1 and "p3: not disjoint: shares 100% of its word 3-grams with p10" in done.out
+
+
+@pytest.mark.parametrize("kind", ["scenarios", "prompts"])
+def test_contamination_is_printed_and_fails_only_above_a_bound_that_is_given(tmp_path: Path, kind: str) -> None:
+    if kind == "prompts":
+        file, ids, valence = prompt_file(tmp_path / "f.jsonl", 40), [f"p{n}" for n in range(40)], None
+    else:
+        file, ids, valence = clean_file(tmp_path / "f.jsonl", 40), [f"night-shift-nursing-{n:04d}" for n in range(40)], "positive"
+    bank = bank_file(tmp_path / "b.jsonl", ids, valence, leak=True)
+    arguments = (file, "--replies", bank, "--emotions", "zeal,pique")
+    done = invoke(*arguments)
+    share = "topic contamination: content words alone name the emotion of 100.0 % of held-out replies, subject words 100.0 % (chance 50.0 %"
+    assert share in done.out and "contamination: subject" not in done.out, "a figure, no problem"
+    assert any("kettle" in text and text.split()[:3] == ["zeal", "100.0", "0.0"] for text in done.out.splitlines())
+    found = json.loads(invoke(*arguments, "--json").out)
+    assert (found["contamination"]["subject"], found["contamination"]["n"]) == (1.0, 80)
+    assert [problem["rule"] for problem in found["problems"]] == ["not matched"] * (80 if kind == "scenarios" else 0)
+    above = invoke(*arguments, "--most-contaminated", 0.9)
+    assert above.code == 1 and (kind == "scenarios" or "expected at most 90.0%" in above.out)
+    problems = json.loads(invoke(*arguments, "--most-contaminated", 0.9, "--json").out)["problems"]
+    assert problems[-1]["rule"] == "contamination" and "over-used: zeal kettle; pique ladder" in problems[-1]["message"]
+    if kind == "prompts":
+        assert done.code == invoke(*arguments, "--most-contaminated", 1).code == 0
+        bank_file(bank, ids)
+        clean = invoke(*arguments, "--most-contaminated", 0.6)
+        assert clean.code == 0 and "no problems found" in clean.out
+
+
+def test_a_bank_too_small_for_contamination_says_so_under_a_bound_only(tmp_path: Path) -> None:
+    file, bank = prompt_file(tmp_path / "p.jsonl", 3), bank_file(tmp_path / "b.jsonl", ["p0", "p1", "p2"])
+    arguments = (file, "--replies", bank, "--emotions", "zeal,pique")
+    done = invoke(*arguments)
+    assert done.code == 0 and "contamination" not in done.out
+    done = invoke(*arguments, "--most-contaminated", 0.5)
+    assert done.code == 1 and "replies: contamination: too few replies to measure it" in done.out
 
 
 def test_check_against_another_file(tmp_path: Path) -> None:
