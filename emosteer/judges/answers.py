@@ -1,7 +1,8 @@
 """Does a reply answer its prompt? A linear head on what the frozen sentence encoder makes of both, and on which words they share.
 
 Fitted on prompts with their own replies against replies to other events, to other prompts, and replies that only repeat the prompt's
-words; told nothing of emotions. docs/JUDGES.md has its error rates on pairs that were written by hand for this, beside those of what it replaced.
+words; told nothing of emotions. docs/JUDGES.md has its error rates on pairs that were written by hand for this, beside those of what it
+replaced.
 """
 
 from __future__ import annotations
