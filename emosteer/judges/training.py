@@ -295,8 +295,8 @@ def print_card(card: Mapping[str, Any]) -> None:
         print("\nfitted without the source that it is measured on (for the project's own: without all of its own, which is `public`)")
         print_table(columns, [_line(source, row) for source, row in card["left_out"].items()])
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
-    print_table(("text", "n", "called unsound"), [(name, *row.values()) for name, row in card["soundness"].items()])
-    print_table(("pair", "n", "called an answer"), [(name, *row.values()) for name, row in card["answers"].items()])
+    print_table(("text", "n", "called unsound"), [(name, row["n"], row["called_unsound"]) for name, row in card["soundness"].items()])
+    print_table(("pair", "n", "called an answer"), [(name, row["n"], row["called_answer"]) for name, row in card["answers"].items()])
 
 
 def _line(source: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
