@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emosteer.base.errors import ArtifactError
-from emosteer.judges.embedded import SentenceEncoder, by_length
+from emosteer.judges.embedded import SentenceEncoder, by_length, opinions_of
 from emosteer.judges.protocol import Opinion
 
 
@@ -158,9 +158,4 @@ class TunedJudge:
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One opinion per text; never missing."""
-        rows = self.probabilities(texts).tolist()
-        opinions = [Opinion({label: round(p, 6) for label, p in zip(self.labels, row, strict=True)}) for row in rows]
-        for index, opinion in enumerate(opinions):
-            if done is not None:
-                done(index, opinion)
-        return opinions
+        return opinions_of(self.probabilities(texts), self.labels, done)

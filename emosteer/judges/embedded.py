@@ -167,9 +167,13 @@ class LinearJudge:
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One opinion per text; never missing."""
-        rows = self.probabilities(texts).tolist()
-        opinions = [Opinion({label: round(p, 6) for label, p in zip(self.labels, row, strict=True)}) for row in rows]
-        for index, opinion in enumerate(opinions):
-            if done is not None:
-                done(index, opinion)
-        return opinions
+        return opinions_of(self.probabilities(texts), self.labels, done)
+
+
+def opinions_of(probabilities: Tensor, labels: Sequence[str], done: Callable[[int, Opinion], None] | None) -> list[Opinion]:
+    """A local judge's probabilities [text, label] as opinions; `done` is told of each, as `EmotionJudge.opinions` promises."""
+    opinions = [Opinion({label: round(p, 6) for label, p in zip(labels, row, strict=True)}) for row in probabilities.tolist()]
+    for index, opinion in enumerate(opinions):
+        if done is not None:
+            done(index, opinion)
+    return opinions

@@ -15,7 +15,7 @@ from typing import Any
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import bar, note
-from emosteer.judges.panel import Reading
+from emosteer.judges.panel import Panel, Reading
 from emosteer.judges.protocol import LABELS, NEUTRAL, AnswerJudge, EmotionJudge, Encoder, Opinion, Soundness, SoundnessJudge
 
 #: Texts that are read at a time.
@@ -37,12 +37,12 @@ class Jury:
     @property
     def name(self) -> str:
         """The judges' names, for people."""
-        return ", ".join(judge.name for judge in self.judges)
+        return Panel(self.judges).name
 
     @property
     def key(self) -> str:
         """The judges' keys."""
-        return ", ".join(judge.key for judge in self.judges)
+        return Panel(self.judges).key
 
     def readings(self, texts: Sequence[str], what: str) -> dict[str, Reading]:
         """Text -> what the panel says of it; identical texts are judged once. A missing opinion is not kept, so that the next run asks
