@@ -20,6 +20,7 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.circuit import Circuit, has_learned_gains, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import learn_gains
+from emosteer.circuits.head_outputs import learn_outputs
 from emosteer.circuits.learned_residual import free_vectors, learn_residual
 from emosteer.circuits.name_sparing import without_names
 from emosteer.circuits.precision import chosen_dtype
@@ -118,13 +119,17 @@ def _heads_of(model: Model) -> tuple[int, int]:
 def _with_gains(
     model: Model, directions: Directions, groups: Sequence[Group], bank: Bank, gain_settings: GainSettings, settings: CircuitSettings
 ) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
-    """Directions whose head contrasts carry the learned gains (zero for the heads left out), so that everything after reads them.
+    """Directions whose head contrasts are what was learned (zero for the heads left out), so that everything after reads them.
 
-    The direct effect on the emotions' names is taken out head by head before the gains are learned, not again afterwards.
+    The direct effect on the emotions' names is taken out head by head before anything is learned, and kept out meanwhile, not again afterwards.
     """
     contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
-    found = learn_gains(model, contrast, groups, bank, directions.emotions, directions.instruction, gain_settings)
-    mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
+    context = (groups, bank, directions.emotions, directions.instruction, gain_settings)
+    if gain_settings.learn == "outputs":
+        mean, found = learn_outputs(model, contrast, settings.spare_names, *context)
+    else:
+        found = learn_gains(model, contrast, *context)
+        mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
     record = {"gains": {**vars(gain_settings), "curve": list(found.curve), "margin": list(found.margin)}}
     return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
 
@@ -220,6 +225,11 @@ def residual_band(n_layers: int) -> tuple[int, ...]:
     return tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15)))
 
 
+def _ways(metrics: Mapping[str, Any]) -> str:
+    """What was learned of the heads, in words; nothing where nothing was. Circuits made before outputs were learned do not say."""
+    return f"learned head {metrics['gains'].get('learn', 'gains')}" if has_learned_gains(metrics) else ""
+
+
 def _circuit(
     model: Model,
     directions: Directions,
@@ -241,7 +251,7 @@ def _circuit(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{'learned head gains' if has_learned_gains(metrics) else f'{settings.preset} circuit by {settings.ranking} rank'}, "
+        method=f"{_ways(metrics) or f'{settings.preset} circuit by {settings.ranking} rank'}, "
         f"{directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,

@@ -80,19 +80,29 @@ def _without(delta: Tensor, effect: Tensor, times: float) -> Tensor:
     return delta - times * effect * (delta @ effect) / length if length > 0 else delta
 
 
+def name_writers(model: Model, emotions: Sequence[str]) -> Tensor:
+    """The direction of every head's output that lifts each emotion's own name directly, through the head's output weights.
+
+    Shape [emotion, layer, n_heads, d_head], float32, unit length; zero where no token is the name.
+    """
+    shape = model.shape
+    writers = torch.zeros(len(emotions), shape.n_layers, shape.n_heads, shape.d_head, device=model.device)
+    for e, emotion in enumerate(emotions):
+        direction = name_direction(model, emotion)
+        if direction is None:
+            continue
+        for layer in range(shape.n_layers):
+            written = model.w_o(layer).float() @ written_direction(model, layer, RESID_MID, direction).float()
+            writers[e, layer] = written.to(writers) / written.norm(dim=-1, keepdim=True).clamp_min(1e-12).to(writers)
+    return writers
+
+
 def without_names(model: Model, emotions: Sequence[str], z_delta: Tensor) -> Tensor:
     """Takes out of each head's contrast what lifts the emotion's own name directly, head by head, so that no gain can bring it back.
 
     Args:
         z_delta: [emotion, layer, n_heads * d_head].
     """
-    heads = z_delta.unflatten(-1, (model.shape.n_heads, model.shape.d_head)).clone()
-    for e, emotion in enumerate(emotions):
-        direction = name_direction(model, emotion)
-        if direction is None:
-            continue
-        for layer in range(model.shape.n_layers):
-            written = model.w_o(layer).float() @ written_direction(model, layer, RESID_MID, direction).float()
-            written = written.to(heads) / written.norm(dim=-1, keepdim=True).clamp_min(1e-12).to(heads)
-            heads[e, layer] -= (heads[e, layer] * written).sum(-1, keepdim=True) * written
-    return heads.flatten(-2)
+    heads = z_delta.unflatten(-1, (model.shape.n_heads, model.shape.d_head))
+    writers = name_writers(model, emotions).to(heads)
+    return (heads - (heads * writers).sum(-1, keepdim=True) * writers).flatten(-2)

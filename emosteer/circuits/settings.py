@@ -10,6 +10,8 @@ from emosteer.base.errors import UsageError, suggest
 PRESETS = ("auto", "paper")
 #: What gradients are taken in.
 READ_IN = ("auto", "bfloat16", "float32")
+#: What is learned of every head: its whole output, or one number that scales its contrast.
+LEARNED = ("outputs", "gains")
 RANKINGS = ("contrast", "raw", "effect")
 
 
@@ -44,8 +46,11 @@ class CircuitSettings:
 
 @dataclass(frozen=True)
 class GainSettings:
-    """steps: of Adam, each on `groups` scenario-events; rate: its learning rate, in units of strength; start: every gain at first;
-    preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
+    """What is learned of the circuit's heads, and how.
+
+    learn: "outputs", d_head numbers per head and emotion (`circuits.head_outputs`), or "gains", one (`circuits.gains`). steps: of Adam,
+    each on `groups` scenario-events; rate: its learning rate for gains, in units of strength; output_rate: for every coordinate of an
+    output, in units of the head's contrast; start: every gain at first, and how often an output is its contrast; preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
     others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
     model is read in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or "auto",
     the faster of the two as measured (`circuits.precision`).
@@ -54,6 +59,7 @@ class GainSettings:
     steps: int = 40
     groups: int = 4
     rate: float = 0.3
+    output_rate: float = 0.1
     start: float = 2.0
     preference: float = 3.0
     sharpness: float = 3.0
@@ -61,8 +67,13 @@ class GainSettings:
     keep: float = 0.5
     seed: int = 0
     dtype: str = "auto"
+    learn: str = "outputs"
 
     def __post_init__(self) -> None:
+        if self.learn not in LEARNED:
+            raise UsageError(f"unknown --learn '{self.learn}'{suggest(self.learn, LEARNED)}; expected {', '.join(LEARNED)}")
+        if not 0 < self.output_rate < math.inf:
+            raise UsageError(f"expected a rate above 0, found {self.output_rate}")
         if self.dtype not in READ_IN:
             raise UsageError(f"unknown dtype '{self.dtype}'{suggest(self.dtype, READ_IN)}; expected {', '.join(READ_IN)}")
         if self.steps < 0 or not 0 < self.keep <= 1:

@@ -35,7 +35,7 @@ from emosteer.scenarios.scenarios import Group
 from tests.attribution.test_unit_scores import all_units, double, entries, place
 from tests.conftest import SIZES, build, small_data, tiny_tokenizer
 from tests.helpers import reference
-from tests.helpers.precision import product_bound
+from tests.helpers.precision import forward_bound, product_bound
 
 EMOTIONS = ("anger", "sadness", "happiness")
 
@@ -153,7 +153,11 @@ def test_injected_effect_equals_injection_by_plain_hooks(family: Model) -> None:
 
 
 def test_nothing_injected_has_no_effect(case: Case) -> None:
-    assert injected_effect(case.model, case.samples, {}, case.v_ref[0]).tolist() == [0.0]
+    """Two rows of one batch hold the same but for the last bits: on some processors a kernel sums the last row in another order."""
+    last = (case.model.shape.n_layers - 1, RESID_POST)
+    states = torch.stack([reference.seen(case.model.hf, sample.prompts[0], [last])[last][-1] for sample in case.samples])
+    bound = forward_bound(states) * case.v_ref[0].abs().sum().item()
+    assert abs(injected_effect(case.model, case.samples, {}, case.v_ref[0]).item()) <= bound < 0.01
 
 
 def test_importance_of_gemma_is_the_slope_behind_its_post_norms() -> None:

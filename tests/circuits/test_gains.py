@@ -466,7 +466,7 @@ def test_without_steps_or_without_a_bank_nothing_is_learned(tiny: Model, directi
 
 @pytest.mark.parametrize("spare", [True, False])
 def test_the_circuit_adds_its_gains_times_the_contrast(tiny: Model, directions: Directions, spare: bool) -> None:
-    settings, gain_settings = replace(FEW, spare_names=spare), GainSettings(steps=4, groups=1, keep=0.3)
+    settings, gain_settings = replace(FEW, spare_names=spare), GainSettings(learn="gains", steps=4, groups=1, keep=0.3)
     before = directions.z.mean.clone()
     circuit = assemble(tiny, directions, GROUPS, settings, bank=BANK, gain_settings=gain_settings)
     added = without_names(tiny, EMOTIONS, directions.z.mean) if spare else directions.z.mean
@@ -487,7 +487,7 @@ def test_the_circuit_adds_its_gains_times_the_contrast(tiny: Model, directions: 
 
 def test_steering_with_the_circuit_costs_what_was_learned(tiny: Model, directions: Directions) -> None:
     """Strength 1 of the finished circuit, as generation adds it, is what the gains were fitted with."""
-    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings(steps=4, groups=1))
+    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings(learn="gains", steps=4, groups=1))
     added = without_names(tiny, EMOTIONS, directions.z.mean)
     values = learn_gains(tiny, added, GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=1)).values
     wanted = torch.einsum("elh,elhm->elm", values, gains.head_outputs(tiny, added))
@@ -502,7 +502,7 @@ def test_measures_are_of_what_the_circuit_really_adds(tiny: Model, directions: D
     values = torch.zeros(3, 3, 4)
     values[:, 1, 2], values[:, 2, 0], values[:, 0, 3] = 1.5, -2.0, 0.5
     monkeypatch.setattr(assembly, "learn_gains", lambda *_: Learned(values, (1.0,), (0.0,)))
-    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings())
+    circuit = assemble(tiny, directions, GROUPS, FEW, bank=BANK, gain_settings=GainSettings(learn="gains"))
     v_ref = reference_directions(directions, stable_band(directions))
     case = Case(tiny, directions, GROUPS, prompt_samples(tiny, GROUPS, 2, 3, INSTRUCTION), v_ref)
 
