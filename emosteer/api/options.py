@@ -88,6 +88,6 @@ class CalibrateOptions(TypedDict, total=False):
     top: float
     points: int
     refine: int
-    default_intensity: float
+    default_intensity: float | None
     guard: Guard
     ratio: float

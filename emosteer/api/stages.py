@@ -117,6 +117,7 @@ def assemble(
     *,
     scenarios: PathLike | None = None,
     replies: PathLike | None = None,
+    learn: str | None = None,
     gain_steps: int | None = None,
     keep: float | None = None,
     learn_residual: bool | None = None,
@@ -125,13 +126,14 @@ def assemble(
     artifacts: PathLike = ARTIFACTS,
     **settings: Unpack[AssembleOptions],
 ) -> Circuit:
-    """Assembles one circuit per emotion and measures how faithful it is. How much each head adds is learned on the bank, unless a preset,
+    """Assembles one circuit per emotion and measures how faithful it is. What each head adds is learned on the bank, unless a preset,
     a share of units or `gain_steps=0` asks for a ranking.
 
     Args:
         directions: in memory or as a file; the model's own in `artifacts` by default.
-        scenarios: SEV file; replies: bank that gains are learned on.
-        gain_steps, keep: how long gains are learned, and the share of heads that is kept (`circuits.settings.GainSettings`).
+        scenarios: SEV file; replies: bank that is learned on.
+        learn: what is learned of each head, "outputs" or "gains"; gain_steps, keep: how long, and the share of heads that is kept
+            (`circuits.settings.GainSettings`).
         learn_residual: whether to learn residual vectors in the same way, for the contest (method "learned-residual"), which takes as long
             again; where gains are learned, unless told otherwise.
         tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
@@ -146,7 +148,7 @@ def assemble(
 
     bare = plain_model(model)
     chosen = CircuitSettings(**settings)
-    given = {name: value for name, value in (("steps", gain_steps), ("keep", keep)) if value is not None}
+    given = {name: value for name, value in (("learn", learn), ("steps", gain_steps), ("keep", keep)) if value is not None}
     gains = GainSettings(**given, seed=chosen.seed)  # type: ignore[arg-type]
     wanted = {"": strength} if isinstance(strength, (int, float)) else dict(strength or {})
     made, sha256, path = directions_of(bare, directions, Path(artifacts))

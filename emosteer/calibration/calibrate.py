@@ -101,8 +101,23 @@ def lowered(climbs: Mapping[str, Climb], bound: float) -> dict[str, Climb]:
     return found
 
 
+def worthwhile(climbs: Mapping[str, Climb]) -> dict[str, Climb]:
+    """The climbs up to the last strength whose share of good replies is within a standard error of the best one's: what is stronger pays
+    for more emotion with replies that are worse in all."""
+    found = {}
+    for emotion, climb in climbs.items():
+        best = max(climb.held, key=lambda point: point.good)
+        size = 1 + max(i for i, point in enumerate(climb.held) if point.good >= best.good - _good_error(best))
+        found[emotion] = Climb(climb.held[:size], (*climb.held[size:], *climb.broke))
+    return found
+
+
+def _good_error(point: StrengthPoint) -> float:
+    return math.sqrt(point.good * (1 - point.good) / len(point.judged))
+
+
 def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:
-    """The circuit of the trials with its dial in metrics["calibration"] and default strengths at the default intensity.
+    """The circuit of the trials with its dial in metrics["calibration"] and default strengths as the settings say.
 
     Args:
         data: the scenario file's name -> sha256; parents: artefact kind -> sha256 of what was calibrated, kept if it was calibrated
@@ -116,7 +131,8 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
     for emotion, strength in before.items():
         if strength <= 0:
             raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
-    climbs = lowered(climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings), settings.ratio)
+    reached = climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings)
+    climbs = worthwhile(lowered(reached, settings.ratio))
     table = {
         "judge": trials.jury.name,
         "judge_key": trials.jury.key,
@@ -140,7 +156,9 @@ def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
     """The part of one emotion: what held, its monotone fit, and what broke, why."""
     held = _rows(found.held)
     fitted = [round(value, 6) for value in flattened(isotonic(held["judged"], held["n"]))]
-    why = [guard.faults(point, found.held[0]) or ["joint ratio"] for point in found.broke]
+    best = max(found.held, key=lambda point: point.good)
+    bound = best.good - _good_error(best)
+    why = [guard.faults(point, found.held[0]) or ["good" if point.good < bound else "joint ratio"] for point in found.broke]
     return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
 
 
@@ -170,7 +188,20 @@ def _default(circuit: Circuit, emotion: str, before: float, settings: CalibrateS
         note(f"{emotion}: judged intensity does not rise with strength; its dial is a straight line up to the cap")
     if not curve["broke"]["strength"]:
         note(f"{emotion}: the text held at every strength tried; a higher --top could reach further")
+    if settings.default_intensity is None:
+        return most_good(curve["strength"], curve["good"])
     return circuit.strength_at(emotion, settings.default_intensity)
+
+
+def most_good(strengths: Sequence[float], good: Sequence[float]) -> float:
+    """The strength above 0 around which most replies are good: the mean with the strengths next to it, so that one lucky point does not
+    decide; of equal ones the weakest.
+
+    Args:
+        strengths: rising, 0 first; good: shares.
+    """
+    around = [round(fmean(good[max(1, i - 1) : i + 2]), 9) for i in range(1, len(strengths))]
+    return strengths[1 + around.index(max(around))]
 
 
 def check(trials: Trials, intensities: Sequence[float] = INTENSITIES) -> dict[str, Any]:

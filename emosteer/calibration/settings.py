@@ -72,18 +72,19 @@ def _share_error(share: float, point: StrengthPoint) -> float:
 @dataclass(frozen=True)
 class CalibrateSettings:
     """top: strongest tried, as a multiple of the circuit's default strength; points: of the grid, 0 included; refine: halvings between
-    the last strength that holds and the first that does not; default_intensity: what the default strengths are set to; ratio: bound of
-    the perplexity ratio at intensity 100, all emotions together."""
+    the last strength that holds and the first that does not; default_intensity: what the default strengths are set to, None for the
+    strength with the most *good* replies; ratio: bound of the perplexity ratio at intensity 100, all emotions together."""
 
     top: float = 2.0
     points: int = 7
     refine: int = 2
-    default_intensity: float = 85.0
+    default_intensity: float | None = None
     guard: Guard = field(default_factory=Guard)
     ratio: float = 1.2
 
     def __post_init__(self) -> None:
-        check_intensity(self.default_intensity, "--default-intensity")
+        if self.default_intensity is not None:
+            check_intensity(self.default_intensity, "--default-intensity")
         checks = (
             (0 < self.top < float("inf"), f"--top must be above 0, found {self.top}"),
             (self.points >= 2, f"--points must be at least 2, found {self.points}"),
@@ -97,11 +98,12 @@ class CalibrateSettings:
     @property
     def rule(self) -> str:
         """The rule in words, kept with the circuit."""
-        g = self.guard
+        g, usual = self.guard, self.default_intensity
         return (
             f"cap: the largest strength with perplexity ratio <= {g.ratio:g}, sound >= {g.sound:g} and naming <= {g.names:g} (or what "
             f"unsteered replies have, where that is worse) such that no weaker one misses a bound by more than a standard error, of "
             f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; then the caps with the highest ratios are "
-            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; dial: isotonic regression of judged "
-            f"intensity, even in its rise; default: intensity {self.default_intensity:g}"
+            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; strengths beyond which good replies get "
+            f"fewer by more than a standard error are left out; dial: isotonic regression of judged intensity, even in its rise; default: "
+            f"{'the most good replies, as a mean over neighbouring strengths' if usual is None else f'intensity {usual:g}'}"
         )

@@ -121,7 +121,8 @@ def _with_gains(
 ) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
     """Directions whose head contrasts are what was learned (zero for the heads left out), so that everything after reads them.
 
-    The direct effect on the emotions' names is taken out head by head before anything is learned, and kept out meanwhile, not again afterwards.
+    The direct effect on the emotions' names is taken out head by head before anything is learned and kept out meanwhile, not again
+    afterwards.
     """
     contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
     context = (groups, bank, directions.emotions, directions.instruction, gain_settings)
@@ -251,8 +252,7 @@ def _circuit(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{_ways(metrics) or f'{settings.preset} circuit by {settings.ranking} rank'}, "
-        f"{directions.elicitation} directions",
+        method=f"{_ways(metrics) or f'{settings.preset} circuit by {settings.ranking} rank'}, {directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
         data=dict(data),

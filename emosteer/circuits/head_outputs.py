@@ -47,8 +47,8 @@ class HeadOutputs:
         return self.settings.output_rate
 
     def start(self) -> Tensor:
-        """The contrast, at the strength that gains start at."""
-        return self.first * self.settings.start / self.scale[..., None]
+        """The contrast, some times."""
+        return self.first * self.settings.output_start / self.scale[..., None]
 
     def outputs(self, values: Tensor) -> Tensor:
         """What the heads put out, names spared. Shape [emotion, layer, n_heads, d_head]."""
@@ -85,7 +85,13 @@ def head_outputs(model: Model, z_delta: Tensor, emotions: Sequence[str], spare: 
 
 
 def learn_outputs(
-    model: Model, z_delta: Tensor, spare: bool, groups: Sequence[Group], bank: Bank, emotions: Sequence[str], instruction: str,
+    model: Model,
+    z_delta: Tensor,
+    spare: bool,
+    groups: Sequence[Group],
+    bank: Bank,
+    emotions: Sequence[str],
+    instruction: str,
     settings: GainSettings,
 ) -> tuple[Tensor, Learned]:
     """Fits one output per head and emotion; everything is as for `gains.learn_gains`.

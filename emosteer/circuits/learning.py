@@ -1,7 +1,8 @@
 """Learning what to add, on the reply bank, by its effect on the final score: the loop that every learned contender goes through.
 
 Under what is learned for emotion e, the bank's reply in e should become likely, and above all likelier than the bank's replies in the
-other emotions to the same prompt. The preference saturates: what is told apart already pulls no more. What is free, and where it is
+other emotions to the same prompt, and than the neutral one where the bank has it: what is read as neutral has failed like what is read as
+another emotion. The preference saturates: what is told apart already pulls no more. What is free, and where it is
 added, is a `Parametrisation`: gains of heads (`gains.py`), or vectors of the residual stream (`learned_residual.py`). Draws, objective,
 steps and schedule are the same for all, so that what differs between their results is the place and not the training. The model's
 weights stay as they are.
@@ -27,7 +28,7 @@ from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import plain
-from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.scenarios import NEUTRAL, Bank, Group
 
 
 class Parametrisation(Protocol):
@@ -97,9 +98,11 @@ def learn(
                 if not waiting:
                     waiting = draw.sample(usable, len(usable))
                 group = waiting.pop()
-                shifts = draw.sample(range(1, len(emotions)), min(settings.others, len(emotions) - 1))
-                replies = [bank[group.key][emotion] for emotion in emotions]
-                costs = reply_costs(model, group, replies, shifts, what.added(values * mask), instruction)
+                replies = bank[group.key]
+                neutral = [replies[NEUTRAL]] if NEUTRAL in replies and settings.others else []
+                shifts = draw.sample(range(1, len(emotions)), min(settings.others - len(neutral), len(emotions) - 1))
+                wanted, added = [replies[emotion] for emotion in emotions], what.added(values * mask)
+                costs = reply_costs(model, group, wanted, shifts, added, instruction, neutral)
                 (objective(costs, settings) / settings.groups).backward()
                 total += costs[0].mean().item() / settings.groups
                 apart += (costs[1:] - costs[0]).mean().item() / settings.groups
@@ -118,21 +121,29 @@ def objective(costs: Tensor, settings: GainSettings) -> Tensor:
 
 
 def reply_costs(
-    model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], added: Mapping[Site, Tensor], instruction: str
+    model: Model,
+    group: Group,
+    replies: Sequence[str],
+    shifts: Sequence[int],
+    added: Mapping[Site, Tensor],
+    instruction: str,
+    common: Sequence[str] = (),
 ) -> Tensor:
-    """Mean nats per token, under what is added for each emotion, of its own reply and of those that stand `shifts` further in the list
-    of emotions. Shape [1 + shift, emotion].
+    """Mean nats per token, under what is added for each emotion, of its own reply, of those that stand `shifts` further in the list of
+    emotions, and of those that all are compared with. Shape [1 + shift + common, emotion].
 
     One forward pass: the prompt stands once, all replies behind it see it but not each other.
 
     Args:
-        replies: one per emotion; added: site -> [emotion, d_model], wherever a token of a reply is written.
+        replies: one per emotion; added: site -> [emotion, d_model], wherever a token of a reply is written; common: replies in no
+            emotion of the list, such as the neutral one.
     """
     n = len(replies)
     prompt = model.prompt_ids(plain(group.text, instruction, group.earlier))
     ending = [model.tokenizer.eos_token_id] if model.tokenizer.eos_token_id is not None else []
     texts = [model.text_ids(reply) + ending for reply in replies]
     segments = [(emotion, texts[(emotion + shift) % n]) for shift in (0, *shifts) for emotion in range(n)]
+    segments += [(emotion, model.text_ids(reply) + ending) for reply in common for emotion in range(n)]
     ids, positions, owner, vector, target = list(prompt[:-1]), list(range(len(prompt) - 1)), [0] * (len(prompt) - 1), [], []
     for number, (emotion, reply) in enumerate(segments, start=1):
         ids += [prompt[-1], *reply[:-1]]

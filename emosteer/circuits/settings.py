@@ -49,18 +49,20 @@ class GainSettings:
     """What is learned of the circuit's heads, and how.
 
     learn: "outputs", d_head numbers per head and emotion (`circuits.head_outputs`), or "gains", one (`circuits.gains`). steps: of Adam,
-    each on `groups` scenario-events; rate: its learning rate for gains, in units of strength; output_rate: for every coordinate of an
-    output, in units of the head's contrast; start: every gain at first, and how often an output is its contrast; preference: weight of telling emotions apart against making the wanted reply likely; sharpness: of the preference, per nat;
-    others: other emotions that each step compares with; keep: share of heads left after half of the steps; dtype: what a float32
-    model is read in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or "auto",
-    the faster of the two as measured (`circuits.precision`).
+    each on `groups` scenario-events. start: every gain at first; rate: Adam's, in units of strength. output_start: how often an output is
+    the head's contrast at first; output_rate: Adam's for every coordinate, in units of that contrast. preference: weight of telling
+    replies apart against making the wanted one likely; sharpness: of the preference, per nat; others: replies to the same prompt that each
+    step compares with, the neutral one among them where the bank has it. keep: share of heads left after half of the steps. dtype: what a
+    float32 model is read in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or
+    "auto", the faster of the two as measured (`circuits.precision`).
     """
 
-    steps: int = 40
-    groups: int = 4
+    steps: int = 200
+    groups: int = 2
     rate: float = 0.3
-    output_rate: float = 0.1
     start: float = 2.0
+    output_rate: float = 0.4
+    output_start: float = 1.0
     preference: float = 3.0
     sharpness: float = 3.0
     others: int = 2
@@ -88,7 +90,7 @@ class VectorSettings:
     the other emotions' replies rises about as fast as under gains (docs/CIRCUITS.md).
     """
 
-    rate: float = 0.1
+    rate: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < math.inf:

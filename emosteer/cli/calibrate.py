@@ -66,7 +66,10 @@ def calibrate(
     each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
     sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
     names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
-    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = CalibrateSettings.default_intensity,
+    default_intensity: Annotated[
+        float | None,
+        typer.Option(help="What the default strengths are set to; where most replies are good if not given.", show_default=False),
+    ] = CalibrateSettings.default_intensity,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
@@ -76,7 +79,8 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit the strength that gives `generate --intensity` 0 to 100, capped where the text would break; kept with the circuit."""
-    check_intensity(default_intensity, "--default-intensity")
+    if default_intensity is not None:
+        check_intensity(default_intensity, "--default-intensity")
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":

@@ -41,8 +41,11 @@ def circuit(
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
     share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = CircuitSettings.share,
     replies: RepliesOption = None,
+    learn: Annotated[
+        str, typer.Option(help="What is learned of each head on the reply bank: its outputs, or gains that scale its contrast.")
+    ] = GainSettings.learn,
     gain_steps: Annotated[
-        int, typer.Option(min=0, help="Steps of learning how much each head adds, on the reply bank; 0 ranks heads instead.")
+        int, typer.Option(min=0, help="Steps of learning what each head adds, on the reply bank; 0 ranks heads instead.")
     ] = GainSettings.steps,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
     learn_residual: Annotated[
@@ -73,13 +76,16 @@ def circuit(
     from emosteer.cli.print_artifacts import circuit_summary, print_circuit
     from emosteer.models.model import Model
 
-    gains = GainSettings(gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed)  # what is wrong with it is said before loading
+    gains = GainSettings(
+        gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed, learn=learn
+    )  # what is wrong with it is said before loading
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     made = assemble(
         loaded,
         directions,
         scenarios=scenarios,
         replies=replies,
+        learn=gains.learn,
         gain_steps=gains.steps,
         keep=gains.keep,
         learn_residual=learn_residual,

@@ -311,7 +311,8 @@ def _agreement(lines: Sequence[Line], found: Sequence[JudgedRow]) -> None:
     """Agreement with the labels that the input carries, and which was taken for which."""
     from emosteer.base.tables import print_table
     from emosteer.judges.panel import UNDECIDED
-    from emosteer.judges.protocol import LABELS, NEUTRAL
+    from emosteer.judges.protocol import LABELS
+    from emosteer.scenarios.scenarios import NEUTRAL
 
     columns = (*LABELS, UNDECIDED)
     given = [line.given.strip().lower() if line.given is not None else None for line in lines]

@@ -217,9 +217,9 @@ def _learned(summary: Summary) -> str:
 
 def print_calibration(table: Mapping[str, Any]) -> None:
     """The dial of a calibrated circuit: strengths, and what was measured on the prompts it was fitted on."""
-    print(
-        f"intensity dial, {table['groups']} prompts, judge {table['judge']}; default strengths are those of {table['default_intensity']:g}"
-    )
+    usual = table["default_intensity"]
+    default = "where most replies are good" if usual is None else f"those of {usual:g}"
+    print(f"intensity dial, {table['groups']} prompts, judge {table['judge']}; default strengths are {default}")
     print(f"  {table['rule']}")
     rows = []
     for emotion, curve in table["emotions"].items():

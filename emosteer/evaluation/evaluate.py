@@ -17,8 +17,8 @@ from emosteer.evaluation.doses import DosePoint, best_prompt, choose
 from emosteer.evaluation.metrics import Table, agreement_of, confusion, contamination_of, judge_shares, judged_rows, kept_tables, table_of
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.judges.jury import Jury
-from emosteer.judges.protocol import LABELS, NEUTRAL
-from emosteer.scenarios.scenarios import VALENCES, Group
+from emosteer.judges.protocol import LABELS
+from emosteer.scenarios.scenarios import NEUTRAL, VALENCES, Group
 from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.resumable import Row
 

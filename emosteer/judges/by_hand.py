@@ -16,7 +16,8 @@ from typing import Any
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog, whole_rows
-from emosteer.judges.protocol import LABELS, NEUTRAL
+from emosteer.judges.protocol import LABELS
+from emosteer.scenarios.scenarios import NEUTRAL
 
 #: The label of what is no text at all, and every label that a reader can give.
 NOT_TEXT = "not text"

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from emosteer.base.errors import DataError
 from emosteer.judges.by_hand import HAND_LABELS, NOT_TEXT, HandLabel, Row, Sheet, Source
 from emosteer.judges.panel import UNDECIDED, Reading, krippendorff_alpha
-from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion, Soundness
-from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.judges.protocol import LABELS, Opinion, Soundness
+from emosteer.scenarios.scenarios import EMOTIONS, NEUTRAL
 
 #: The panel's name beside its judges'.
 MAJORITY = "majority"

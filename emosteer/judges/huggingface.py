@@ -16,11 +16,11 @@ from emosteer.base.cache_folder import remembered_sha256, silent
 from emosteer.base.errors import ModelError, UsageError, first_line
 from emosteer.base.files import sha256_file, sha256_text
 from emosteer.base.progress import note
-from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion
+from emosteer.judges.protocol import LABELS, Opinion
 from emosteer.models.devices import resolve_device
 from emosteer.models.memory import halve_on_oom, is_out_of_memory
 from emosteer.models.weights.resolve import Weights, resolve
-from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.scenarios.scenarios import EMOTIONS, NEUTRAL
 
 #: Label names of the usual emotion datasets -> ours. It follows the grouping that the authors of GoEmotions published, except that
 #: approval, caring, desire, curiosity and realization stay out: an answer shows these whatever it feels.

@@ -16,7 +16,8 @@ from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import bar, note
 from emosteer.judges.panel import Panel, Reading
-from emosteer.judges.protocol import LABELS, NEUTRAL, AnswerJudge, EmotionJudge, Encoder, Opinion, Soundness, SoundnessJudge
+from emosteer.judges.protocol import LABELS, AnswerJudge, EmotionJudge, Encoder, Opinion, Soundness, SoundnessJudge
+from emosteer.scenarios.scenarios import NEUTRAL
 
 #: Texts that are read at a time.
 CHUNK = 256

@@ -14,8 +14,9 @@ from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog
 from emosteer.base.progress import note
-from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion
+from emosteer.judges.protocol import LABELS, Opinion
 from emosteer.judges.questions import PROMPT_VERSION, Question, blind
+from emosteer.scenarios.scenarios import NEUTRAL
 
 ANSWER_TOKENS = 2_048
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.scenarios.scenarios import EMOTIONS, NEUTRAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEUTRAL = "neutral"
 #: What every judge answers in: the emotions, then neutral.
 LABELS = (*EMOTIONS, NEUTRAL)
 #: A reply answers its prompt from this probability on.

@@ -16,7 +16,8 @@ from typing import Any
 from emosteer.base.errors import DataError, EmosteerError, first_line
 from emosteer.base.files import read_jsonl, sha256_file, write_jsonl
 from emosteer.base.progress import note
-from emosteer.judges.protocol import LABELS, NEUTRAL
+from emosteer.judges.protocol import LABELS
+from emosteer.scenarios.scenarios import NEUTRAL
 from emosteer.scenarios.splits import stable_share
 
 #: Share of the texts of a source without a split of its own that no judge is fitted on.

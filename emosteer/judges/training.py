@@ -2,7 +2,7 @@
 
 - `embedded`: the encoder fine-tuned on all sources: public texts that people labelled, and the project's own (data/judge/).
 - `public`: the same, on the public sources alone.
-- `linear`: a linear head on the frozen encoder, on the project's own texts.
+- `linear`: a linear head on the frozen encoder, on the project's own texts and on models' replies that were read blind.
 - the soundness head, on sound texts broken on purpose (`broken_texts`), and the check whether a reply answers its prompt (`answers`).
 
 The card in the file holds what is printed here. The reply banks are never fitted on by a judge of emotions: they are a test.
@@ -28,7 +28,7 @@ from emosteer.base.files import read_jsonl, sha256_file, sha256_text
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
-from emosteer.judges.answers import PAIR_LABELS, AnswerCheck, Answered, labelled_pairs, pair_features
+from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, labelled_pairs, pair_features
 from emosteer.judges.broken_texts import soundness_examples
 from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, LinearJudge, SentenceEncoder, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
@@ -40,15 +40,22 @@ from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
 from emosteer.scenarios.splits import stable_share
 
-OWN = {"sentences": "judge/sentences.jsonl", "replies": "judge/replies.jsonl", "spoken": "judge/spoken.jsonl"}
+#: Replies that models wrote, read blind with their prompts: what they voice, and whether they answer.
+READ = "judge/model_replies.jsonl"
+OWN = {
+    "sentences": "judge/sentences.jsonl",
+    "replies": "judge/replies.jsonl",
+    "spoken": "judge/spoken.jsonl",
+    "model-replies": READ,
+}
 FOREIGN = "judge/other_languages.jsonl"
 PAIRS = "judge/answer_pairs.jsonl"
 #: Reply banks with their prompts: a test of the emotion judges, and what the answer check is fitted on.
 BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
 #: Shares of the draws that each source has; those of sources left out go to the others.
-SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18, "sentences": 0.122, "replies": 0.18, "spoken": 0.14}
-#: Sources of the linear judge and of the soundness head.
-LINEAR = ("sentences", "replies")
+SHARES = {"goemotions-ekman": 0.36, "xed-en": 0.15, "sentences": 0.1, "replies": 0.12, "spoken": 0.15, "model-replies": 0.12}
+#: Sources whose texts are sound, for the soundness head.
+SOUND_TEXTS = ("sentences", "replies")
 #: Texts of a source that a judge is measured on, at most; all of GoEmotions' test split.
 MOST_MEASURED = 1000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
@@ -84,6 +91,21 @@ def read_sources(public: Path) -> list[Source]:
     if len(set(names)) != len(names):
         raise DataError(f"expected sources of different names, found {', '.join(names)}; rename the file in {public}")
     return sources
+
+
+def read_pairs(path: Path) -> dict[bool, list[tuple[Pair, str]]]:
+    """Models' replies with their prompts, as a reader called them; True: those that nothing is fitted on.
+
+    Raises:
+        DataError: naming file and line, if a prompt is missing or 'answers' is neither true nor false.
+    """
+    pairs: dict[bool, list[tuple[Pair, str]]] = {False: [], True: []}
+    for number, row in read_jsonl(path, "replies that were read"):
+        prompt, answers = row.get("prompt"), row.get("answers")
+        if not isinstance(prompt, str) or not isinstance(answers, bool):
+            raise DataError(f"{path}:{number}: expected 'prompt' to be a text and 'answers' true or false")
+        pairs[held_out(row["text"])].append(((prompt, row["text"]), ANSWERS if answers else NOT))
+    return pairs
 
 
 def read_banks() -> tuple[dict[str, list[Labelled]], list[Answered]]:
@@ -159,8 +181,10 @@ def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tup
     }
 
 
-def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By relation of the hand-made pairs: the share that is called an answer."""
+def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read: Sequence[tuple[Pair, str]] = ()) -> dict[str, Any]:
+    """By relation of the hand-made pairs, and by what a reader said of models' replies: the share that is called an answer."""
+    names = {ANSWERS: "read: answers", NOT: "read: does not"}
+    pairs = [*pairs, *({"prompt": prompt, "reply": reply, "relation": names[label]} for (prompt, reply), label in read)]
     shares = check.probabilities([(pair["prompt"], pair["reply"]) for pair in pairs])
     relations = dict.fromkeys(pair["relation"] for pair in pairs)
     called = {r: [share >= ANSWERED for share, pair in zip(shares, pairs, strict=True) if pair["relation"] == r] for r in relations}
@@ -252,14 +276,16 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
     emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
     encoder = shared_encoder()
-    plain = [source for source in own if source.name in LINEAR]
-    chosen = [labelled for source in plain for labelled in source.train]
+    plain = [source for source in own if source.name in SOUND_TEXTS]
+    chosen = [labelled for source in own for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     soundness, how_sound = fit_soundness(encoder, [text for s in plain for text, _ in (*s.train, *s.test)], foreign)
     note("fitting the check of answers")
     pairs = labelled_pairs(answered, 1, 0)
+    read = read_pairs(data_path(READ))
+    pairs += read[False] * max(1, len(pairs) // max(1, len(read[False])))  # made and read ones count alike
     places = torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
     check = AnswerCheck(encoder, fit_head(pair_features([pair for pair, _ in pairs], encoder), places, PAIR_LABELS))
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
@@ -271,7 +297,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
         "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()}
         | measured(judges["public"], {s.name: tests[s.name] for s in own}),
         "soundness": how_sound,
-        "answers": measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]),
+        "answers": measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")], read[True]),
     }
     hashes = {name: digest for source in sources for name, digest in source.files.items()}
     hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *(f for both in BANKS.values() for f in both))}

@@ -80,6 +80,7 @@ def rebuilt(kind: str, item: Any, reference: str) -> str:
             ("--heads", params.get("head_share"), None),
             ("--neurons", params.get("neuron_share"), None),
             ("--share", params.get("share", CircuitSettings.share), CircuitSettings.share),
+            ("--learn", gains.get("learn", "gains") if gains else None, GainSettings.learn),
             ("--gain-steps", gains.get("steps", unlearned), GainSettings.steps),
             ("--keep", gains.get("keep", GainSettings.keep), GainSettings.keep),
         ]

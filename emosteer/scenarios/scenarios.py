@@ -21,6 +21,8 @@ SEV_KIND = "sev-vivid"
 VALENCES = ("positive", "neutral", "negative")
 #: The paper's six. The set is data, not code: every stage takes any list of names.
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
+#: What a reply without any of them is called.
+NEUTRAL = "neutral"
 
 
 @dataclass(frozen=True)

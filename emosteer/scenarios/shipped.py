@@ -15,7 +15,7 @@ from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read
 from emosteer.scenarios.splits import split, spread, unread
 
 #: What directions and circuits are made from where nobody names data: prompts, and their reply bank.
-TRAIN, BANK = "sev/train.jsonl", "replies/train.jsonl"
+TRAIN, BANK = "prompts/train.jsonl", "replies/spoken.jsonl"
 
 
 @dataclass(frozen=True)

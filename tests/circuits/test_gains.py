@@ -30,7 +30,7 @@ from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Head
 from emosteer.scenarios.prompts import plain
-from emosteer.scenarios.scenarios import Group, Message
+from emosteer.scenarios.scenarios import NEUTRAL, Group, Message
 from tests.attribution.test_unit_scores import double
 from tests.circuits.test_assemble import Case, at_t_star, direction_by_hand, final, written_by
 from tests.conftest import build, small_data
@@ -94,6 +94,37 @@ def test_the_packed_pass_equals_single_passes_with_edits_by_hand(family: Model) 
             assert row.tolist() == pytest.approx(by_hand, abs=1e-4)
             unsteered = [cost_by_hand(family, group, text, z[e], 0 * gain[e]) for e, text in enumerate(texts)]
             assert min(abs(a - b) for a, b in zip(by_hand, unsteered, strict=True)) > 3e-4, "the edits are felt"
+
+
+def test_a_reply_in_no_emotion_costs_what_it_costs_alone_under_each(family: Model) -> None:
+    z, gain, group, common = contrast(family), random_gains(), GROUPS[0], "we sat there"
+    replies = [BANK[group.key][e] for e in EMOTIONS]
+    added = HeadGains(gains.head_outputs(family, z), GainSettings()).added(gain)
+    found = learning.reply_costs(family, group, replies, (1,), added, INSTRUCTION, [common])
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found[:2], costs(family, group, replies, (1,), gain, z), atol=1e-4, rtol=0)
+    by_hand = [cost_by_hand(family, group, common, z[e], gain[e]) for e in range(3)]
+    assert found[2].tolist() == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_neutral_reply_is_always_compared_with_where_the_bank_has_it(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, tuple[str, ...]]] = []
+    usual = learning.reply_costs
+
+    def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], *rest: Any) -> Tensor:
+        seen.append((len(shifts), tuple(rest[2])))
+        return usual(model, group, replies, shifts, *rest)
+
+    monkeypatch.setattr(learning, "reply_costs", watched)
+    bank = {key: {**replies, NEUTRAL: f"so it was {n}"} for n, (key, replies) in enumerate(BANK.items())}
+    neutral = {replies[NEUTRAL] for replies in bank.values()}
+    for others, shifts in ((2, 1), (1, 0)):
+        seen.clear()
+        learn_gains(tiny, contrast(tiny), GROUPS, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=2, groups=2, others=others))
+        assert all(n == shifts and len(common) == 1 and common[0] in neutral for n, common in seen) and len(seen) == 4
+    seen.clear()
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2))
+    assert seen == [(2, ()), (2, ())]
 
 
 def test_what_was_said_before_changes_what_a_reply_costs(tiny: Model) -> None:

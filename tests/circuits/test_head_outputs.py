@@ -87,7 +87,7 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
 
 
 def test_without_steps_it_is_the_heads_contrast_at_the_starting_gain(family: Model) -> None:
-    z, found = learned(family, replace(FAST, steps=0, start=1.5))
+    z, found = learned(family, replace(FAST, steps=0, output_start=1.5))
     torch.testing.assert_close(z, 1.5 * spared(family), atol=1e-6, rtol=1e-5)
     assert found.curve == found.margin == ()
 

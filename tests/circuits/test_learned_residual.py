@@ -237,9 +237,9 @@ def test_names_are_spared_while_learning_and_afterwards(family: Model, monkeypat
     names = names / names.norm(dim=-1, keepdim=True)
     directions, lifts, usual = made_directions(family), list[float](), learning.reply_costs
 
-    def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], added: Any, instruction: str) -> Tensor:
+    def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], added: Any, *rest: Any) -> Tensor:
         lifts.extend((value.detach() * names).sum(-1).abs().max().item() for value in added.values())
-        return usual(model, group, replies, shifts, added, instruction)
+        return usual(model, group, replies, shifts, added, *rest)
 
     monkeypatch.setattr(learning, "reply_costs", watched)
     settings = GainSettings(steps=5, groups=1, dtype="float32")

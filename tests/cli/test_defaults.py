@@ -39,7 +39,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "circuit": {
         **{name: vars(CIRCUIT)[name] for name in ("preset", "ranking", "share", "seed")},
-        **{"heads": CIRCUIT.head_share, "neurons": CIRCUIT.neuron_share, "gain_steps": GAINS.steps, "keep": GAINS.keep},
+        **{
+            "heads": CIRCUIT.head_share,
+            "neurons": CIRCUIT.neuron_share,
+            "gain_steps": GAINS.steps,
+            "keep": GAINS.keep,
+            "learn": GAINS.learn,
+        },
         "learn_residual": None,  # where gains are learned
     },
     "calibrate": {

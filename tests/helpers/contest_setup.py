@@ -24,9 +24,9 @@ from emosteer.directions.settings import Settings
 from emosteer.evaluation.controls import added_key, vectors_of
 from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury
-from emosteer.judges.protocol import LABELS, NEUTRAL, Opinion, Soundness
+from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.models.model import Model
-from emosteer.scenarios.scenarios import VALENCES, Group, GroupKey, Message
+from emosteer.scenarios.scenarios import NEUTRAL, VALENCES, Group, GroupKey, Message
 from emosteer.writing.contest_writer import ContestWriter
 from tests.conftest import build, small_data
 

@@ -210,6 +210,10 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+#: How the made texts of a source end, where that is not its name.
+TAILS = {"model-replies": "model_replies"}
+
+
 def write_data(folder: Path, flipped: str = "") -> None:
     """A small copy of data/ and of a public folder. flipped: a file whose held-out texts, and only those, get a wrong label."""
 
@@ -221,7 +225,8 @@ def write_data(folder: Path, flipped: str = "") -> None:
         jsonl(folder / f"{name}.jsonl", [{"text": text, "labels": [label_in(name, text, label)]} for text, label in texts.items()])
     for seed, file in enumerate(OWN.values(), 5):
         texts = made(20, seed, Path(file).stem)
-        jsonl(folder / file, [{"text": text, "label": label_in(file, text, label)} for text, label in texts.items()])
+        read = {"prompt": "we", "answers": True} if file == training.READ else {}
+        jsonl(folder / file, [{"text": text, "label": label_in(file, text, label), **read} for text, label in texts.items()])
     jsonl(folder / FOREIGN, [{"text": f"[UNK] nada {n}"} for n in range(30)])
     jsonl(folder / training.PAIRS, [{"prompt": "we", "reply": f"cry {n}", "relation": "right"} for n in range(4)])
     event = {valence: f"it was {valence}" for valence in VALENCES}
@@ -266,13 +271,15 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     assert [set(one) for one in fits] == [names, {"film", "forum"}, names - {"film"}, names - {"forum"}]
     for one in fits:
         for name, texts in one.items():
-            assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(name) for text, _ in texts)
+            assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(TAILS.get(name, name)) for text, _ in texts)
             assert "bank" not in " ".join(text for text, _ in texts), "the reply bank is a test"
     assert {name: set(rows) for name, rows in card["emotions"].items()} == dict.fromkeys(("embedded", "public", "linear"), names | {"bank"})
     counts = {source.name: len(source.test) for source in training.read_sources(tmp_path / "public")}
     assert {name: card["left_out"][name]["n"] for name in names} == counts and card["emotions"]["linear"]["bank"]["n"] == 54
     assert card["emotions"]["linear"]["film"]["accuracy"] > 0.8, "planted words are found"
     assert {SOUND, "order", "repetition", "symbols", "language"} == card["soundness"].keys() and card["answers"]["right"]["n"] == 4
+    held = sum(held_out(row["text"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
+    assert card["answers"]["read: answers"]["n"] == held > 0
     assert json.loads(json.dumps(card_of(tmp_path / "judge.safetensors"))) == json.loads(json.dumps(card))
 
 
@@ -312,7 +319,9 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
     (tmp_path / "public/film.jsonl").rename(tmp_path / "public/replies.jsonl")
-    with pytest.raises(DataError, match="expected sources of different names, found forum, replies, sentences, replies"):
+    with pytest.raises(
+        DataError, match="expected sources of different names, found forum, replies, sentences, replies, spoken, model-replies"
+    ):
         train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, 0, Workshop(tmp_path / "parts"))
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from emosteer.base.files import read_jsonl
-from emosteer.judges.protocol import NEUTRAL
 from emosteer.scenarios.contamination import phrases_of
 from emosteer.scenarios.lints import lint_bank, near_duplicates
 from emosteer.scenarios.prompt_sets import KINDS, read_groups
-from emosteer.scenarios.scenarios import EMOTIONS, SEV_KIND, Group, data_path, read_bank
+from emosteer.scenarios.scenarios import EMOTIONS, NEUTRAL, SEV_KIND, Group, data_path, read_bank
 from emosteer.scenarios.words import feeling_pattern
 
 SETS = ("test", "dev", "train")
