@@ -95,10 +95,12 @@ def test_the_circuit_knows_its_parent_and_its_units(run: Callable[..., Any], mad
 def test_the_default_circuit_learns_how_much_each_head_adds(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.safetensors"
     arguments = ["circuit", "-m", "./tiny", "--scenarios", "sev.jsonl", "--strength", "2", "--out", str(out), "--json"]
+    assert run(*arguments, "--replies", "bank.jsonl", "--gain-steps", "1", "--learn", "gains")[0] == 0
+    assert "learned head gains" in json.loads(run("inspect", str(out), "--json")[1])["provenance"]["method"]
     code, printed, _ = run(*arguments, "--replies", "bank.jsonl", "--gain-steps", "3", "--keep", "0.25")
     assert code == 0 and [json.loads(printed)["emotions"][emotion]["heads"] for emotion in EMOTIONS] == [3, 3, 3]
     provenance = json.loads(run("inspect", str(out), "--json")[1])["provenance"]
-    assert provenance["data"]["replies/bank.jsonl"] == sha256_file(made / "bank.jsonl") and "learned head gains" in provenance["method"]
+    assert provenance["data"]["replies/bank.jsonl"] == sha256_file(made / "bank.jsonl") and "learned head outputs" in provenance["method"]
     code, _, err = run(*arguments)
     assert code == 1 and one_line(err) and "give the bank of these scenarios with --replies" in err, "the shipped bank has other scenarios"
     assert run(*arguments, "--gain-steps", "0")[0] == 0, "which a ranking does not need"
@@ -331,7 +333,7 @@ def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_pat
     from emosteer.api import making
     from emosteer.scenarios import shipped
 
-    files = {shipped.TRAIN: made / "sev.jsonl", shipped.BANK: made / "bank.jsonl"}
+    files = {shipped.TRAIN: made / "sev.jsonl", "sev/train.jsonl": made / "sev.jsonl", shipped.BANK: made / "bank.jsonl"}
     monkeypatch.setattr(shipped, "data_path", files.__getitem__)
     monkeypatch.setattr(making, "EMOTIONS", EMOTIONS)
     arguments = [

@@ -19,6 +19,7 @@ from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
 from emosteer.judges import fine_tuning, training
 from emosteer.judges.adapters import Adapter, TunedJudge
+from emosteer.judges.answers import ANSWERS, NOT
 from emosteer.judges.embedded import ASSET, KIND, LinearHead
 from emosteer.judges.fine_tuning import FineTuneSettings
 from emosteer.judges.protocol import LABELS
@@ -28,15 +29,18 @@ from emosteer.judges.storage import load_adapter, load_heads
 from emosteer.judges.training import (
     FOREIGN,
     OWN,
+    READ,
     Workshop,
     measure,
     measure_answers,
     measure_soundness,
     print_card,
     read_own,
+    read_pairs,
     some_of,
     train,
 )
+from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, data_path, read_bank
 from tests.helpers.judge_setup import FILLERS, TELLING, card_of, shipped_adapters, tiny_encoder
 
@@ -67,6 +71,26 @@ def test_the_bank_shares_no_text_with_the_judge(own: list[Source]) -> None:
     assert len(bank) == 2880 and not bank & mine.keys() and not bank & foreign and not foreign & mine.keys()
     twice = [text for text, count in mine.items() if count > 1]
     assert not twice, f"texts that differ in punctuation alone could stand on both sides of the split: {twice[:3]}"
+
+
+def test_replies_that_were_read_are_held_out_by_their_text(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "text": f"text {n}", "label": "anger", "answers": n % 3 == 0} for n in range(60)]
+    jsonl(tmp_path / "read.jsonl", rows)
+    pairs = read_pairs(tmp_path / "read.jsonl")
+    assert {text for (_, text), _ in pairs[True]} == {row["text"] for row in rows if held_out(str(row["text"]))} and pairs[True]
+    labels = {pair: label for part in pairs.values() for pair, label in part}
+    assert labels == {(row["prompt"], row["text"]): ANSWERS if row["answers"] else NOT for row in rows}
+    jsonl(tmp_path / "read.jsonl", [{**rows[0], "answers": "yes"}])
+    with pytest.raises(DataError, match=r"read.jsonl:1: expected 'prompt' to be a text and 'answers' true or false"):
+        read_pairs(tmp_path / "read.jsonl")
+
+
+def test_the_replies_that_were_read_hold_what_both_judges_need(own: list[Source]) -> None:
+    rows = [json.loads(line) for line in data_path(READ).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 1000 and all(isinstance(row["sound"], bool) and row["model"] and row["method"] for row in rows)
+    assert 0.1 < sum(row["answers"] for row in rows) / len(rows) < 0.5
+    test_prompts = {group.said for file in ("sev/test.jsonl", "prompts/test.jsonl") for group in read_groups(data_path(file))}
+    assert not test_prompts & {row["prompt"] for row in rows}, "the contest's prompts are for the contest"
 
 
 def test_held_out_membership_depends_on_the_text_alone(own: list[Source]) -> None:
