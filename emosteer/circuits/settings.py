@@ -57,7 +57,7 @@ class GainSettings:
     "auto", the faster of the two as measured (`circuits.precision`).
     """
 
-    steps: int = 200
+    steps: int = 100
     groups: int = 2
     rate: float = 0.3
     start: float = 2.0

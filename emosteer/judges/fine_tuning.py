@@ -30,7 +30,7 @@ class FineTuneSettings:
     in the last `layers` layers; balance: 0 draws a source's labels as they occur, 1 equally often; longest: tokens of a text that are
     read; dtype: what the encoder computes in meanwhile."""
 
-    steps: int = 1300
+    steps: int = 1000
     batch: int = 64
     rate: float = 2e-3
     warmup: int = 40

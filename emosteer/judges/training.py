@@ -54,6 +54,10 @@ PAIRS = "judge/answer_pairs.jsonl"
 BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
 #: Shares of the draws that each source has; those of sources left out go to the others.
 SHARES = {"goemotions-ekman": 0.36, "xed-en": 0.15, "sentences": 0.1, "replies": 0.12, "spoken": 0.15, "model-replies": 0.12}
+#: The same for the judge of the public sources alone.
+PUBLIC_SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18}
+#: `embedded` has more sources, and takes so many times the steps of `public`.
+MORE_STEPS = 1.3
 #: Sources whose texts are sound, for the soundness head.
 SOUND_TEXTS = ("sentences", "replies")
 #: Of the check of answers: with this one it passes about as many of the models' replies as their reader does (docs/JUDGES.md).
@@ -220,19 +224,22 @@ class Workshop:
         return load_adapter(path, name)  # as it is rounded
 
 
-def tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, workshop: Workshop) -> TunedJudge | None:
+def tuned(
+    sources: Sequence[Source], name: str, settings: FineTuneSettings, workshop: Workshop, shares: Mapping[str, float] | None = None
+) -> TunedJudge | None:
     """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
-    drawn = sum(SHARES.get(source.name, 1.0) for source in sources)
-    texts = [(*sorted(source.files.items()), round(SHARES.get(source.name, 1.0) / drawn, 4)) for source in sources]
-    adapter = workshop.adapter(name, [texts, asdict(settings)], lambda: _tuned(sources, name, settings))
+    shares = SHARES if shares is None else shares
+    drawn = sum(shares.get(source.name, 1.0) for source in sources)
+    texts = [(*sorted(source.files.items()), round(shares.get(source.name, 1.0) / drawn, 4)) for source in sources]
+    adapter = workshop.adapter(name, [texts, asdict(settings)], lambda: _tuned(sources, name, settings, shares))
     return None if adapter is None else TunedJudge.of(shared_encoder(), adapter, name)
 
 
-def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings) -> Adapter:
+def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float]) -> Adapter:
     # a twentieth of the texts, by hash, serves for the temperature alone
     kept = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) < 0.05] for s in sources}
     fitted = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) >= 0.05] for s in sources}
-    adapter = fine_tune(fitted, SHARES, settings, f"judge '{name}'")
+    adapter = fine_tune(fitted, shares, settings, f"judge '{name}'")
     judge = TunedJudge.of(shared_encoder(), adapter, name)
     texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
     logits = judge.probabilities([text for text, *_ in texts]).clamp_min(1e-30).log()
@@ -266,7 +273,11 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     sources = read_sources(public)
     outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
     banks, answered = read_banks()
-    made = {"embedded": tuned(sources, "embedded", settings, workshop), "public": tuned(outside, "public", settings, workshop)}
+    longer = replace(settings, steps=round(MORE_STEPS * settings.steps))
+    made = {
+        "embedded": tuned(sources, "embedded", longer, workshop),
+        "public": tuned(outside, "public", settings, workshop, PUBLIC_SHARES),
+    }
     shorter = replace(settings, steps=left_out_steps)
     without = {
         source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, workshop)
@@ -292,7 +303,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     check = AnswerCheck(encoder, fit_head(pair_features([pair for pair, _ in pairs], encoder), places, PAIR_LABELS, ANSWER_RIDGE))
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
-        "settings": {**asdict(settings), "left_out_steps": left_out_steps},
+        "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},
         "shares": SHARES,
         "fitted_on": {s.name: len(s.train) for s in sources},
         "emotions": {name: measured(judge, {**tests, **emotional}) for name, judge in measuring},
