@@ -42,6 +42,9 @@ def strongest(costs: dict[float, float], tolerance: float) -> float:
 def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], settings: TuneSettings) -> Circuit:
     """The circuit with its tuned default strength (the same for all emotions), for circuit and residual steering.
 
+    Learned outputs keep theirs: they write in the bank's tone, whose words are less predictable than the model's own at any strength, so
+    that this rule would always take the weakest.
+
     The measured curves are kept in the circuit's metrics under "tuning". Where even the weakest strength costs too much, that one is
     taken.
 
@@ -51,10 +54,9 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
     if not groups:
         raise DataError("no scenario-event to tune the strength on; check the scenario file")
     chosen = sorted(groups, key=lambda group: stable_share(f"tune/{group.key}", settings.seed))[: settings.n_prompts]
-    grids = {
-        CIRCUIT: settings.learned_strengths if circuit.learned_gains else settings.strengths,
-        RESIDUAL: settings.residual_strengths,
-    }
+    grids = {RESIDUAL: settings.residual_strengths}
+    if not circuit.learned_outputs:
+        grids = {CIRCUIT: settings.learned_strengths if circuit.learned_gains else settings.strengths, **grids}
     curves: dict[str, dict[float, float]] = {}
     with bar("tuning strength (points)", 1 + sum(map(len, grids.values()))) as advance:
         unsteered = _cost(model, circuit, chosen, NONE, 0.0, settings)
@@ -67,7 +69,8 @@ def tune_strength(model: Model, circuit: Circuit, groups: Sequence[Group], setti
     best = {method: strongest(curve, settings.tolerance) or grids[method][0] for method, curve in curves.items()}
     rule = f"largest before nats per token rise by more than {settings.tolerance} ({len(chosen)} prompts)"
     tuning = {"rule": rule, **{method: {str(strength): cost for strength, cost in curve.items()} for method, curve in curves.items()}}
-    tuned = circuit.with_strength([best[CIRCUIT]] * len(circuit.emotions), best[RESIDUAL])
+    kept = circuit.strength.tolist()
+    tuned = circuit.with_strength([best[CIRCUIT]] * len(kept) if CIRCUIT in best else kept, best[RESIDUAL])
     return replace(tuned, metrics={**circuit.metrics, "tuning": tuning})
 
 

@@ -19,7 +19,7 @@ GROUPS = 48
 @dataclass(frozen=True)
 class TuneSettings:
     """strengths: tried in rising order; learned_strengths: those of a circuit with learned gains, never above 1, which they were learned
-    at; residual_strengths: the same for the comparison method; tolerance: nats per token."""
+    at (learned outputs are not tuned); residual_strengths: the same for the comparison method; tolerance: nats per token."""
 
     strengths: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)
     learned_strengths: tuple[float, ...] = (0.5, 0.75, 1.0)

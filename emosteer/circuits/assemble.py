@@ -17,7 +17,7 @@ from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_sc
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import UsageError
-from emosteer.circuits.circuit import Circuit, has_learned_gains, overlap
+from emosteer.circuits.circuit import Circuit, learned_of, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import learn_gains
 from emosteer.circuits.head_outputs import learn_outputs
@@ -219,16 +219,14 @@ def assemble(
 #: Strength of a ranked circuit that nobody has calibrated (2 to 4 on every model tried; learned gains are learned at strength 1);
 #: residual steering in rms.
 DEFAULT_STRENGTH, DEFAULT_RESIDUAL_STRENGTH = 3.0, 1.0
+#: Of learned outputs that nobody has calibrated: they are learned at 1, where every reply is emotional and few still answer
+#: (docs/CIRCUITS.md, blind reading of development prompts).
+OUTPUT_STRENGTH = 0.7
 
 
 def residual_band(n_layers: int) -> tuple[int, ...]:
     """The layers that residual steering writes to: the upper half but the last ones."""
     return tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15)))
-
-
-def _ways(metrics: Mapping[str, Any]) -> str:
-    """What was learned of the heads, in words; nothing where nothing was. Circuits made before outputs were learned do not say."""
-    return f"learned head {metrics['gains'].get('learn', 'gains')}" if has_learned_gains(metrics) else ""
 
 
 def _circuit(
@@ -248,11 +246,14 @@ def _circuit(
     index = mlp_mask.nonzero()
     heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
+    what = learned_of(metrics)
+    strengths = {"outputs": OUTPUT_STRENGTH, "gains": 1.0, None: DEFAULT_STRENGTH}
     provenance = Provenance(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{_ways(metrics) or f'{settings.preset} circuit by {settings.ranking} rank'}, {directions.elicitation} directions",
+        method=f"{f'learned head {what}' if what else f'{settings.preset} circuit by {settings.ranking} rank'}, "
+        f"{directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
         data=dict(data),
@@ -265,7 +266,7 @@ def _circuit(
         z_delta=z_delta,
         neuron_index=index,
         neuron_delta=mlp_delta[tuple(index.T)],
-        strength=torch.full((len(sets),), 1.0 if has_learned_gains(metrics) else DEFAULT_STRENGTH),
+        strength=torch.full((len(sets),), strengths[what]),
         importance=importance,
         vectors=directions.at(RESID_POST),
         rms=directions.rms[post],

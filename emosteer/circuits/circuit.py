@@ -142,6 +142,11 @@ class Circuit:
         return has_learned_gains(self.metrics)
 
     @property
+    def learned_outputs(self) -> bool:
+        """Whether what its heads put out was learned, rather than gains."""
+        return learned_of(self.metrics) == "outputs"
+
+    @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has fitted the intensity dial."""
         return "calibration" in self.metrics
@@ -213,6 +218,11 @@ class Circuit:
 def has_learned_gains(metrics: Mapping[str, Any]) -> bool:
     """Whether a circuit's metrics tell of learned gains."""
     return "gains" in metrics
+
+
+def learned_of(metrics: Mapping[str, Any]) -> str | None:
+    """What was learned of the heads, "outputs" or "gains"; None where nothing was. Circuits from before outputs could be do not say."""
+    return str(metrics["gains"].get("learn", "gains")) if has_learned_gains(metrics) else None
 
 
 def lacking(part: Part) -> ArtifactError:

@@ -172,7 +172,7 @@ def test_the_circuit_adds_what_was_learned_and_says_so(tiny: Model, tmp_path: Pa
     z = without_names(tiny, EMOTIONS, directions.z.mean)
     wanted, found = learn_outputs(tiny, z, True, GROUPS, BANK, EMOTIONS, INSTRUCTION, FAST)
     torch.testing.assert_close(circuit.z_delta, wanted, atol=0, rtol=0)
-    assert circuit.learned_gains and circuit.strength.tolist() == [1.0] * 3
+    assert circuit.learned_gains and circuit.learned_outputs and circuit.strength.tolist() == pytest.approx([0.7] * 3)
     assert circuit.metrics["gains"]["learn"] == "outputs" and circuit.metrics["gains"]["margin"] == list(found.margin)
     assert circuit.provenance.method.startswith("learned head outputs")
     for e, emotion in enumerate(EMOTIONS):
