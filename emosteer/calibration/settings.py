@@ -36,7 +36,7 @@ class Guard:
     """What the replies of one emotion at a strength must hold. Unsteered replies that are worse move the bound: that is not the
     steering's fault."""
 
-    ratio: float = 2.0
+    ratio: float = 2.5
     sound: float = 0.90
     names: float = 0.1
 
@@ -80,7 +80,7 @@ class CalibrateSettings:
     refine: int = 2
     default_intensity: float | None = None
     guard: Guard = field(default_factory=Guard)
-    ratio: float = 1.2
+    ratio: float = 1.75
 
     def __post_init__(self) -> None:
         if self.default_intensity is not None:

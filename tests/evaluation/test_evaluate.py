@@ -227,9 +227,13 @@ def point(good: float | None, ratio: float = 1.0, names: float = 0.0, sound: flo
 PLAIN = point(0.1)
 
 
+#: The bounds that the made points lie about.
+TIGHT = Budget(ratio=1.10)
+
+
 def one(points: dict[float, DosePoint], unsteered: DosePoint = PLAIN, budget: Budget | None = None) -> tuple[float, bool]:
     """The choice for a single emotion, whose own share of sound replies is the pooled one."""
-    choice = choose({"fear": points}, {"fear": unsteered}, budget or Budget())
+    choice = choose({"fear": points}, {"fear": unsteered}, budget or TIGHT)
     return choice.doses["fear"], choice.fits
 
 
@@ -267,7 +271,7 @@ def test_good_decides_and_of_as_many_good_replies_the_likelier_target() -> None:
     both = choose(
         {"fear": {1.0: made(0.5, 0.1), 2.0: made(0.5, 0.9)}, "anger": {1.0: made(0.2, 0.9), 2.0: made(0.225, 0.1)}},
         {"fear": PLAIN, "anger": PLAIN},
-        Budget(),
+        TIGHT,
     )
     assert both.doses == {"fear": 2.0, "anger": 2.0}
 
@@ -276,19 +280,19 @@ def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
     points = {0.5: point(0.3), 1.0: point(0.6, sound=0.75)}
     assert one(points) == (0.5, True)
     assert one(points, point(0.1, sound=0.75)) == (1.0, True)
-    assert one(points, budget=Budget(sound=0.7, each_sound=0.7)) == (1.0, True)
-    assert one(points, budget=Budget(sound=0.7)) == (0.5, True), "one emotion alone falls below its own share"
+    assert one(points, budget=Budget(ratio=1.1, sound=0.7, each_sound=0.7)) == (1.0, True)
+    assert one(points, budget=Budget(ratio=1.1, sound=0.7)) == (0.5, True), "one emotion alone falls below its own share"
 
 
 def test_the_budget_is_that_of_all_replies_together() -> None:
     mild, wild = {1.0: point(0.3, ratio=0.8), 2.0: point(0.5, ratio=0.9)}, {1.0: point(0.2, ratio=1.0), 2.0: point(0.8, ratio=1.3)}
-    choice = choose({"fear": mild, "anger": wild}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    choice = choose({"fear": mild, "anger": wild}, {"fear": PLAIN, "anger": PLAIN}, TIGHT)
     assert choice.doses == {"fear": 2.0, "anger": 2.0} and choice.fits, "sqrt(0.9 * 1.3) = 1.08"
     named = {1.0: point(0.2), 2.0: point(0.8, names=0.05)}
-    assert choose({"fear": named, "anger": named}, {"fear": PLAIN, "anger": PLAIN}, Budget()).doses in ({"fear": 1.0, "anger": 1.0},), (
+    assert choose({"fear": named, "anger": named}, {"fear": PLAIN, "anger": PLAIN}, TIGHT).doses in ({"fear": 1.0, "anger": 1.0},), (
         "2.5 % of all replies"
     )
-    more = choose({"fear": named, "anger": {1.0: point(0.2, n=80)}}, {"fear": PLAIN, "anger": PLAIN}, Budget())
+    more = choose({"fear": named, "anger": {1.0: point(0.2, n=80)}}, {"fear": PLAIN, "anger": PLAIN}, TIGHT)
     assert more.doses["fear"] == 2.0, "2 of 120 replies: an emotion counts by its replies"
 
 
@@ -299,7 +303,7 @@ def test_the_choice_is_the_best_of_all_allocations() -> None:
             e: {d: point(draw.random(), draw.uniform(0.7, 1.6), draw.choice([0, 0, 0.05]), draw.uniform(0.82, 1)) for d in (1.0, 2.0, 3.0)}
             for e in ("fear", "anger", "disgust")
         }
-        choice = choose(points, dict.fromkeys(points, PLAIN), Budget())
+        choice = choose(points, dict.fromkeys(points, PLAIN), TIGHT)
         fitting = {}
         for doses in itertools.product((1.0, 2.0, 3.0), repeat=3):
             some = [points[e][d] for e, d in zip(points, doses, strict=True)]
@@ -313,16 +317,16 @@ def test_the_choice_is_the_best_of_all_allocations() -> None:
 def test_too_many_doses_are_refused_at_once() -> None:
     points = {float(dose): point(0.5) for dose in range(1, 31)}
     with pytest.raises(UsageError, match="fewer --doses"):
-        choose(dict.fromkeys(SIX, points), dict.fromkeys(SIX, PLAIN), Budget())
+        choose(dict.fromkeys(SIX, points), dict.fromkeys(SIX, PLAIN), TIGHT)
 
 
 def test_the_best_prompt_has_the_most_good_replies_within_the_ratio() -> None:
     points = {"prompt-system": point(0.3), "prompt-tone": point(0.6, ratio=1.2), "prompt-stimulus": point(0.4, names=0.5)}
-    assert best_prompt(points, Budget()) == "prompt-stimulus", "a prompt has no dose that would name less"
+    assert best_prompt(points, TIGHT) == "prompt-stimulus", "a prompt has no dose that would name less"
     assert best_prompt(points, Budget(ratio=1.3)) == "prompt-tone"
     assert best_prompt(points, Budget(ratio=0.9)) in ("prompt-system", "prompt-stimulus")
     read = {name: replace(value, probability=0.9, accuracy=0.9) if name == "prompt-system" else value for name, value in points.items()}
-    assert best_prompt(read, Budget()) == "prompt-stimulus", "whatever six-way accuracy says"
+    assert best_prompt(read, TIGHT) == "prompt-stimulus", "whatever six-way accuracy says"
 
 
 def tables(n: int = 6, seed: int = 0, shift: float = 0.0) -> dict[str, Tensor]:
