@@ -157,6 +157,10 @@ def test_where_all_is_too_much_the_weakest_is_taken(tiny: Model, circuit: Circui
     learned = replace(circuit, metrics={**circuit.metrics, "gains": {}})
     assert tune_strength(tiny, learned, groups, SMALL).strength.tolist() == [1.0, 1.0], "never above what gains are learned at"
     assert tune_strength(tiny, circuit, groups, SMALL).strength.tolist() == [9.0, 9.0]
+    outputs = replace(circuit, metrics={**circuit.metrics, "gains": {"learn": "outputs"}}).with_strength([0.6, 0.7])
+    tuned = tune_strength(tiny, outputs, groups, SMALL)
+    assert torch.equal(tuned.strength, outputs.strength) and "circuit" not in tuned.metrics["tuning"], "outputs keep theirs"
+    assert tuned.residual_strength == 2.0
 
 
 def test_tuning_keeps_the_rest_of_the_circuit(tiny: Model, circuit: Circuit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
