@@ -20,11 +20,10 @@ TEXTS = (
 )
 
 
-#: Half of the shipped data, so that the demo takes minutes; the shipped circuit is made from all of it.
-GROUPS = 240
-#: Of the circuit that the demo makes: heads by contrast, which takes seconds. `circuit` itself learns how much each head adds, which takes
-#: minutes and writes better text (docs/CIRCUITS.md); the shipped circuit is made that way.
-STRENGTH, RESIDUAL_STRENGTH = (6.5, 5.0, 3.0, 6.0, 5.5, 2.5), 1.25
+#: A quarter of the shipped prompts, so that the demo takes minutes; the shipped circuit is made from all of them.
+GROUPS = 144
+#: Learning of the demo's circuit, a fifth of what `circuit` does, and the strength that such a circuit takes (docs/CIRCUITS.md).
+STEPS, PROMPTS_PER_STEP, STRENGTH = 40, 1, 1.2
 #: Apart from `artifacts/`, where `generate` would prefer the demo's circuit to the shipped one.
 ROOT = Path("artifacts/demo")
 
@@ -55,7 +54,7 @@ def _circuit(model: Model, step: Callable[[str], None]) -> Circuit:
     from emosteer.circuits.assemble import assemble
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.places import Places
-    from emosteer.circuits.settings import CircuitSettings
+    from emosteer.circuits.settings import CircuitSettings, GainSettings
     from emosteer.cli.print_artifacts import circuit_summary, directions_summary, print_circuit, print_directions
     from emosteer.scenarios.shipped import read_data
 
@@ -67,9 +66,10 @@ def _circuit(model: Model, step: Callable[[str], None]) -> Circuit:
     parents = {"directions": sha256_file(places.directions)}
     circuit = Circuit.load(places.circuit, model) if places.circuit.exists() else None
     if circuit is None or circuit.provenance.parents != parents:
-        step("assembling the circuits")
-        circuit = assemble(model, directions, data.groups, CircuitSettings(), parents=parents)
-        circuit = circuit.with_strength(STRENGTH, RESIDUAL_STRENGTH)
+        step("learning the circuits")
+        gains = GainSettings(steps=STEPS, groups=PROMPTS_PER_STEP)
+        circuit = assemble(model, directions, data.groups, CircuitSettings(), parents=parents, bank=data.bank, gain_settings=gains)
+        circuit = circuit.with_strength([STRENGTH] * len(circuit.emotions))
         circuit.save(places.circuit)
     print_circuit({"file": str(places.circuit), **circuit_summary(circuit)})
     return circuit
