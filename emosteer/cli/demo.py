@@ -23,7 +23,7 @@ TEXTS = (
 #: A quarter of the shipped prompts, so that the demo takes minutes; the shipped circuit is made from all of them.
 GROUPS = 144
 #: Learning of the demo's circuit, a fifth of what `circuit` does, and the strength that such a circuit takes (docs/CIRCUITS.md).
-STEPS, PROMPTS_PER_STEP, STRENGTH = 40, 1, 1.2
+STEPS, PROMPTS_PER_STEP, STRENGTH = 40, 1, 0.9
 #: Apart from `artifacts/`, where `generate` would prefer the demo's circuit to the shipped one.
 ROOT = Path("artifacts/demo")
 
