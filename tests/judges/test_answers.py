@@ -162,8 +162,12 @@ def test_a_file_without_the_check_is_refused(tmp_path: Path) -> None:
         AnswerCheck.load(tmp_path / "j.safetensors", tiny_encoder())
 
 
-def test_the_shipped_check_tells_hand_made_pairs_apart() -> None:
-    """Better than the nearest of eleven prompts, which took every rambling reply for an answer. Measured by `make judge`."""
+def test_the_shipped_check_follows_its_reader_and_tells_hand_made_pairs_apart() -> None:
+    """As strict as the reader of models' replies, on those that were held out; ramblings are its weak side. Measured by `make judge`."""
     rows = card_of()["answers"]
     called = {relation: row["called_answer"] for relation, row in rows.items()}
-    assert called["right"] > 0.75 > 0.65 > called["rambling"] and called["other-scenario"] < 0.15 < called["other-event"] < called["right"]
+    assert called["read: answers"] > 2 * called["read: does not"]
+    assert called["right"] > max(called["rambling"], 3 * called["other-event"]) and called["other-scenario"] < 0.05
+    yes, no = rows["read: answers"]["n"], rows["read: does not"]["n"]
+    passed = (yes * called["read: answers"] + no * called["read: does not"]) / (yes + no)
+    assert passed == pytest.approx(yes / (yes + no), abs=0.05), "it passes as many as the reader"
