@@ -102,18 +102,18 @@ def lowered(climbs: Mapping[str, Climb], bound: float) -> dict[str, Climb]:
 
 
 def worthwhile(climbs: Mapping[str, Climb]) -> dict[str, Climb]:
-    """The climbs up to the last strength whose share of good replies is within a standard error of the best one's: what is stronger pays
-    for more emotion with replies that are worse in all."""
+    """The climbs up to the last strength whose share of good replies is within two standard errors of the best one's: what is stronger
+    pays for more emotion with replies that are worse in all."""
     found = {}
     for emotion, climb in climbs.items():
         best = max(climb.held, key=lambda point: point.good)
-        size = 1 + max(i for i, point in enumerate(climb.held) if point.good >= best.good - _good_error(best))
+        size = 1 + max(i for i, point in enumerate(climb.held) if point.good >= _good_bound(best))
         found[emotion] = Climb(climb.held[:size], (*climb.held[size:], *climb.broke))
     return found
 
 
-def _good_error(point: StrengthPoint) -> float:
-    return math.sqrt(point.good * (1 - point.good) / len(point.judged))
+def _good_bound(best: StrengthPoint) -> float:
+    return best.good - 2 * math.sqrt(best.good * (1 - best.good) / len(best.judged))
 
 
 def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:
@@ -157,7 +157,7 @@ def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
     held = _rows(found.held)
     fitted = [round(value, 6) for value in flattened(isotonic(held["judged"], held["n"]))]
     best = max(found.held, key=lambda point: point.good)
-    bound = best.good - _good_error(best)
+    bound = _good_bound(best)
     why = [guard.faults(point, found.held[0]) or ["good" if point.good < bound else "joint ratio"] for point in found.broke]
     return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
 

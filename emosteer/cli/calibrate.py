@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -66,10 +66,10 @@ def calibrate(
     each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
     sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
     names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
-    default_intensity: Annotated[
-        float | None,
-        typer.Option(help="What the default strengths are set to; where most replies are good if not given.", show_default=False),
-    ] = CalibrateSettings.default_intensity,
+    default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = cast(
+        float, CalibrateSettings.default_intensity
+    ),
+    most_good: Annotated[bool, typer.Option("--most-good", help="Set them to where most replies are good instead.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
@@ -79,15 +79,14 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit the strength that gives `generate --intensity` 0 to 100, capped where the text would break; kept with the circuit."""
-    if default_intensity is not None:
-        check_intensity(default_intensity, "--default-intensity")
+    check_intensity(default_intensity, "--default-intensity")
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     wanted = parse_kinds(kinds)
     prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
-    settings = CalibrateSettings(top, points, refine, default_intensity, Guard(each_ratio, sound, names), ratio)
+    settings = CalibrateSettings(top, points, refine, None if most_good else default_intensity, Guard(each_ratio, sound, names), ratio)
     decoding = Decoding(max_new_tokens)
     from emosteer.judges.jury import make_jury
 
