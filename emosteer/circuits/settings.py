@@ -22,7 +22,7 @@ class CircuitSettings:
     ranking: contrast (mean contrastive contribution at the unit's own layer), raw (the paper's form), effect (first-order effect of
     injecting the unit's contrast on the final score). head_share, neuron_share: of all units; None lets the preset decide.
     share: what `auto` must keep of the whole-model effect. spare_names: take the direct effect on the emotion's own name out of what
-    the circuit adds (see `naming.py`). n_prompts: emotion-free prompts that effects are measured on.
+    the circuit adds (see `name_sparing.py`). n_prompts: emotion-free prompts that effects are measured on.
     """
 
     preset: str = "auto"

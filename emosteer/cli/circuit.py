@@ -57,7 +57,10 @@ def circuit(
         ),
     ] = None,
     strength: Annotated[
-        str | None, typer.Option(help="Default strength: a number, or anger=6,fear=5,...; tuned if not given.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Default strength: a number, or anger=6,fear=5,...; if not given, 0.7 for learned outputs, else tuned.", show_default=False
+        ),
     ] = None,
     tune: Annotated[bool, typer.Option(help="Tune the default strength on training prompts.")] = True,
     out: OutOption = None,
