@@ -65,10 +65,10 @@ def together(count: int, work: Callable[[Crew], Any], store: HashStore | None = 
     end = time.monotonic() + 300  # a slow machine is no failure
     while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
         threads[0].join(0.05)
-        if isinstance(died := next((one for one in found if isinstance(one, Exception)), None), Exception):
-            end = min(end, time.monotonic() + 30)  # the others may have to wait for whoever died
+        if any(isinstance(one, Exception) for one in found):
+            end = min(end, time.monotonic() + 30)  # the others may wait for whoever died
     if any(thread.is_alive() for thread in threads):
-        raise AssertionError("some did not end") from died
+        raise AssertionError("some did not end") from next((one for one in found if isinstance(one, Exception)), None)
     return found
 
 

@@ -111,7 +111,6 @@ def evaluate(
         settings = with_parts_of(settings, ready, methods is not None)
         settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
         contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed), batch_size, place, ALONE)
-        contest.adopt()
         return hold(contest, jury, splits, ready, sha256, settings, place, "emosteer.evaluate(...) from Python")
 
 
@@ -202,7 +201,9 @@ def contest_of(
     from emosteer.evaluation.controls import added_key, vectors_of
     from emosteer.writing.contest_writer import ContestWriter
 
-    return ContestWriter(
+    if not crew.lead:
+        crew.meet()  # process 0 takes over what earlier runs left before the others open their own parts
+    contest = ContestWriter(
         model=model,
         emotions=circuit.emotions,
         vectors={m: vectors_of(model, circuit, directions, m, settings.seed) for m in settings.methods},
@@ -213,6 +214,10 @@ def contest_of(
         batch_size=batch_size,
         crew=crew,
     )
+    if crew.lead:
+        contest.adopt()
+        crew.meet()
+    return contest
 
 
 def hold(

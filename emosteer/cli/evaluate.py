@@ -118,7 +118,6 @@ def evaluate(
     if jury is None:
         contest.serve()
         return
-    contest.adopt()
     result = hold(contest, jury, splits, ready, sha256_file(path), settings, folder, command_line(context))
     if as_json:
         typer.echo(json.dumps(result, indent=1, ensure_ascii=False))
