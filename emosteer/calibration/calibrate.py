@@ -106,13 +106,15 @@ def worthwhile(climbs: Mapping[str, Climb]) -> dict[str, Climb]:
     pays for more emotion with replies that are worse in all."""
     found = {}
     for emotion, climb in climbs.items():
-        best = max(climb.held, key=lambda point: point.good)
-        size = 1 + max(i for i, point in enumerate(climb.held) if point.good >= _good_bound(best))
+        bound = _good_bound(climb.held)
+        size = 1 + max(i for i, point in enumerate(climb.held) if point.good >= bound)
         found[emotion] = Climb(climb.held[:size], (*climb.held[size:], *climb.broke))
     return found
 
 
-def _good_bound(best: StrengthPoint) -> float:
+def _good_bound(held: Sequence[StrengthPoint]) -> float:
+    """Two standard errors below the best share of good replies."""
+    best = max(held, key=lambda point: point.good)
     return best.good - 2 * math.sqrt(best.good * (1 - best.good) / len(best.judged))
 
 
@@ -156,8 +158,7 @@ def _curve(found: Climb, guard: Guard) -> dict[str, Any]:
     """The part of one emotion: what held, its monotone fit, and what broke, why."""
     held = _rows(found.held)
     fitted = [round(value, 6) for value in flattened(isotonic(held["judged"], held["n"]))]
-    best = max(found.held, key=lambda point: point.good)
-    bound = _good_bound(best)
+    bound = _good_bound(found.held)
     why = [guard.faults(point, found.held[0]) or ["good" if point.good < bound else "joint ratio"] for point in found.broke]
     return {**held, "fitted": fitted, "broke": {**_rows(found.broke), "why": why}}
 

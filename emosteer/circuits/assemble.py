@@ -17,14 +17,14 @@ from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_sc
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import UsageError
-from emosteer.circuits.circuit import Circuit, learned_of, overlap
+from emosteer.circuits.circuit import Circuit, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import learn_gains
 from emosteer.circuits.head_outputs import learn_outputs
 from emosteer.circuits.learned_residual import free_vectors, learn_residual
 from emosteer.circuits.name_sparing import without_names
 from emosteer.circuits.precision import chosen_dtype
-from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings, learned_of
 from emosteer.directions.activations import Sample
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.models.model import Model

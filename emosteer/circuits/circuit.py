@@ -15,6 +15,7 @@ from emosteer.base.artifacts import Identified, Provenance
 from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity, strength_for
 from emosteer.circuits.methods import METHODS, Part, source_of
+from emosteer.circuits.settings import learned_of
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
@@ -139,7 +140,7 @@ class Circuit:
     @property
     def learned_gains(self) -> bool:
         """Whether its heads were weighted by learned gains, which were learned at strength 1."""
-        return has_learned_gains(self.metrics)
+        return learned_of(self.metrics) is not None
 
     @property
     def learned_outputs(self) -> bool:
@@ -213,16 +214,6 @@ class Circuit:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error
-
-
-def has_learned_gains(metrics: Mapping[str, Any]) -> bool:
-    """Whether a circuit's metrics tell of learned gains."""
-    return "gains" in metrics
-
-
-def learned_of(metrics: Mapping[str, Any]) -> str | None:
-    """What was learned of the heads, "outputs" or "gains"; None where nothing was. Circuits from before outputs could be do not say."""
-    return str(metrics["gains"].get("learn", "gains")) if has_learned_gains(metrics) else None
 
 
 def lacking(part: Part) -> ArtifactError:

@@ -45,8 +45,7 @@ class HeadGains:
 
     def added(self, values: Tensor) -> Mapping[Site, Tensor]:
         """What the heads of a layer write together, at its attention output."""
-        together = torch.einsum("elh,elhm->elm", values, self.written)
-        return {Site(layer, ATTN_OUT): together[:, layer] for layer in range(together.shape[1])}
+        return at_attention(torch.einsum("elh,elhm->elm", values, self.written))
 
 
 def learn_gains(
@@ -65,6 +64,11 @@ def learn_gains(
         DataError: if no scenario-event has a reply in every emotion, or a prompt and its reply exceed the model's sliding window.
     """
     return learn(model, HeadGains(head_outputs(model, z_delta), settings), groups, bank, emotions, instruction, settings)
+
+
+def at_attention(together: Tensor) -> Mapping[Site, Tensor]:
+    """What the heads of every layer write together [emotion, layer, d_model], by site."""
+    return {Site(layer, ATTN_OUT): together[:, layer] for layer in range(together.shape[1])}
 
 
 def strongest_mask(gains: Tensor, written: Tensor, keep: float) -> Tensor:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emosteer.circuits.gains import strongest_mask
+from emosteer.circuits.gains import at_attention, strongest_mask
 from emosteer.circuits.learning import Learned, learn
 from emosteer.circuits.name_sparing import name_writers
 from emosteer.circuits.settings import GainSettings
 from emosteer.models.model import Model
-from emosteer.models.sites import ATTN_OUT, Site
+from emosteer.models.sites import Site
 from emosteer.scenarios.scenarios import Bank, Group
 
 
@@ -67,8 +67,7 @@ class HeadOutputs:
 
     def added(self, values: Tensor) -> Mapping[Site, Tensor]:
         """What the heads of a layer write together, at its attention output."""
-        together = torch.einsum("elhd,lhdm->elm", self.outputs(values), self.output)
-        return {Site(layer, ATTN_OUT): together[:, layer] for layer in range(together.shape[1])}
+        return at_attention(torch.einsum("elhd,lhdm->elm", self.outputs(values), self.output))
 
 
 def head_outputs(model: Model, z_delta: Tensor, emotions: Sequence[str], spare: bool, settings: GainSettings) -> HeadOutputs:

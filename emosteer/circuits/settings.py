@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from emosteer.base.errors import UsageError, suggest
 
@@ -95,3 +97,9 @@ class VectorSettings:
     def __post_init__(self) -> None:
         if not 0 < self.rate < math.inf:
             raise UsageError(f"expected a rate above 0, found {self.rate}")
+
+
+def learned_of(metrics: Mapping[str, Any]) -> str | None:
+    """What was learned of a circuit's heads, "outputs" or "gains", by its metrics; None where nothing was. Circuits from before outputs
+    could be learned do not say."""
+    return str(metrics["gains"].get("learn", "gains")) if "gains" in metrics else None

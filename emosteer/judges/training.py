@@ -225,10 +225,9 @@ class Workshop:
 
 
 def tuned(
-    sources: Sequence[Source], name: str, settings: FineTuneSettings, workshop: Workshop, shares: Mapping[str, float] | None = None
+    sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float], workshop: Workshop
 ) -> TunedJudge | None:
     """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
-    shares = SHARES if shares is None else shares
     drawn = sum(shares.get(source.name, 1.0) for source in sources)
     texts = [(*sorted(source.files.items()), round(shares.get(source.name, 1.0) / drawn, 4)) for source in sources]
     adapter = workshop.adapter(name, [texts, asdict(settings)], lambda: _tuned(sources, name, settings, shares))
@@ -275,12 +274,12 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     banks, answered = read_banks()
     longer = replace(settings, steps=round(MORE_STEPS * settings.steps))
     made = {
-        "embedded": tuned(sources, "embedded", longer, workshop),
-        "public": tuned(outside, "public", settings, workshop, PUBLIC_SHARES),
+        "embedded": tuned(sources, "embedded", longer, SHARES, workshop),
+        "public": tuned(outside, "public", settings, PUBLIC_SHARES, workshop),
     }
     shorter = replace(settings, steps=left_out_steps)
     without = {
-        source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, workshop)
+        source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, SHARES, workshop)
         for source in (outside if left_out_steps else [])
     }
     judges, left_out = {n: j for n, j in made.items() if j is not None}, {n: j for n, j in without.items() if j is not None}
@@ -296,11 +295,13 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     soundness, how_sound = fit_soundness(encoder, [text for s in plain for text, _ in (*s.train, *s.test)], foreign)
     note("fitting the check of answers")
-    pairs = labelled_pairs(answered, 1, 0)
-    read = read_pairs(data_path(READ))
-    pairs += read[False] * max(1, len(pairs) // max(1, len(read[False])))  # made and read ones count alike
+    made_pairs, read = labelled_pairs(answered, 1, 0), read_pairs(data_path(READ))
+    pairs, times = [*made_pairs, *read[False]], max(1, len(made_pairs) // max(1, len(read[False])))
+    # made and read ones count alike
+    rows = torch.tensor([*range(len(made_pairs)), *[*range(len(made_pairs), len(pairs))] * times])
     places = torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
-    check = AnswerCheck(encoder, fit_head(pair_features([pair for pair, _ in pairs], encoder), places, PAIR_LABELS, ANSWER_RIDGE))
+    shown = pair_features([pair for pair, _ in pairs], encoder)
+    check = AnswerCheck(encoder, fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE))
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},

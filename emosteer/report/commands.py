@@ -7,7 +7,7 @@ from typing import Any
 
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.circuits.places import OWN_BANK
-from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.settings import CircuitSettings, GainSettings, learned_of
 from emosteer.directions.settings import Settings
 from emosteer.scenarios.scenarios import EMOTIONS
 
@@ -80,7 +80,7 @@ def rebuilt(kind: str, item: Any, reference: str) -> str:
             ("--heads", params.get("head_share"), None),
             ("--neurons", params.get("neuron_share"), None),
             ("--share", params.get("share", CircuitSettings.share), CircuitSettings.share),
-            ("--learn", gains.get("learn", "gains") if gains else None, GainSettings.learn),
+            ("--learn", learned_of(item.metrics), GainSettings.learn),
             ("--gain-steps", gains.get("steps", unlearned), GainSettings.steps),
             ("--keep", gains.get("keep", GainSettings.keep), GainSettings.keep),
         ]
