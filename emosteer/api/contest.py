@@ -17,7 +17,7 @@ from emosteer.base.processes import ALONE, Crew
 from emosteer.circuits.methods import CONTEST, METHODS, NONE
 from emosteer.circuits.places import ARTIFACTS, Places
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import PANEL
 from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
@@ -110,7 +110,7 @@ def evaluate(
         given = directions if directions is None or not isinstance(directions, (str, os.PathLike)) else Path(directions)
         settings = with_parts_of(settings, ready, methods is not None)
         settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
-        contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed), batch_size, place, ALONE)
+        contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed, guidance=GUIDANCE), batch_size, place, ALONE)
         return hold(contest, jury, splits, ready, sha256, settings, place, "emosteer.evaluate(...) from Python")
 
 

@@ -21,6 +21,7 @@ class DecodingOptions(TypedDict, total=False):
     top_p: float
     repetition_penalty: float
     seed: int
+    guidance: float
 
 
 #: One strength or intensity for all prompts, or one per prompt.

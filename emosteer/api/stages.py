@@ -17,7 +17,7 @@ from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSetting
 from emosteer.circuits.places import ARTIFACTS, own_bank_of
 from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.settings import Settings
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import PANEL
 from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.scenarios import EMOTIONS
@@ -234,5 +234,5 @@ def calibrate(
         replies = KeyedLog(log)
         jury = panel(replies)
         refuse_same_weights(jury.judges, bare.sha256)
-        trials = Trials(bare, ready, jury, prompts.groups, replies, decoding or Decoding(), batch_size)
+        trials = Trials(bare, ready, jury, prompts.groups, replies, decoding or Decoding(guidance=GUIDANCE), batch_size)
         return stage.calibrate(trials, chosen, prompts.hashes, {"circuit": sha256})

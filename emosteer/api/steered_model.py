@@ -13,7 +13,7 @@ from emosteer.api.options import Amount, DecodingOptions, SteeringOptions, Writi
 from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, Message, parse_emotions
@@ -96,7 +96,7 @@ class SteeredModel:
             instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
-            max_new_tokens, temperature, top_p, repetition_penalty, seed: fields of `emosteer.Decoding`.
+            max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is 2 by default.
 
         Raises:
             UsageError: for arguments that make no sense. ArtifactError: if the circuit is missing, or has no dial and an intensity is asked
@@ -133,7 +133,7 @@ class SteeredModel:
 
     @contextlib.contextmanager
     def steering(self, emotion: Emotion, **options: Unpack[SteeringOptions]) -> Iterator[None]:
-        """Steers the plain Hugging Face model for the length of a block, exactly as `generate` steers: `with m.steering("fear"):
+        """Steers the plain Hugging Face model for the length of a block, as `generate` steers without guidance: `with m.steering("fear"):
         m.hf.generate(**m.inputs(text))`.
 
         Args:
@@ -235,7 +235,7 @@ class SteeredModel:
         return Writer(
             self.model,
             self.circuit,
-            Decoding(**cast(DecodingOptions, chosen)),
+            Decoding(**cast(DecodingOptions, {"guidance": GUIDANCE, **chosen})),
             options.get("instruction", INSTRUCTION),
             self._method(options),
             options.get("batch_size", BATCH_SIZE),

@@ -17,13 +17,14 @@ from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceOption,
     DtypeOption,
+    GuidanceOption,
     JsonOption,
     KindsOption,
     ModelOption,
     PanelOption,
     RootOption,
 )
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import parse_kinds
 from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
@@ -71,6 +72,7 @@ def calibrate(
     ),
     most_good: Annotated[bool, typer.Option("--most-good", help="Set them to where most replies are good instead.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    guidance: GuidanceOption = GUIDANCE,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -87,7 +89,7 @@ def calibrate(
     wanted = parse_kinds(kinds)
     prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
     settings = CalibrateSettings(top, points, refine, None if most_good else default_intensity, Guard(each_ratio, sound, names), ratio)
-    decoding = Decoding(max_new_tokens)
+    decoding = Decoding(max_new_tokens, guidance=guidance)
     from emosteer.judges.jury import make_jury
 
     jury = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)

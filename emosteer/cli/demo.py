@@ -11,7 +11,7 @@ from emosteer.base.progress import note
 
 if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit
-    from emosteer.generation.decoding import Decoding
+    from emosteer.generation.decoding import GUIDANCE, Decoding
     from emosteer.models.model import Model
 
 TEXTS = (
@@ -43,7 +43,7 @@ def main() -> None:
     model = Model.load(DEFAULT_MODEL)
     circuit = _circuit(model, step)
     step("writing replies: the same prompts, unsteered and with each circuit")
-    _replies(model, circuit, Decoding(max_new_tokens=48))
+    _replies(model, circuit, Decoding(max_new_tokens=48, guidance=GUIDANCE))
     step("done; now try: .venv/bin/emosteer generate 'Your text.' --emotion anger")
 
 

@@ -18,6 +18,7 @@ from emosteer.cli.options import (
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
+    GuidanceOption,
     JsonOption,
     KindsOption,
     ModelOption,
@@ -28,7 +29,7 @@ from emosteer.cli.options import (
     listed,
 )
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import parse_kinds
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
@@ -76,6 +77,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
+    guidance: GuidanceOption = GUIDANCE,
     seed: SeedOption = EvaluationSettings.seed,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
     out: Annotated[
@@ -89,7 +91,7 @@ def evaluate(
 ) -> None:
     """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
+    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed, guidance)
     from emosteer.api.contest import Splits, contest_of, hold, with_directions, with_parts_of
 
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)

@@ -26,7 +26,7 @@ from emosteer.cli.options import (
     finite,
     one_of,
 )
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompt_sets import KINDS, parse_prompt
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
@@ -73,6 +73,14 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help=f"How far replies lean towards the prompt, away from what would be said to nothing: {GUIDANCE:g} if not given; 1 is none "
+            "and twice as fast, and all that vLLM has.",
+            show_default=False,
+        ),
+    ] = None,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
     seed: SeedOption = Decoding.seed,
     batch_size: Annotated[
@@ -100,11 +108,12 @@ def generate(
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
     positions = _positions(positions, engine)
+    leaning = _guidance(guidance, engine)
     options = _engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
     inputs = _inputs(text, source)
 
-    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed)
+    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed, leaning)
     from emosteer.base.processes import join
     from emosteer.circuits.places import require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
@@ -161,6 +170,19 @@ def _positions(given: str | None, engine: str) -> str:
             "vLLM steers by biases in the weights, which act at all positions; leave --positions out, or use the built-in engine"
         )
     return found
+
+
+def _guidance(given: float | None, engine: str) -> float:
+    """How far replies lean towards the prompt.
+
+    Raises:
+        UsageError: with vLLM, which compares no two rows.
+    """
+    if engine == "builtin":
+        return GUIDANCE if given is None else given
+    if given not in (None, 1):
+        raise UsageError("vLLM writes every reply on its own and cannot guide it; leave --guidance out, or use the built-in engine")
+    return 1.0
 
 
 def _engine_options(engine: str, given: Sequence[str] | None, device: str, device_map: str | None) -> dict[str, Any]:

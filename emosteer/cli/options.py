@@ -40,6 +40,10 @@ PanelOption = Annotated[
 KindsOption = Annotated[
     str, typer.Option("--kinds", help=f"Kinds of prompt: all, or some of {', '.join(KINDS)}; -KIND leaves one out.", metavar="A,B,...")
 ]
+GuidanceOption = Annotated[
+    float,
+    typer.Option(help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none and twice as fast."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
 
 

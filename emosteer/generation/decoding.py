@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from emosteer.base.errors import UsageError
 
+#: Guidance by the prompt of replies that are to be read, unless told otherwise.
+GUIDANCE = 2.0
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen; the same for every method compared.
 
     temperature: 0 is greedy; top_p: nucleus, 1 is all; repetition_penalty: 1 is none (small models loop without one), applied to
-    the tokens of prompt and reply as Hugging Face does.
+    the tokens of prompt and reply as Hugging Face does. guidance: by the prompt (`generation.guidance`), 1 is none; it takes twice the
+    work.
     """
 
     max_new_tokens: int = 64
@@ -20,14 +24,26 @@ class Decoding:
     top_p: float = 1.0
     repetition_penalty: float = 1.1
     seed: int = 0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         checks = (
             (self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, found {self.max_new_tokens}"),
             (0 <= self.temperature < float("inf"), f"--temperature must be a number of at least 0, found {self.temperature}"),
             (0 < self.top_p <= 1, f"--top-p must lie between 0 and 1, found {self.top_p}"),
+            (1 <= self.guidance < float("inf"), f"--guidance must be a number of at least 1, found {self.guidance}"),
             (0 < self.repetition_penalty < float("inf"), f"--repetition-penalty must be above 0, found {self.repetition_penalty}"),
         )
         for fine, message in checks:
             if not fine:
                 raise UsageError(message)
+
+    @property
+    def shaping(self) -> dict[str, float]:
+        """What shapes a reply, for keys of what is on disk: those from before there was guidance stay."""
+        return {name: value for name, value in vars(self).items() if name != "guidance" or self.guides}
+
+    @property
+    def guides(self) -> bool:
+        """Whether the prompt guides the reply, so that requests need their empty prompt."""
+        return self.guidance != 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from emosteer.base.errors import DataError
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.engines import engine_for
+from emosteer.generation.guidance import GuidedEngine
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits
 from emosteer.models.model import Model
@@ -28,10 +29,12 @@ LIKELY = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """One reply to write. key: what its seed is drawn from; ids: the prompt's tokens."""
+    """One reply to write. key: what its seed is drawn from; ids: the prompt's tokens; empty: those of the prompt with nothing said in it,
+    which guidance needs."""
 
     key: str
     ids: tuple[int, ...]
+    empty: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def steps(
 
     Args:
         plan: what is added per row; None adds nothing.
-        row_edits: unit edits on top (ablation and enhancement curves).
+        row_edits: unit edits on top (ablation and enhancement curves), without guidance.
 
     Raises:
         DataError: if a prompt with its reply does not fit the model's context.
@@ -106,7 +109,14 @@ def steps(
         return
     check_lengths(requests, decoding, model.shape.context, model.name)
     batch = _Batch(model, requests, decoding)
-    engine = engine_for(model, [request.ids for request in requests], plan, row_edits, decoding.max_new_tokens)
+    prompts, every = [request.ids for request in requests], range(len(requests))
+    if decoding.guides:
+        if row_edits is not None or not all(request.empty for request in requests):
+            raise ValueError("guidance needs every request's empty prompt, and edits of units know nothing of its rows")
+        prompts, plan = [*prompts, *(request.empty for request in requests)], plan.rows([*every, *every])
+    engine = engine_for(model, prompts, plan, row_edits, decoding.max_new_tokens)
+    if decoding.guides:
+        engine = GuidedEngine(engine, len(requests), decoding.guidance)
     tokens: Tensor | None = None
     while batch.alive:
         tokens, step = batch.take(engine.step(tokens))
@@ -128,9 +138,10 @@ def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int,
         DataError: naming the first prompt that is too long.
     """
     for request in requests:
-        if len(request.ids) + decoding.max_new_tokens > context:
+        longest = max(len(request.ids), len(request.empty))
+        if longest + decoding.max_new_tokens > context:
             raise DataError(
-                f"the prompt '{request.key}' has {len(request.ids)} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
+                f"the prompt '{request.key}' has {longest} tokens; with {decoding.max_new_tokens} new ones it exceeds the "
                 f"context of {name} ({context}); shorten it or lower --max-new-tokens"
             )
 

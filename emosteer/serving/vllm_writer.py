@@ -144,7 +144,7 @@ class VllmWriter:
             self.served.sha256,
             self.served.dtype,
             circuit_sha256,
-            vars(self.decoding),
+            self.decoding.shaping,
             self.instruction,
             self.method,
             self.elicitation,

@@ -25,7 +25,7 @@ from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.scenarios.prompts import elicit, plain
+from emosteer.scenarios.prompts import elicit, plain, unsaid
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
@@ -75,7 +75,7 @@ class ContestWriter:
             self.model.template_sha256,
             str(self.model.dtype),
             self.added.get(cell.method, ""),
-            vars(self.decoding),
+            self.decoding.shaping,
             self.instruction,
             [cell.method, cell.emotion, cell.strength, str(cell.group.key), self._request(cell).ids],
         ]
@@ -89,7 +89,9 @@ class ContestWriter:
             text, earlier = cell.group.text, cell.group.earlier
             asked = elicit(elicitation, text, cell.emotion, self.instruction, earlier) if elicitation else None
             messages = asked or plain(text, self.instruction, earlier)
-            self._prompts[place] = Request(str(cell.group.key), tuple(self.model.prompt_ids(messages)))
+            empty = unsaid(elicitation, cell.emotion, self.instruction, earlier) if self.decoding.guides else []
+            ids = [tuple(self.model.prompt_ids(part)) if part else () for part in (messages, empty)]
+            self._prompts[place] = Request(str(cell.group.key), *ids)
         return self._prompts[place]
 
     def _plan(self, cells: Sequence[Cell]) -> SteeringPlan:

@@ -15,7 +15,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
-from emosteer.scenarios.prompts import elicit, plain
+from emosteer.scenarios.prompts import elicit, plain, unsaid
 from emosteer.scenarios.scenarios import Group, Message
 
 
@@ -111,13 +111,18 @@ class ReplyWriter(Protocol):
     def stream(self, job: Job) -> Iterator[str]: ...
 
 
-def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone") -> Request:
+def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone", guides: bool = False) -> Request:
     """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike; what is asked and
-    the instruction stand in the user's last turn."""
+    the instruction stand in the user's last turn.
+
+    Args:
+        guides: whether the prompt guides the reply, so that its empty form is needed, too.
+    """
     earlier = job.messages[:-1]
     asks = METHODS[job.method].asks
     messages = elicit(elicitation, job.text, job.emotion, instruction, earlier) if asks else plain(job.text, instruction, earlier)
-    return Request(job.id, tuple(model.prompt_ids(messages)))
+    empty = unsaid(elicitation if asks else None, job.emotion, instruction, earlier) if guides else []
+    return Request(job.id, tuple(model.prompt_ids(messages)), tuple(model.prompt_ids(empty)) if empty else ())
 
 
 def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:

@@ -49,7 +49,7 @@ class Writer:
             self.model.sha256,
             str(self.model.dtype),
             circuit_sha256,
-            vars(self.decoding),
+            self.decoding.shaping,
             self.instruction,
             self.method,
             self.elicitation,
@@ -79,7 +79,7 @@ class Writer:
 
     def requests(self, jobs: Sequence[Job]) -> list[Request]:
         """The jobs' prompts."""
-        return [request_of(self.model, job, self.instruction, self.elicitation) for job in jobs]
+        return [request_of(self.model, job, self.instruction, self.elicitation, self.decoding.guides) for job in jobs]
 
     def plan(self, jobs: Sequence[Job]) -> SteeringPlan:
         """The steering of some jobs, written as one batch."""

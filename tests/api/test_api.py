@@ -45,7 +45,7 @@ CHAT = [
     {"role": "assistant", "content": "which train"},
     {"role": "user", "content": "the boss said stop"},
 ]
-LONG = dict(max_new_tokens=12)
+LONG = dict(max_new_tokens=12, guidance=1.0)  # as a block steers
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])

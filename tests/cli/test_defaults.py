@@ -14,13 +14,14 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
 from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
 
 DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+GUIDED = {**DECODING, "guidance": GUIDANCE}
 JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
@@ -51,9 +52,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "calibrate": {
         **{name: vars(CALIBRATE)[name] for name in ("top", "points", "refine", "ratio", "default_intensity")},
         **{"each_ratio": GUARD.ratio, "sound": GUARD.sound, "names": GUARD.names},
-        **{"max_new_tokens": Decoding().max_new_tokens, "batch_size": BATCH_SIZE, **JUDGE},
+        **{"max_new_tokens": Decoding().max_new_tokens, "guidance": GUIDANCE, "batch_size": BATCH_SIZE, **JUDGE},
     },
-    "evaluate": {**DECODING, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
+    "evaluate": {**GUIDED, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
     "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
