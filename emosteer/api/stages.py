@@ -120,6 +120,7 @@ def assemble(
     learn: str | None = None,
     gain_steps: int | None = None,
     keep: float | None = None,
+    content: float | None = None,
     learn_residual: bool | None = None,
     tune: bool = True,
     strength: float | Mapping[str, float] | None = None,
@@ -132,8 +133,8 @@ def assemble(
     Args:
         directions: in memory or as a file; the model's own in `artifacts` by default.
         scenarios: SEV file; replies: bank that is learned on.
-        learn: what is learned of each head, "outputs" or "gains"; gain_steps, keep: how long, and the share of heads that is kept
-            (`circuits.settings.GainSettings`).
+        learn: what is learned of each head, "outputs" or "gains"; gain_steps, keep, content: how long, the share of heads that is kept,
+            and the weight of keeping to the prompt (`circuits.settings.GainSettings`).
         learn_residual: whether to learn residual vectors in the same way, for the contest (method "learned-residual"), which takes as long
             again; where gains are learned, unless told otherwise.
         tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
@@ -148,7 +149,8 @@ def assemble(
 
     bare = plain_model(model)
     chosen = CircuitSettings(**settings)
-    given = {name: value for name, value in (("learn", learn), ("steps", gain_steps), ("keep", keep)) if value is not None}
+    named = {"learn": learn, "steps": gain_steps, "keep": keep, "content": content}
+    given = {name: value for name, value in named.items() if value is not None}
     gains = GainSettings(**given, seed=chosen.seed)  # type: ignore[arg-type]
     wanted = {"": strength} if isinstance(strength, (int, float)) else dict(strength or {})
     made, sha256, path = directions_of(bare, directions, Path(artifacts))

@@ -131,7 +131,7 @@ def _with_gains(
     else:
         found = learn_gains(model, contrast, *context)
         mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
-    record = {"gains": {**vars(gain_settings), "curve": list(found.curve), "margin": list(found.margin)}}
+    record = {"gains": {**vars(gain_settings), **found.trace}}
     return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
 
 
@@ -148,7 +148,7 @@ def _residual(
     strength = DEFAULT_RESIDUAL_STRENGTH
     free = free_vectors(model, directions, residual_band(model.shape.n_layers), strength, spare, vector_settings)
     vectors, learned = learn_residual(model, free, groups, bank, directions, gain_settings)
-    record = {**vars(vector_settings), "start": strength, "curve": list(learned.curve), "margin": list(learned.margin)}
+    record = {**vars(vector_settings), "start": strength, **learned.trace}
     return vectors, {"learned_residual": record}
 
 

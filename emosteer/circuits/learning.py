@@ -2,10 +2,15 @@
 
 Under what is learned for emotion e, the bank's reply in e should become likely, and above all likelier than the bank's replies in the
 other emotions to the same prompt, and than the neutral one where the bank has it: what is read as neutral has failed like what is read as
-another emotion. The preference saturates: what is told apart already pulls no more. What is free, and where it is
-added, is a `Parametrisation`: gains of heads (`gains.py`), or vectors of the residual stream (`learned_residual.py`). Draws, objective,
-steps and schedule are the same for all, so that what differs between their results is the place and not the training. The model's
-weights stay as they are.
+another emotion. The preference saturates: what is told apart already pulls no more.
+
+What is added is the same for every prompt, and the cheapest way to an emotion is to say what it says anywhere. So the prompt has to go on
+mattering: how much dearer the same emotion's reply to *another* prompt is than the own one may not shrink below what it is without
+steering (`content`).
+
+What is free, and where it is added, is a `Parametrisation`: outputs of heads (`head_outputs.py`), gains of heads (`gains.py`), or vectors
+of the residual stream (`learned_residual.py`). Draws, objective, steps and schedule are the same for all, so that what differs between
+their results is the place and not the training. The model's weights stay as they are.
 """
 
 from __future__ import annotations
@@ -56,11 +61,18 @@ class Parametrisation(Protocol):
 @dataclass(frozen=True, eq=False)
 class Learned:
     """values: as the parametrisation has them, 0 for those that were dropped; curve, margin: by step, mean nats per token of the wanted
-    replies, and how many more the other emotions' replies cost."""
+    replies, and how many more the other emotions' replies cost; kept: how many more than without steering the replies to another prompt
+    cost beyond the own ones, empty where that was not asked for."""
 
     values: Tensor
     curve: tuple[float, ...]
     margin: tuple[float, ...]
+    kept: tuple[float, ...] = ()
+
+    @property
+    def trace(self) -> dict[str, list[float]]:
+        """How learning went, as a circuit's metrics hold it."""
+        return {"curve": list(self.curve), "margin": list(self.margin), **({"kept": list(self.kept)} if self.kept else {})}
 
 
 def learn(
@@ -87,35 +99,69 @@ def learn(
     values = what.start().requires_grad_()
     mask = torch.ones_like(values)
     optimiser = torch.optim.Adam([values], lr=what.rate, betas=(0.9, 0.95))
-    draw, waiting, curve, margin = random.Random(settings.seed), list[Group](), list[float](), list[float]()
+    draw, waiting, trace = random.Random(settings.seed), list[Group](), list[Tensor]()
     with bar(f"learning {what.label} (steps)", settings.steps) as advance:
         for step in range(settings.steps):
             if step == settings.steps // 2:
                 mask = what.kept(values.detach())
             optimiser.param_groups[0]["lr"] = what.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
-            total = apart = 0.0
+            figures = torch.zeros(3)
             for _ in range(settings.groups):
                 if not waiting:
                     waiting = draw.sample(usable, len(usable))
-                group = waiting.pop()
-                replies = bank[group.key]
-                neutral = [replies[NEUTRAL]] if NEUTRAL in replies and settings.others else []
-                shifts = draw.sample(range(1, len(emotions)), min(settings.others - len(neutral), len(emotions) - 1))
-                wanted, added = [replies[emotion] for emotion in emotions], what.added(values * mask)
-                costs = reply_costs(model, group, wanted, shifts, added, instruction, neutral)
-                (objective(costs, settings) / settings.groups).backward()
-                total += costs[0].mean().item() / settings.groups
-                apart += (costs[1:] - costs[0]).mean().item() / settings.groups
+                compared = Compared.draw(waiting.pop(), usable, bank, emotions, settings, draw)
+                lost, told = loss(model, compared, what.added(values * mask), instruction, settings)
+                (lost / settings.groups).backward()
+                figures += told / settings.groups
             optimiser.step()
             optimiser.zero_grad()
-            curve.append(round(total, 4))
-            margin.append(round(apart, 4))
+            trace.append(figures)
             advance(1)
-    return Learned((values.detach() * mask).cpu(), tuple(curve), tuple(margin))
+    curve, margin, kept = ([round(value, 4) for value in column] for column in torch.stack([*trace, torch.zeros(3)])[:-1].T.tolist())
+    return Learned((values.detach() * mask).cpu(), tuple(curve), tuple(margin), tuple(kept) if settings.content else ())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one prompt's learning compares. wanted: its reply in each emotion; shifts: of the other emotions that it is told from; neutral:
+    its neutral reply, or none; elsewhere: another prompt's reply in each emotion, or none."""
+
+    group: Group
+    wanted: Sequence[str]
+    shifts: Sequence[int]
+    neutral: Sequence[str]
+    elsewhere: Sequence[str]
+
+    @classmethod
+    def draw(
+        cls, group: Group, usable: Sequence[Group], bank: Bank, emotions: Sequence[str], settings: GainSettings, draw: random.Random
+    ) -> Compared:
+        """usable: the prompts that the other one is drawn from."""
+        replies = bank[group.key]
+        neutral = [replies[NEUTRAL]] if NEUTRAL in replies and settings.others else []
+        shifts = draw.sample(range(1, len(emotions)), min(settings.others - len(neutral), len(emotions) - 1))
+        others = [other for other in usable if other is not group] if settings.content else []
+        elsewhere = bank[draw.choice(others).key] if others else {}
+        return cls(group, [replies[e] for e in emotions], shifts, neutral, [elsewhere[e] for e in emotions] if elsewhere else [])
+
+
+def loss(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruction: str, settings: GainSettings) -> tuple[Tensor, Tensor]:
+    """What is minimised for one prompt, and the figures [curve, margin, kept] of `Learned`."""
+    group, wanted, elsewhere = compared.group, compared.wanted, compared.elsewhere
+    costs = reply_costs(model, group, wanted, compared.shifts, added, instruction, compared.neutral, elsewhere)
+    told = costs[:-1] if elsewhere else costs
+    figures = torch.stack([told[0].mean(), (told[1:] - told[0]).mean(), torch.zeros_like(told[0, 0])]).detach().cpu()
+    if not elsewhere:
+        return objective(told, settings), figures
+    with torch.no_grad():
+        plain = reply_costs(model, group, wanted, (), {}, instruction, (), elsewhere)
+    kept = (costs[-1] - costs[0]) - (plain[-1] - plain[0])
+    figures[2] = kept.mean().item()
+    return objective(told, settings) + settings.content * softplus(-settings.sharpness * kept).sum(), figures
 
 
 def objective(costs: Tensor, settings: GainSettings) -> Tensor:
-    """What is minimised. costs: [1 + other, emotion], the wanted reply first."""
+    """Likely, and told from the other replies. costs: [1 + other, emotion], the wanted reply first."""
     preference = softplus(settings.sharpness * (costs[0] - costs[1:])).mean(0)
     return (costs[0] + settings.preference * preference).sum()
 
@@ -128,15 +174,16 @@ def reply_costs(
     added: Mapping[Site, Tensor],
     instruction: str,
     common: Sequence[str] = (),
+    elsewhere: Sequence[str] = (),
 ) -> Tensor:
     """Mean nats per token, under what is added for each emotion, of its own reply, of those that stand `shifts` further in the list of
-    emotions, and of those that all are compared with. Shape [1 + shift + common, emotion].
+    emotions, of those that all are compared with, and of its reply to another prompt. Shape [1 + shift + common (+ 1), emotion].
 
     One forward pass: the prompt stands once, all replies behind it see it but not each other.
 
     Args:
         replies: one per emotion; added: site -> [emotion, d_model], wherever a token of a reply is written; common: replies in no
-            emotion of the list, such as the neutral one.
+            emotion of the list, such as the neutral one; elsewhere: one per emotion, written to another prompt, or none.
     """
     n = len(replies)
     prompt = model.prompt_ids(plain(group.text, instruction, group.earlier))
@@ -144,6 +191,7 @@ def reply_costs(
     texts = [model.text_ids(reply) + ending for reply in replies]
     segments = [(emotion, texts[(emotion + shift) % n]) for shift in (0, *shifts) for emotion in range(n)]
     segments += [(emotion, model.text_ids(reply) + ending) for reply in common for emotion in range(n)]
+    segments += [(emotion, model.text_ids(reply) + ending) for emotion, reply in enumerate(elsewhere)]
     ids, positions, owner, vector, target = list(prompt[:-1]), list(range(len(prompt) - 1)), [0] * (len(prompt) - 1), [], []
     for number, (emotion, reply) in enumerate(segments, start=1):
         ids += [prompt[-1], *reply[:-1]]

@@ -53,10 +53,10 @@ class GainSettings:
     learn: "outputs", d_head numbers per head and emotion (`circuits.head_outputs`), or "gains", one (`circuits.gains`). steps: of Adam,
     each on `groups` scenario-events. start: every gain at first; rate: Adam's, in units of strength. output_start: how often an output is
     the head's contrast at first; output_rate: Adam's for every coordinate, in units of that contrast. preference: weight of telling
-    replies apart against making the wanted one likely; sharpness: of the preference, per nat; others: replies to the same prompt that each
-    step compares with, the neutral one among them where the bank has it. keep: share of heads left after half of the steps. dtype: what a
-    float32 model is read in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or
-    "auto", the faster of the two as measured (`circuits.precision`).
+    replies apart against making the wanted one likely; content: weight of keeping to the prompt, 0 leaves it out; sharpness: of both, per
+    nat; others: replies to the same prompt that each step compares with, the neutral one among them where the bank has it. keep: share of
+    heads left after half of the steps. dtype: what a float32 model is read in meanwhile: "bfloat16" (a copy; half the time where the
+    processor has units for it), "float32" (no copy), or "auto", the faster of the two as measured (`circuits.precision`).
     """
 
     steps: int = 100
@@ -66,6 +66,7 @@ class GainSettings:
     output_rate: float = 0.4
     output_start: float = 1.0
     preference: float = 3.0
+    content: float = 0.0
     sharpness: float = 3.0
     others: int = 2
     keep: float = 0.5
@@ -76,6 +77,8 @@ class GainSettings:
     def __post_init__(self) -> None:
         if self.learn not in LEARNED:
             raise UsageError(f"unknown --learn '{self.learn}'{suggest(self.learn, LEARNED)}; expected {', '.join(LEARNED)}")
+        if not 0 <= self.content < math.inf:
+            raise UsageError(f"expected --content to be a number of at least 0, found {self.content}")
         if not 0 < self.output_rate < math.inf:
             raise UsageError(f"expected a rate above 0, found {self.output_rate}")
         if self.dtype not in READ_IN:

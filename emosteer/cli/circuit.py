@@ -48,6 +48,9 @@ def circuit(
         int, typer.Option(min=0, help="Steps of learning what each head adds, on the reply bank; 0 ranks heads instead.")
     ] = GainSettings.steps,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
+    content: Annotated[
+        float, typer.Option(help="Weight of keeping to the prompt while learning; half as long again where it is not 0.")
+    ] = GainSettings.content,
     learn_residual: Annotated[
         bool | None,
         typer.Option(
@@ -80,7 +83,7 @@ def circuit(
     from emosteer.models.model import Model
 
     gains = GainSettings(
-        gain_steps, keep=finite(keep, "--keep") or 0.0, seed=seed, learn=learn
+        gain_steps, keep=finite(keep, "--keep") or 0.0, content=finite(content, "--content") or 0.0, seed=seed, learn=learn
     )  # what is wrong with it is said before loading
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     made = assemble(
@@ -91,6 +94,7 @@ def circuit(
         learn=gains.learn,
         gain_steps=gains.steps,
         keep=gains.keep,
+        content=gains.content,
         learn_residual=learn_residual,
         tune=tune,
         strength=wanted,

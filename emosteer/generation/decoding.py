@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from emosteer.base.errors import UsageError
 
 #: Guidance by the prompt of replies that are to be read, unless told otherwise.
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emosteer.generation.engines import Engine
 
 #: A token may be written if its probability is at least this share of the likeliest token's.
-PLAUSIBLE = 0.05
+PLAUSIBLE = 0.1
 
 
 def guided(logits: Tensor, empty: Tensor, scale: float) -> Tensor:

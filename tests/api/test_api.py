@@ -23,7 +23,7 @@ from emosteer.calibration.settings import CalibrateSettings
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
-from emosteer.generation.decoding import Decoding
+from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.writing.settings import BATCH_SIZE
 from tests.conftest import build
 from tests.helpers.tiny_project import EMOTIONS, write_tiny_project
@@ -243,7 +243,7 @@ def test_the_signatures_on_the_page_are_those_of_the_code() -> None:
             "positions": "reply",
             **known,
         }
-        defaults |= {"batch_size": BATCH_SIZE} if name == "generate" else {}
+        defaults |= {"batch_size": BATCH_SIZE, "guidance": GUIDANCE} if name == "generate" else {}
         values = [*[None] * (len(node.args.args) - len(node.args.defaults)), *node.args.defaults, *node.args.kw_defaults]
         for argument, value in zip([*node.args.args, *node.args.kwonlyargs], values, strict=True):
             assert argument.arg in (known if "options" not in known else defaults), f"{name}: {argument.arg}"

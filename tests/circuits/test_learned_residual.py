@@ -191,16 +191,17 @@ def test_gains_and_vectors_meet_the_same_groups_and_comparisons(
     usual = learning.reply_costs
 
     def watched(model: Model, group: Group, replies: Sequence[str], shifts: Sequence[int], *rest: Any) -> Tensor:
-        seen.append((group.key, tuple(replies), tuple(shifts), model.dtype))
+        seen.append((group.key, tuple(replies), tuple(shifts), tuple(rest[-1]), model.dtype))
         return usual(model, group, replies, shifts, *rest)
 
     monkeypatch.setattr(learning, "reply_costs", watched)
-    settings = GainSettings(steps=6, groups=2, others=1, dtype="bfloat16")
+    settings = GainSettings(steps=6, groups=2, others=1, content=1.0, dtype="bfloat16")
     learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, settings)
     by_gains = seen.copy()
     seen.clear()
     learned(tiny, directions, settings)
-    assert seen == by_gains and len(seen) == 12 and len({key for key, *_ in seen}) == 9
+    assert seen == by_gains and len(seen) == 24 and len({key for key, *_ in seen}) == 9
+    assert all(elsewhere and set(elsewhere).isdisjoint(replies) for _, replies, _, elsewhere, _ in seen), "of another prompt"
     seen.clear()
     learned(tiny, directions, replace(settings, seed=1))
     assert seen != by_gains, "another seed, other draws"
@@ -296,7 +297,7 @@ def test_the_circuit_holds_what_was_learned_from_the_plain_directions(tiny: Mode
     vectors, found = learn_residual(tiny, what, GROUPS, BANK, directions, BRIEF)
     assert circuit.learned_residual is not None and torch.equal(circuit.learned_residual, vectors)
     assert circuit.residual_layers == band and list(circuit.learned_stream()) == [Site(layer, RESID_POST) for layer in band]
-    record = {"rate": 1.0, "start": 1.0, "curve": list(found.curve), "margin": list(found.margin)}
+    record = {"rate": 1.0, "start": 1.0, **found.trace}
     assert circuit.metrics["learned_residual"] == record and len(found.curve) == 3
     assert circuit.metrics["gains"]["dtype"] == "float32"
 

@@ -45,6 +45,7 @@ FIELDS: dict[str, dict[str, Any]] = {
             "neurons": CIRCUIT.neuron_share,
             "gain_steps": GAINS.steps,
             "keep": GAINS.keep,
+            "content": GAINS.content,
             "learn": GAINS.learn,
         },
         "learn_residual": None,  # where gains are learned
