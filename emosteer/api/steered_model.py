@@ -96,7 +96,8 @@ class SteeredModel:
             instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
-            max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is 1.5 by default.
+            max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is
+                1.5 by default.
 
         Raises:
             UsageError: for arguments that make no sense. ArtifactError: if the circuit is missing, or has no dial and an intensity is asked

@@ -33,6 +33,9 @@ from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.splits import spread
 
+#: Of a contribution, in shares of the prompt's largest drop: what rounding explains in half precision, and in float32, where it is 2e-6.
+EXACT = (0.1, 1e-3)
+
 
 def ablate(
     model: Model,
@@ -202,6 +205,28 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
         return {"skipped": "this architecture norms a sublayer's output before adding it: contributions are exact up to a factor per layer"}
     prompts = [model.prompt_ids(plain(g.text, directions.instruction, g.earlier)) for g in spread(groups, settings.verify_prompts)]
     try:
-        return verify(model, directions, prompts, settings.verify_neurons, settings.seed)
+        found = verify(model, directions, prompts, settings.verify_neurons, settings.seed)
     except (RuntimeError, MemoryError) as error:
         raise EmosteerError(f"the check against real ablation failed ({error}); leave it out with --verify-prompts 0") from error
+    require_exact(found, model.dtype)
+    return found
+
+
+def require_exact(found: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Refuses scores that real ablation does not bear out.
+
+    Args:
+        found: what `verify` returned; dtype: of the pass whose contributions were compared.
+
+    Raises:
+        EmosteerError: if a contribution is off by more than rounding explains (`EXACT`).
+    """
+    bound = EXACT[dtype is torch.float32]
+    for kind in ("heads", "neurons"):
+        error = found[kind]["max_error_to_largest"] if kind in found else 0.0
+        if not error <= bound:
+            raise EmosteerError(
+                f"one-pass contributions of {kind} differ from real ablation by {error:.1e} of the largest drop (expected at most "
+                f"{bound:g}): the scores would be wrong for this model, and nothing was written; please report it, or leave the check "
+                "out with --verify-prompts 0"
+            )

@@ -21,7 +21,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from emosteer.base.errors import ModelError, first_line
+from emosteer.base.errors import EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.models import tokens
@@ -30,6 +30,7 @@ from emosteer.models.devices import check_device_map, own_gpus, resolve_device, 
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
 from emosteer.models.memory import is_out_of_memory
 from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
+from emosteer.models.weights.whole import require_finite
 
 _BRIDGE_NAMES = {
     RESID_MID: "hook_resid_mid",
@@ -60,6 +61,7 @@ class Model:
         self.shape = shape_of(hf.config, self.layers, self.family)
         #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
         self.spread = bool(getattr(hf, "hf_device_map", None))
+        require_finite(hf, name)
         self._prove(bridge=False)
 
     # ---- loading -------------------------------------------------------------------------------------------------
@@ -77,11 +79,11 @@ class Model:
             UsageError: if it cannot be laid over devices.
             ModelError: if it cannot be found, loaded, or does not prove to be what the adapter expects.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging as untyped
 
         from emosteer.models.weights.resolve import resolve
+        from emosteer.models.weights.whole import load_whole, wants_code
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
         layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
@@ -90,13 +92,15 @@ class Model:
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
-            hf: Any = AutoModelForCausalLM.from_pretrained(
-                found.path, dtype=kind, local_files_only=True, attn_implementation="sdpa", **layout
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            hf = load_whole(found.path, found.name, dtype=kind, attn_implementation="sdpa", **layout)
+            tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
+        except EmosteerError:
+            raise
+        except Exception as error:  # a foreign folder in the hands of foreign parsers: anything can come
             if is_out_of_memory(error):
                 raise
+            if "trust_remote_code" in str(error):
+                raise ModelError(wants_code(found.name)) from error
             raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
         if any(weight.is_meta for weight in hf.parameters()):
             raise ModelError(f"{found.name} does not fit on the GPUs of this machine, even together; try --dtype bfloat16 or more GPUs")
@@ -310,11 +314,19 @@ class Model:
         if wrong:
             raise ModelError(f"{where}: site {wrong[0][0]} has width {wrong[0][1]}; this architecture is not supported")
         for layer in range(self.shape.n_layers):
+            self._prove_finite(layer, seen, where)
             self._prove_layer(layer, seen, where)
         if bridge:
             plain = self.read(ids, [Site(self.shape.n_layers - 1, RESID_POST)], bridge=False)
             for site, value in plain.items():
                 self._close(seen[site], value, f"{where}: the bridge's {site} differs from the plain model's")
+
+    def _prove_finite(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
+        bad = [kind for kind in KINDS if not torch.isfinite(seen[Site(layer, kind)]).all()]
+        if bad:
+            kind = str(self.dtype).removeprefix("torch.")
+            hint = "try --dtype bfloat16 or float32" if self.dtype == torch.float16 else "the weights are damaged, or not this model's"
+            raise ModelError(f"{where}: {bad[0]} of layer {layer} is not finite in {kind}; {hint}")
 
     def _prove_layer(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
         block, family = self.layers[layer], self.family

@@ -388,6 +388,24 @@ def made(case: Case) -> Scores:
     return ablate(case.model, case.directions, case.groups, settings, bank=case.bank, parents={"directions": "abc"})
 
 
+def test_scores_that_real_ablation_does_not_bear_out_are_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One contribution that is off by a hundredth of the largest drop stops the stage, before anything is kept."""
+    usual = verification.one_pass
+
+    def off(*arguments: Any) -> Tensor:
+        found = usual(*arguments)
+        found[3] += 0.01 * found.abs().max()
+        return found
+
+    monkeypatch.setattr(verification, "one_pass", off)
+    with pytest.raises(
+        EmosteerError, match=r"of heads differ from real ablation by 1.*e-02 of the largest drop \(expected at most 0.001\)"
+    ):
+        ablate(case.model, case.directions, case.groups, SMALL, bank=case.bank)
+    kept = ablate(case.model, case.directions, case.groups, replace(SMALL, verify_prompts=0), bank=case.bank)
+    assert kept.verification == {}
+
+
 def test_the_stage_scores_in_four_ways(case: Case, made: Scores) -> None:
     assert set(made.forms) == set(SCORE_FORMS)
     for name, wanted in (("contrast", case.scores), ("raw", raw_scores(case.model, case.directions))):

@@ -20,7 +20,8 @@ from emosteer.base.errors import EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_file, write_text
 
 MANIFEST = "emosteer.json"
-SCHEMA = 1
+#: 2: of files that were proved to hold every tensor; earlier conversions are made again.
+SCHEMA = 2
 
 
 def converted(find: Callable[[Path], Path], sha256: str, name: str, say: Say) -> Path:
@@ -48,6 +49,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         with _quiet():
             _load_and_save(gguf, folder)
+    except ModelError:
+        raise
     except Exception as error:  # a foreign file in the hands of foreign parsers: anything can come
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -60,12 +63,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _load_and_save(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from emosteer.models.weights.whole import load_whole
 
     link = folder / "model.gguf"  # alone in its folder, so that no stray config or tokenizer beside the GGUF file is mixed in
     link.symlink_to(gguf.resolve())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=link.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=link.name, dtype=torch.float32)
+    model: Any = load_whole(folder, gguf.name, gguf_file=link.name, dtype=torch.float32)
     link.unlink()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

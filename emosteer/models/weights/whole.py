@@ -1,0 +1,130 @@
+"""Weights that are whole: a model is used only if every tensor of it was read, and every tensor of its files was used.
+
+transformers fills what a file lacks with random numbers and leaves out what a model has no place for, in both cases without an error;
+the replies still look like text. Here either is refused by name, as are folders that want their own code run, and weights that are packed
+by a quantisation, whose numbers mean nothing without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emosteer.base.errors import ModelError, first_line
+
+#: Names of tensors that a message shows.
+SHOWN = 3
+
+
+def load_whole(folder: Path, name: str, **options: Any) -> Any:
+    """The causal language model of a folder, or of a GGUF file in it (`gguf_file`), once it is sure that nothing was made up.
+
+    Args:
+        name: what it is called, for messages; options: of `from_pretrained`.
+
+    Raises:
+        ModelError: if tensors are missing, left over or of another shape, if it is quantised, or if its folder wants code to be run.
+            Otherwise what transformers raises.
+    """
+    from transformers import AutoModelForCausalLM
+
+    refuse_unreadable(folder, name)
+    try:
+        # sizes are compared below, where both can be named; code that comes with a model is never run and never asked for
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(wants_code(name)) from error
+        raise
+    require_whole(info, name)
+    return model
+
+
+def wants_code(name: str) -> str:
+    """The refusal of a model whose folder holds its code."""
+    return f"{name} is a model that only code from its own folder can load, which emosteer never runs; use a model that transformers knows"
+
+
+def refuse_unreadable(folder: Path, name: str) -> None:
+    """Refuses what is said in config.json before weights are read.
+
+    Raises:
+        ModelError: for quantised weights.
+    """
+    path = folder / "config.json"
+    if not path.is_file():  # a GGUF file, whose numbers are unpacked when it is converted
+        return
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"cannot load {name}: {path} cannot be read ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"cannot load {name}: expected an object in {path}, found {type(config).__name__}")
+    packed = config.get("quantization_config")
+    if packed:
+        method = packed.get("quant_method", "an unknown method") if isinstance(packed, dict) else "an unknown method"
+        raise ModelError(
+            f"{name} is quantised ({method}); circuits are read from plain weights, so give the model that it was made from, a GGUF file "
+            "of it, or a dequantised copy (model.dequantize().save_pretrained(FOLDER))"
+        )
+
+
+def require_whole(info: Mapping[str, Any], name: str) -> None:
+    """Refuses a load that left something out or made something up.
+
+    Args:
+        info: what transformers says of a load; tied weights and buffers that it knows are not in it.
+
+    Raises:
+        ModelError: naming the first tensors.
+    """
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    misshapen = sorted((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
+    if misshapen:
+        key, found, wanted = misshapen[0]
+        raise ModelError(
+            f"{name} is not whole: {key} has shape {_shape(found)}, but its config.json asks for {_shape(wanted)}{_more(misshapen)}"
+        )
+    if missing:
+        raise ModelError(
+            f"{name} is not whole: its files lack {_named(missing)}, which would be random numbers; get all files of the model, and "
+            "check that config.json is theirs"
+        )
+    if unused:
+        raise ModelError(
+            f"{name} is not what its config.json says: its files hold {_named(unused)}, for which the model has no place; check that "
+            "config.json is theirs"
+        )
+    if info.get("error_msgs"):
+        raise ModelError(f"{name} cannot be loaded whole: {str(info['error_msgs'][0]).splitlines()[0]}")
+
+
+def require_finite(model: Any, name: str) -> None:
+    """Refuses weights that are no numbers: one of them makes every reply empty.
+
+    Raises:
+        ModelError: naming the first tensor.
+    """
+    import torch
+
+    for key, value in model.named_parameters():
+        if not value.is_meta and not torch.isfinite(value).all():
+            count, kind = int((~torch.isfinite(value)).sum()), str(value.dtype).removeprefix("torch.")
+            hint = "; numbers too large for float16 become infinite: try --dtype bfloat16" if value.dtype == torch.float16 else ""
+            raise ModelError(f"{name} has {count} weights that are not finite in {key} ({kind}); the file is damaged{hint}")
+
+
+def _named(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys[:SHOWN])}{_more(keys)}"
+
+
+def _more(keys: Sequence[Any]) -> str:
+    return f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes)) or "()"
