@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emosteer.base.errors import ModelError
@@ -178,9 +179,21 @@ def parts(module: Any, paths: tuple[str, ...]) -> list[Any]:
 
 
 def norm_gain(family: Family, norm: Any) -> Tensor:
-    """What a norm multiplies by, in float32. Shape [d_model]."""
+    """What a norm multiplies by, in float32. Shape [d_model].
+
+    A family that names its classes says whether a gain is the weight or one more. Of others it is asked of the norm itself: both kinds,
+    with and without centring, leave a vector of ones of either sign as it is but for the gain (and a bias, which cancels).
+    """
     weight: Tensor = norm.weight.float()
-    return weight + family.norm_offset if family.norm_offset else weight
+    if family.classes:
+        return weight + family.norm_offset if family.norm_offset else weight
+    signs = torch.ones_like(norm.weight)
+    signs[1::2] = -1
+    with torch.no_grad():
+        asked: Tensor = ((norm(signs) - norm(-signs)).float() / 2 * signs.float()).detach()
+    exact = [weight + offset for offset in (0.0, 1.0)]  # what was asked has the precision of the norm, and its epsilon
+    near = [torch.allclose(asked, gain, rtol=2e-2, atol=2e-2) for gain in exact]
+    return exact[near.index(True)] if any(near) else asked
 
 
 @dataclass(frozen=True)

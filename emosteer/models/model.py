@@ -21,7 +21,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from emosteer.base.errors import EmosteerError, ModelError, first_line
+from emosteer.base.errors import DataError, EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.models import tokens
@@ -138,7 +138,7 @@ class Model:
     @property
     def template_sha256(self) -> str:
         """Hash of the chat template's text (of the empty text where the model has none)."""
-        return sha256_text(self.tokenizer.chat_template or "")
+        return sha256_text(tokens.template_of(self.tokenizer))
 
     @cached_property
     def bridge(self) -> Any:
@@ -210,11 +210,24 @@ class Model:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ending where the reply begins (`tokens.prompt_ids`)."""
-        return tokens.prompt_ids(self.tokenizer, messages)
+        return self._known(tokens.prompt_ids(self.tokenizer, messages))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
-        return tokens.text_ids(self.tokenizer, text)
+        return self._known(tokens.text_ids(self.tokenizer, text))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, once it is sure that the model has a vector for each: a tokenizer may have been given more tokens than its model.
+
+        Raises:
+            DataError: naming the first token that has none.
+        """
+        rows = self.embedding.weight.shape[0]
+        for token in ids:
+            if token >= rows:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise DataError(f"{self.name} has no embedding for the token '{name}' ({token} of {rows}); leave it out of the text")
+        return ids
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -224,8 +237,9 @@ class Model:
     @property
     def pad_id(self) -> int:
         """A token to fill rows with; what it is does not matter, it is masked everywhere."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else min(self.stop_ids, default=0)
+        pad, rows = self.tokenizer.pad_token_id, self.embedding.weight.shape[0]
+        known = [token for token in (pad, *sorted(self.stop_ids)) if token is not None and token < rows]
+        return known[0] if known else 0
 
     # ---- running and hooking -------------------------------------------------------------------------------------
 

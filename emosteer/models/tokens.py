@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from emosteer.base.errors import ModelError
+
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 #: Chat templates that print today's date (Llama 3.2) would make results depend on the day: the date is fixed.
 _TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -17,19 +19,45 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
     template get the turns as plain paragraphs.
     """
     turns = [dict(message) for message in messages]
-    if not tokenizer.chat_template:
+    if not template_of(tokenizer):
         text = "".join(turn["content"] + "\n\n" for turn in turns)
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         return bos + text_ids(tokenizer, text)
-    render = {"tokenize": False, "add_generation_prompt": True, **_TEMPLATE_VARIABLES}
+    system = turns[0]["content"].strip() if turns[0]["role"] == "system" and len(turns) > 1 else ""
     try:
-        text = tokenizer.apply_chat_template(turns, **render)
+        text = _rendered(tokenizer, turns)
+        said = system in text  # some templates leave the system line out without a word
     except Exception:
-        if turns[0]["role"] != "system" or len(turns) < 2:
+        if not system:
             raise
-        merged = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-        text = tokenizer.apply_chat_template([merged, *turns[2:]], **render)
+        said = False
+    if not said:
+        merged = {"role": "user", "content": system + "\n\n" + turns[1]["content"]}
+        text = _rendered(tokenizer, [merged, *turns[2:]])
     return text_ids(tokenizer, text)
+
+
+def template_of(tokenizer: Any) -> str:
+    """The text of the chat template; the one called "default" where there are several, "" where there is none.
+
+    Raises:
+        ModelError: if there are several and none is called so.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise ModelError(
+                f"expected a chat template called 'default', found {', '.join(template)}; keep the one to be used under this name"
+            )
+        template = template["default"]
+    return str(template or "")
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(
+        list(turns), chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
+    )
+    return text
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:

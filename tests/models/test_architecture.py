@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
@@ -116,7 +118,7 @@ def test_rows_are_told_apart() -> None:
 # ---- gains and post-norms, each without the other --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "olmo2", "mistral", "smollm3"])
 @torch.no_grad()
 def test_the_direction_of_a_name_is_what_lifts_its_logits(name: str) -> None:
     """For any state, how far the name's logits lie above the mean is its projection on the direction, by the norm's scale."""
@@ -128,6 +130,30 @@ def test_the_direction_of_a_name_is_what_lifts_its_logits(name: str) -> None:
     lift = (logits[:, name_tokens(model, "anger")].mean(-1) - logits.mean(-1)) * states.square().mean(-1).sqrt()
     cosine = functional.cosine_similarity(lift, states @ direction, dim=0)
     assert cosine > 1 - 1e-5
+
+
+@torch.no_grad()
+def test_a_gain_that_no_row_knows_is_asked_of_the_norm() -> None:
+    """Nemotron centres, keeps one less than the gain, and has biases; no row names it, and its norms' weights alone would mislead."""
+    torch.manual_seed(0)
+    hf = NemotronForCausalLM(NemotronConfig(**SIZES))
+    for key, parameter in hf.named_parameters():
+        if "norm" in key:
+            nn.init.normal_(parameter, mean=0.1, std=0.4)
+    model = Model.from_hf(hf, tiny_tokenizer(), "nemotron")
+    assert not model.family.classes
+    for norm in (model.final_norm, model.layers[1].input_layernorm):
+        torch.testing.assert_close(norm_gain(model.family, norm), norm.weight + 1)
+    direction = name_direction(model, "anger")
+    assert direction is not None
+    states = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
+    centred = states - states.mean(-1, keepdim=True)
+    logits = model.unembedding(model.final_norm(states))
+    lift = (logits[:, name_tokens(model, "anger")].mean(-1) - logits.mean(-1)) * centred.square().mean(-1).sqrt()
+    changes = (lift - lift.mean(), centred @ direction - (centred @ direction).mean())  # the norm's bias lifts all states alike
+    assert functional.cosine_similarity(*changes, dim=0) > 0.95
+    plain = (model.unembedding.weight[name_tokens(model, "anger")].mean(0) - model.unembedding.weight.mean(0)) * model.final_norm.weight
+    assert functional.cosine_similarity(lift - lift.mean(), centred @ plain - (centred @ plain).mean(), dim=0) < 0.9, "as it was before"
 
 
 @pytest.mark.parametrize("name", ["gemma", "olmo2", "olmo3", "gemma3"])

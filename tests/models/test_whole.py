@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.models.model import Model
 from emosteer.models.weights.whole import require_finite
-from tests.conftest import build, tiny_tokenizer
+from tests.conftest import SIZES, build, tiny_tokenizer
 
 Change = Callable[[dict[str, Tensor]], Any]
 
@@ -101,6 +101,18 @@ def test_code_beside_a_model_that_is_known_is_not_run(tmp_path: Path) -> None:
     for file in ("m.py", "c.py"):
         (path / file).write_text("raise SystemExit('code of the folder was run')")
     assert isinstance(Model.load(str(path)).hf, LlamaForCausalLM)
+
+
+def test_a_model_without_fused_attention_computes_it_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    hf = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16))
+    hf.save_pretrained(tmp_path / "gemma2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gemma2")
+    model = Model.load(str(tmp_path / "gemma2"))
+    assert model.hf.config._attn_implementation == "eager" and "no fused attention" in capsys.readouterr().err
+    ids = torch.tensor([[1, 7, 9, 12]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.hf(ids).logits, hf.eval()(ids).logits)
 
 
 def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:

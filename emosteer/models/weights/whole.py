@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emosteer.base.errors import ModelError, first_line
+from emosteer.base.progress import note
 
 #: Names of tensors that a message shows.
 SHOWN = 3
@@ -28,20 +29,28 @@ def load_whole(folder: Path, name: str, **options: Any) -> Any:
         ModelError: if tensors are missing, left over or of another shape, if it is quantised, or if its folder wants code to be run.
             Otherwise what transformers raises.
     """
-    from transformers import AutoModelForCausalLM
-
     refuse_unreadable(folder, name)
     try:
-        # sizes are compared below, where both can be named; code that comes with a model is never run and never asked for
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, info = _load(folder, options)
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ModelError(wants_code(name)) from error
-        raise
+        if options.get("attn_implementation") != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        note(f"{name} has no fused attention in transformers: its attention is computed step by step (eager), which is slower")
+        model, info = _load(folder, {**options, "attn_implementation": "eager"})
     require_whole(info, name)
     return model
+
+
+def _load(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers says of the load. Sizes are compared by `require_whole`, which can name both; code that comes with a
+    model is never run and never asked for."""
+    from transformers import AutoModelForCausalLM
+
+    how = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **how, **options)
+    return model, info
 
 
 def wants_code(name: str) -> str:
