@@ -15,7 +15,7 @@ from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read
 from emosteer.scenarios.splits import split, spread, unread
 
 #: What directions and circuits are made from where nobody names data: prompts, and their reply bank.
-TRAIN, BANK = "prompts/train.jsonl", "replies/spoken.jsonl"
+TRAIN, BANK = "prompts/train.jsonl", "replies/plain.jsonl"
 
 
 @dataclass(frozen=True)
