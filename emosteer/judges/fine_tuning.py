@@ -93,12 +93,18 @@ class Sampler:
 
 
 def fine_tune(
-    sources: Texts, shares: Mapping[str, float], settings: FineTuneSettings, what: str = "judge", labels: Sequence[str] = LABELS
+    sources: Texts,
+    shares: Mapping[str, float],
+    settings: FineTuneSettings,
+    what: str = "judge",
+    labels: Sequence[str] = LABELS,
+    start: Adapter | None = None,
 ) -> Adapter:
     """Fits an adapter to texts; a fresh encoder is loaded, since it is changed while it learns.
 
     Args:
-        sources, shares: as for `Sampler`; what: for the progress bar; labels: what the texts are labelled with.
+        sources, shares: as for `Sampler`; what: for the progress bar; labels: what the texts are labelled with; start: an adapter of the
+            same rank, layers and labels that learning goes on from, instead of from nothing.
 
     Raises:
         DataError: if a source has no text.
@@ -114,6 +120,8 @@ def fine_tune(
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=noise) / head.in_features**0.5)
         head.bias.zero_()
+    if start is not None:
+        _begin_at(start, places, head)
     learned = [parameter for place in places.values() for parameter in (place.down, place.up)] + list(head.parameters())
     optimiser = torch.optim.AdamW(learned, lr=settings.rate, weight_decay=0.01)
     torch.manual_seed(settings.seed)  # dropout
@@ -134,6 +142,18 @@ def fine_tune(
     down = {path: place.down.detach() for path, place in places.items()}
     up = {path: place.up.detach() for path, place in places.items()}
     return Adapter(tuple(labels), down, up, head.weight.detach(), head.bias.detach())
+
+
+def _begin_at(start: Adapter, places: Mapping[str, _Adapted], head: nn.Linear) -> None:
+    """Copies an adapter into what is to be learned."""
+    if start.down.keys() != places.keys():
+        raise ValueError("an adapter is learned on in the layers that it was learned in")
+    with torch.no_grad():
+        for path, place in places.items():
+            place.down.copy_(start.down[path])
+            place.up.copy_(start.up[path])
+        head.weight.copy_(start.weight)
+        head.bias.copy_(start.bias)
 
 
 def _loss(

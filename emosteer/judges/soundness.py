@@ -20,8 +20,9 @@ from emosteer.judges.protocol import Soundness
 from emosteer.judges.storage import load_heads
 
 SOUND = "sound"
-#: What can be wrong, as the head names it.
-FAULTS = ("order", "repetition", "symbols", "language")
+#: What can be wrong, as the head names it: what readers of models' replies called no understandable English comes last.
+SENSE = "sense"
+FAULTS = ("order", "repetition", "symbols", "language", SENSE)
 #: A text is unsound when its probability of being broken exceeds this.
 THRESHOLD = 0.35
 #: Version of the rules below, for caches of verdicts.

@@ -1,9 +1,9 @@
 """`make judge`: fits the judges that come along and measures each on texts that it never saw, sources left out whole among them.
 
-- `embedded`: the encoder fine-tuned on all sources: public texts that people labelled, and the project's own (data/judge/).
-- `public`: the same, on the public sources alone.
+- `public`: the encoder fine-tuned on public texts that people labelled.
+- `embedded`: the same, fine-tuned further on all sources: the public ones and the project's own (data/judge/).
 - `linear`: a linear head on the frozen encoder, on the project's own texts and on models' replies that were read blind.
-- the soundness head, on sound texts broken on purpose (`broken_texts`), and the check whether a reply answers its prompt (`answers`).
+- the checks of soundness and of answers (`check_training`).
 
 The card in the file holds what is printed here. The reply banks are never fitted on by a judge of emotions: they are a test.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,13 +27,12 @@ from emosteer.base.files import read_jsonl, sha256_file, sha256_text
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
-from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, labelled_pairs, pair_features
-from emosteer.judges.broken_texts import soundness_examples
-from emosteer.judges.embedded import ASSET, ENCODER, LinearHead, LinearJudge, SentenceEncoder, fit_head, shared_encoder
+from emosteer.judges.answers import Answered
+from emosteer.judges.check_training import fit_answers, fit_soundness, measure_answers, read_replies
+from emosteer.judges.embedded import ASSET, ENCODER, LinearJudge, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
-from emosteer.judges.protocol import ANSWERED, LABELS
-from emosteer.judges.soundness import FAULTS, SOUND, verdicts_of
-from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
+from emosteer.judges.protocol import LABELS
+from emosteer.judges.sources import Labelled, Source, held_out, read_public
 from emosteer.judges.storage import load_adapter, save_judges
 from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
@@ -42,26 +40,39 @@ from emosteer.scenarios.splits import stable_share
 
 #: Replies that models wrote, read blind with their prompts: what they voice, and whether they answer.
 READ = "judge/model_replies.jsonl"
+#: More of them, for the checks alone.
+CHECKED = "judge/checked_replies.jsonl"
 OWN = {
     "sentences": "judge/sentences.jsonl",
     "replies": "judge/replies.jsonl",
     "spoken": "judge/spoken.jsonl",
+    "toned": "judge/toned.jsonl",
     "model-replies": READ,
 }
 FOREIGN = "judge/other_languages.jsonl"
 PAIRS = "judge/answer_pairs.jsonl"
 #: Reply banks with their prompts: a test of the emotion judges, and what the answer check is fitted on.
-BANKS = {"bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"), "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl")}
+BANKS = {
+    "bank of scenes": ("sev/train.jsonl", "replies/train.jsonl"),
+    "spoken bank": ("prompts/train.jsonl", "replies/spoken.jsonl"),
+    "plain bank": ("prompts/train.jsonl", "replies/plain.jsonl"),
+}
 #: Shares of the draws that each source has; those of sources left out go to the others.
-SHARES = {"goemotions-ekman": 0.36, "xed-en": 0.15, "sentences": 0.1, "replies": 0.12, "spoken": 0.15, "model-replies": 0.12}
+SHARES = {
+    "goemotions-ekman": 0.36,
+    "xed-en": 0.12,
+    "sentences": 0.09,
+    "replies": 0.09,
+    "spoken": 0.1,
+    "toned": 0.14,
+    "model-replies": 0.1,
+}
 #: The same for the judge of the public sources alone.
 PUBLIC_SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18}
-#: `embedded` has more sources, and takes so many times the steps of `public`.
-MORE_STEPS = 1.3
+#: `embedded` goes on from `public`, for so many times its steps.
+MORE_STEPS = 1.2
 #: Sources whose texts are sound, for the soundness head.
 SOUND_TEXTS = ("sentences", "replies")
-#: Of the check of answers: with this one it passes about as many of the models' replies as their reader does (docs/JUDGES.md).
-ANSWER_RIDGE = 1e-3
 #: Texts of a source that a judge is measured on, at most; all of GoEmotions' test split.
 MOST_MEASURED = 1000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
@@ -97,21 +108,6 @@ def read_sources(public: Path) -> list[Source]:
     if len(set(names)) != len(names):
         raise DataError(f"expected sources of different names, found {', '.join(names)}; rename the file in {public}")
     return sources
-
-
-def read_pairs(path: Path) -> dict[bool, list[tuple[Pair, str]]]:
-    """Models' replies with their prompts, as a reader called them; True: those that nothing is fitted on.
-
-    Raises:
-        DataError: naming file and line, if a prompt is missing or 'answers' is neither true nor false.
-    """
-    pairs: dict[bool, list[tuple[Pair, str]]] = {False: [], True: []}
-    for number, row in read_jsonl(path, "replies that were read"):
-        prompt, answers = row.get("prompt"), row.get("answers")
-        if not isinstance(prompt, str) or not isinstance(answers, bool):
-            raise DataError(f"{path}:{number}: expected 'prompt' to be a text and 'answers' true or false")
-        pairs[held_out(row["text"])].append(((prompt, row["text"]), ANSWERS if answers else NOT))
-    return pairs
 
 
 def read_banks() -> tuple[dict[str, list[Labelled]], list[Answered]]:
@@ -176,27 +172,6 @@ def measured(judge: Any, tests: Mapping[str, Sequence[Labelled]]) -> dict[str, A
     return results
 
 
-def measure_soundness(head: LinearHead, features: Tensor, examples: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The share of each kind that is called unsound, by head and rules together."""
-    verdicts = verdicts_of(head, features, [text for _, text in examples])
-    unsound = [not verdict.sound for verdict in verdicts]
-    total = Counter(label for label, _ in examples)
-    called = Counter(label for (label, _), bad in zip(examples, unsound, strict=True) if bad)
-    return {
-        label: {"n": total[label], "called_unsound": round(called[label] / total[label], 4)} for label in (SOUND, *FAULTS) if total[label]
-    }
-
-
-def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read: Sequence[tuple[Pair, str]] = ()) -> dict[str, Any]:
-    """By relation of the hand-made pairs, and by what a reader said of models' replies: the share that is called an answer."""
-    names = {ANSWERS: "read: answers", NOT: "read: does not"}
-    pairs = [*pairs, *({"prompt": prompt, "reply": reply, "relation": names[label]} for (prompt, reply), label in read)]
-    shares = check.probabilities([(pair["prompt"], pair["reply"]) for pair in pairs])
-    relations = dict.fromkeys(pair["relation"] for pair in pairs)
-    called = {r: [share >= ANSWERED for share, pair in zip(shares, pairs, strict=True) if pair["relation"] == r] for r in relations}
-    return {relation: {"n": len(hits), "called_answer": round(sum(hits) / len(hits), 4)} for relation, hits in called.items()}
-
-
 # ---- fitting -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,41 +200,36 @@ class Workshop:
 
 
 def tuned(
-    sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float], workshop: Workshop
+    sources: Sequence[Source],
+    name: str,
+    settings: FineTuneSettings,
+    shares: Mapping[str, float],
+    workshop: Workshop,
+    start: TunedJudge | None = None,
 ) -> TunedJudge | None:
-    """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike."""
+    """A fine-tuned judge, calibrated on texts of its sources that it was not fitted on, every source counting alike.
+
+    Args:
+        start: the judge that it goes on from.
+    """
     drawn = sum(shares.get(source.name, 1.0) for source in sources)
     texts = [(*sorted(source.files.items()), round(shares.get(source.name, 1.0) / drawn, 4)) for source in sources]
-    adapter = workshop.adapter(name, [texts, asdict(settings)], lambda: _tuned(sources, name, settings, shares))
+    first = None if start is None else start.adapter
+    what = [texts, asdict(settings), *([] if first is None else [first.key])]
+    adapter = workshop.adapter(name, what, lambda: _tuned(sources, name, settings, shares, first))
     return None if adapter is None else TunedJudge.of(shared_encoder(), adapter, name)
 
 
-def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float]) -> Adapter:
+def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float], start: Adapter | None) -> Adapter:
     # a twentieth of the texts, by hash, serves for the temperature alone
     kept = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) < 0.05] for s in sources}
     fitted = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) >= 0.05] for s in sources}
-    adapter = fine_tune(fitted, shares, settings, f"judge '{name}'")
+    adapter = fine_tune(fitted, shares, settings, f"judge '{name}'", start=start)
     judge = TunedJudge.of(shared_encoder(), adapter, name)
     texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
     logits = judge.probabilities([text for text, *_ in texts]).clamp_min(1e-30).log()
     answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
     return calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))
-
-
-def fit_soundness(encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str]) -> tuple[LinearHead, dict[str, Any]]:
-    """The soundness head, and what it does on texts that were held out."""
-    split = {
-        part: soundness_examples(
-            [text for text in texts if held_out(text) == part],
-            [t for t in foreign if (stable_share(t, 0) < HELD_OUT) == part],
-            seed=int(part),
-        )
-        for part in (False, True)
-    }
-    shown = {part: encoder.features([text for _, text in labelled]) for part, labelled in split.items()}
-    names = (SOUND, *FAULTS)
-    head = fit_head(shown[False], torch.tensor([names.index(label) for label, _ in split[False]]), names)
-    return head, measure_soundness(head, shown[True], split[True])
 
 
 def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: int, workshop: Workshop) -> dict[str, Any] | None:
@@ -273,10 +243,8 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     outside, own = [s for s in sources if s.public], [s for s in sources if not s.public]
     banks, answered = read_banks()
     longer = replace(settings, steps=round(MORE_STEPS * settings.steps))
-    made = {
-        "embedded": tuned(sources, "embedded", longer, SHARES, workshop),
-        "public": tuned(outside, "public", settings, PUBLIC_SHARES, workshop),
-    }
+    people = tuned(outside, "public", settings, PUBLIC_SHARES, workshop)
+    made = {"embedded": None if people is None else tuned(sources, "embedded", longer, SHARES, workshop, people), "public": people}
     shorter = replace(settings, steps=left_out_steps)
     without = {
         source.name: tuned([s for s in sources if s is not source], f"without-{source.name}", shorter, SHARES, workshop)
@@ -288,24 +256,22 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
     emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
     encoder = shared_encoder()
-    plain = [source for source in own if source.name in SOUND_TEXTS]
+    plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
     chosen = [labelled for source in own for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
-    foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
-    soundness, how_sound = fit_soundness(encoder, [text for s in plain for text, _ in (*s.train, *s.test)], foreign)
+    note("fitting the check of soundness")
+    foreign, read = (
+        [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")],
+        read_replies(data_path(READ), data_path(CHECKED)),
+    )
+    soundness, how_sound = fit_soundness(encoder, plain, foreign, read)
     note("fitting the check of answers")
-    made_pairs, read = labelled_pairs(answered, 1, 0), read_pairs(data_path(READ))
-    pairs, times = [*made_pairs, *read[False]], max(1, len(made_pairs) // max(1, len(read[False])))
-    # made and read ones count alike
-    rows = torch.tensor([*range(len(made_pairs)), *[*range(len(made_pairs), len(pairs))] * times])
-    places = torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
-    shown = pair_features([pair for pair, _ in pairs], encoder)
-    check = AnswerCheck(encoder, fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE))
+    check = fit_answers(encoder, answered, read[False])
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},
-        "shares": SHARES,
+        "shares": {"embedded": SHARES, "public": PUBLIC_SHARES},
         "fitted_on": {s.name: len(s.train) for s in sources},
         "emotions": {name: measured(judge, {**tests, **emotional}) for name, judge in measuring},
         "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()}
@@ -314,7 +280,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
         "answers": measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")], read[True]),
     }
     hashes = {name: digest for source in sources for name, digest in source.files.items()}
-    hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *(f for both in BANKS.values() for f in both))}
+    hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, CHECKED, *(f for both in BANKS.values() for f in both))}
     method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
     provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
     heads = {"emotion": linear, "soundness": soundness, "answers": check.head}

@@ -140,6 +140,19 @@ def test_the_same_seed_gives_the_same_bits(encoders: list[SentenceEncoder], dtyp
     assert fine_tune(sources, {}, replace(settings, seed=1)).key != first.key
 
 
+def test_learning_goes_on_from_an_adapter(encoders: list[SentenceEncoder]) -> None:
+    sources, brief = {"made": telling_texts(8, 0)}, replace(SETTINGS, steps=3)
+    first = fine_tune(sources, {}, brief)
+    still = fine_tune(sources, {}, replace(brief, rate=0.0, seed=5), start=first)
+    assert still.key == first.key, "with no rate it stays where it began"
+    onward = fine_tune(sources, {}, brief, start=first)
+    assert onward.key not in (first.key, fine_tune(sources, {}, brief).key)
+    moved, size = onward.weight - first.weight, first.weight.abs().max()
+    assert 0 < moved.abs().max() < size, "it began there"
+    with pytest.raises(ValueError, match="in the layers that it was learned in"):
+        fine_tune(sources, {}, replace(brief, layers=1), start=first)
+
+
 def test_labels_may_be_others(encoders: list[SentenceEncoder]) -> None:
     texts = [(text, "yes" if label in LABELS[:3] else "no") for text, label in telling_texts(20, 0)]
     adapter = fine_tune({"made": texts}, {}, SETTINGS, labels=("yes", "no"))

@@ -19,11 +19,10 @@ from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
 from emosteer.judges import fine_tuning, training
 from emosteer.judges.adapters import Adapter, TunedJudge
-from emosteer.judges.answers import ANSWERS, NOT
-from emosteer.judges.embedded import ASSET, KIND, LinearHead
+from emosteer.judges.embedded import ASSET, KIND
 from emosteer.judges.fine_tuning import FineTuneSettings
 from emosteer.judges.protocol import LABELS
-from emosteer.judges.soundness import FAULTS, SOUND
+from emosteer.judges.soundness import SOUND
 from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
 from emosteer.judges.storage import load_adapter, load_heads
 from emosteer.judges.training import (
@@ -32,11 +31,8 @@ from emosteer.judges.training import (
     READ,
     Workshop,
     measure,
-    measure_answers,
-    measure_soundness,
     print_card,
     read_own,
-    read_pairs,
     some_of,
     train,
 )
@@ -71,18 +67,6 @@ def test_the_bank_shares_no_text_with_the_judge(own: list[Source]) -> None:
     assert len(bank) == 2880 and not bank & mine.keys() and not bank & foreign and not foreign & mine.keys()
     twice = [text for text, count in mine.items() if count > 1]
     assert not twice, f"texts that differ in punctuation alone could stand on both sides of the split: {twice[:3]}"
-
-
-def test_replies_that_were_read_are_held_out_by_their_text(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{n}", "text": f"text {n}", "label": "anger", "answers": n % 3 == 0} for n in range(60)]
-    jsonl(tmp_path / "read.jsonl", rows)
-    pairs = read_pairs(tmp_path / "read.jsonl")
-    assert {text for (_, text), _ in pairs[True]} == {row["text"] for row in rows if held_out(str(row["text"]))} and pairs[True]
-    labels = {pair: label for part in pairs.values() for pair, label in part}
-    assert labels == {(row["prompt"], row["text"]): ANSWERS if row["answers"] else NOT for row in rows}
-    jsonl(tmp_path / "read.jsonl", [{**rows[0], "answers": "yes"}])
-    with pytest.raises(DataError, match=r"read.jsonl:1: expected 'prompt' to be a text and 'answers' true or false"):
-        read_pairs(tmp_path / "read.jsonl")
 
 
 def test_the_replies_that_were_read_hold_what_both_judges_need(own: list[Source]) -> None:
@@ -157,35 +141,6 @@ def test_macro_f1_is_over_the_labels_that_occur() -> None:
     assert neutral["accuracy_six_way"] is None and neutral["accuracy"] == round(1 / 3, 4)
 
 
-class Told:
-    """Says what the reply tells it to."""
-
-    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        return [{"yes": 0.9, "half": 0.5, "no": 0.1}[reply] for _, reply in pairs]
-
-
-def test_answers_are_measured_by_relation() -> None:
-    pairs = [
-        {"prompt": "p", "reply": reply, "relation": relation}
-        for relation, replies in {"right": ["yes", "half", "no"], "other-event": ["no", "yes", "no", "no"]}.items()
-        for reply in replies
-    ]
-    found = measure_answers(Told(), pairs)  # type: ignore[arg-type]
-    assert found == {"right": {"n": 3, "called_answer": 0.6667}, "other-event": {"n": 4, "called_answer": 0.25}}
-
-
-def test_soundness_is_measured_by_fault() -> None:
-    names = (SOUND, *FAULTS)
-    head = LinearHead(names, torch.zeros(5), torch.ones(5), torch.eye(5), torch.zeros(5))
-    examples = [(SOUND, "we went home."), (SOUND, "no " * 9), ("order", "home went we."), ("language", "nada.")]
-    features = torch.tensor([[0.97, 0.01, 0.01, 0.0, 0.01]] * 3 + [[0.1, 0.0, 0.0, 0.0, 0.9]]).clamp_min(1e-6).log()
-    assert measure_soundness(head, features, examples) == {
-        SOUND: {"n": 2, "called_unsound": 0.5},  # by the rule for loops, though the head is content
-        "order": {"n": 1, "called_unsound": 0.0},
-        "language": {"n": 1, "called_unsound": 1.0},
-    }
-
-
 def test_some_texts_are_drawn_by_their_own_hash() -> None:
     texts: list[Labelled] = [(f"text {n}", "fear") for n in range(50)]
     few = some_of(texts, 10)
@@ -249,8 +204,12 @@ def write_data(folder: Path, flipped: str = "") -> None:
         jsonl(folder / f"{name}.jsonl", [{"text": text, "labels": [label_in(name, text, label)]} for text, label in texts.items()])
     for seed, file in enumerate(OWN.values(), 5):
         texts = made(20, seed, Path(file).stem)
-        read = {"prompt": "we", "answers": True} if file == training.READ else {}
-        jsonl(folder / file, [{"text": text, "label": label_in(file, text, label), **read} for text, label in texts.items()])
+        rows = [{"text": text, "label": label_in(file, text, label)} for text, label in texts.items()]
+        if file == training.READ:
+            rows = [{**row, "prompt": "we", "answers": True, "sound": n % 3 > 0} for n, row in enumerate(rows)]
+        jsonl(folder / file, rows)
+    more = [{"text": f"{FILLERS[n % 5]} so {n}", "prompt": "we", "answers": False, "sound": True} for n in range(20)]
+    jsonl(folder / training.CHECKED, more)
     jsonl(folder / FOREIGN, [{"text": f"[UNK] nada {n}"} for n in range(30)])
     jsonl(folder / training.PAIRS, [{"prompt": "we", "reply": f"cry {n}", "relation": "right"} for n in range(4)])
     event = {valence: f"it was {valence}" for valence in VALENCES}
@@ -292,7 +251,7 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     card = train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, SMALL.steps, Workshop(tmp_path / "parts"))
     assert card is not None
     names = {"film", "forum", *OWN}
-    assert [set(one) for one in fits] == [names, {"film", "forum"}, names - {"film"}, names - {"forum"}]
+    assert [set(one) for one in fits] == [{"film", "forum"}, names, names - {"film"}, names - {"forum"}]
     for one in fits:
         for name, texts in one.items():
             assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(TAILS.get(name, name)) for text, _ in texts)
@@ -301,7 +260,8 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     counts = {source.name: len(source.test) for source in training.read_sources(tmp_path / "public")}
     assert {name: card["left_out"][name]["n"] for name in names} == counts and card["emotions"]["linear"]["bank"]["n"] == 54
     assert card["emotions"]["linear"]["film"]["accuracy"] > 0.8, "planted words are found"
-    assert {SOUND, "order", "repetition", "symbols", "language"} == card["soundness"].keys() and card["answers"]["right"]["n"] == 4
+    faults = {SOUND, "order", "repetition", "symbols", "language"}
+    assert {*faults, "read: sound", "read: unsound"} == card["soundness"].keys() and card["answers"]["right"]["n"] == 4
     held = sum(held_out(row["text"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
     assert card["answers"]["read: answers"]["n"] == held > 0
     assert json.loads(json.dumps(card_of(tmp_path / "judge.safetensors"))) == json.loads(json.dumps(card))
@@ -323,7 +283,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
         assert measure(judge.probabilities([text for text, _ in film.test]), answers) == card["emotions"][name]["film"]
     data = artifacts.load(out, KIND).provenance.data
     files = {"film.jsonl": "public/film.jsonl", "forum.jsonl": "public/forum.jsonl"}
-    files |= {file: file for file in (*OWN.values(), FOREIGN, training.PAIRS, "sev/train.jsonl", "replies/train.jsonl")}
+    files |= {file: file for file in (*OWN.values(), FOREIGN, training.PAIRS, training.CHECKED, "sev/train.jsonl", "replies/train.jsonl")}
     assert data == {name: sha256_file(tmp_path / file) for name, file in files.items()}
 
 
@@ -344,7 +304,7 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
     (tmp_path / "public/film.jsonl").rename(tmp_path / "public/replies.jsonl")
     with pytest.raises(
-        DataError, match="expected sources of different names, found forum, replies, sentences, replies, spoken, model-replies"
+        DataError, match="expected sources of different names, found forum, replies, sentences, replies, spoken, toned, model-replies"
     ):
         train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, 0, Workshop(tmp_path / "parts"))
 
@@ -377,5 +337,5 @@ def test_the_shipped_card_agrees_with_itself(own: list[Source]) -> None:
 def test_the_shipped_judges_were_fitted_on_the_texts_as_they_are() -> None:
     shipped_adapters()
     data = artifacts.load(ASSET, KIND).provenance.data
-    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS)}
+    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, training.CHECKED)}
     assert {name: data[name] for name in here} == here, "data/judge/ has changed since the judges were fitted: run `make judge`"
