@@ -34,10 +34,10 @@ class TuneSettings:
 @dataclass(frozen=True)
 class Guard:
     """What the replies of one emotion at a strength must hold. Unsteered replies that are worse move the bound: that is not the
-    steering's fault."""
+    steering's fault. Soundness is what `Budget` in `evaluation.settings` asks of each emotion."""
 
-    ratio: float = 2.5
-    sound: float = 0.90
+    ratio: float = 3.0
+    sound: float = 0.60
     names: float = 0.1
 
     def __post_init__(self) -> None:
