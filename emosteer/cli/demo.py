@@ -11,7 +11,7 @@ from emosteer.base.progress import note
 
 if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit
-    from emosteer.generation.decoding import GUIDANCE, Decoding
+    from emosteer.generation.decoding import Decoding
     from emosteer.models.model import Model
 
 TEXTS = (
@@ -31,7 +31,7 @@ ROOT = Path("artifacts/demo")
 def main() -> None:
     """Extracts directions, builds circuits, and prints plain and steered replies; what is there already is used."""
     from emosteer.cli.options import DEFAULT_MODEL
-    from emosteer.generation.decoding import Decoding
+    from emosteer.generation.decoding import GUIDANCE, Decoding
     from emosteer.models.model import Model
 
     start = time.monotonic()
