@@ -76,8 +76,8 @@ def generate(
     guidance: Annotated[
         float | None,
         typer.Option(
-            help=f"How far replies lean towards the prompt, away from what would be said to nothing: {GUIDANCE:g} if not given; 1 is none "
-            "and twice as fast, and all that vLLM has.",
+            help=f"How far replies lean towards the prompt, away from what would be said to nothing: {GUIDANCE:g} if not given; 1 is none, "
+            "faster, and all that vLLM has.",
             show_default=False,
         ),
     ] = None,

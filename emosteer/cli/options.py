@@ -42,7 +42,7 @@ KindsOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float,
-    typer.Option(help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none and twice as fast."),
+    typer.Option(help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none, and faster."),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
 

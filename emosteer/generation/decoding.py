@@ -15,8 +15,8 @@ class Decoding:
     """How tokens are chosen; the same for every method compared.
 
     temperature: 0 is greedy; top_p: nucleus, 1 is all; repetition_penalty: 1 is none (small models loop without one), applied to
-    the tokens of prompt and reply as Hugging Face does. guidance: by the prompt (`generation.guidance`), 1 is none; it takes twice the
-    work.
+    the tokens of prompt and reply as Hugging Face does. guidance: by the prompt (`generation.guidance`), 1 is none; it takes two
+    rows a reply.
     """
 
     max_new_tokens: int = 64

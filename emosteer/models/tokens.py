@@ -23,17 +23,17 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
         text = "".join(turn["content"] + "\n\n" for turn in turns)
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         return bos + text_ids(tokenizer, text)
-    system = turns[0]["content"].strip() if turns[0]["role"] == "system" and len(turns) > 1 else ""
+    if turns[0]["role"] != "system" or len(turns) < 2:
+        return text_ids(tokenizer, _rendered(tokenizer, turns))
+    system, rest = turns[0]["content"].strip(), turns[1:]
     try:
         text = _rendered(tokenizer, turns)
-        said = system in text  # some templates leave the system line out without a word
+        lost = bool(system) and text == _rendered(tokenizer, rest)  # some templates leave the system line out without a word
     except Exception:
-        if not system:
-            raise
-        said = False
-    if not said:
-        merged = {"role": "user", "content": system + "\n\n" + turns[1]["content"]}
-        text = _rendered(tokenizer, [merged, *turns[2:]])
+        lost = True
+    if lost:
+        merged = {"role": "user", "content": f"{system}\n\n{rest[0]['content']}".lstrip("\n")}
+        text = _rendered(tokenizer, [merged, *rest[1:]])
     return text_ids(tokenizer, text)
 
 

@@ -38,6 +38,13 @@ def test_a_system_line_that_the_template_leaves_out_joins_the_first_turn() -> No
     assert "always anger the train" in spoken(dropping) and "system" not in spoken(dropping)
     assert "system always anger" in spoken(TEMPLATE)
     assert spoken(dropping, SAID[1:]) == spoken(TEMPLATE, SAID[1:])
+    echoed = [SAID[0], {"role": "user", "content": "always anger"}]
+    assert spoken(dropping, echoed).count("always anger") == 2, "though the user says the same"
+
+
+def test_an_empty_system_line_is_no_fault_of_a_template_without_one() -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    assert spoken(refusing, [{"role": "system", "content": " "}, SAID[1]]) == spoken(TEMPLATE, SAID[1:])
 
 
 def test_a_token_without_a_vector_is_refused_by_name() -> None:

@@ -78,7 +78,7 @@ def test_known_buffers_and_a_tied_head_that_is_written_twice_are_no_fault(tmp_pa
         (None, {"num_hidden_layers": 4}, r"its files lack model.layers.3.input_layernorm.weight, .* and 6 more"),
         (None, {"num_hidden_layers": 2}, r"its files hold model.layers.2.input_layernorm.weight, .* for which the model has no place"),
         (lambda held: held.update({"model.norm.weight": torch.ones(31)}), {}, r"model.norm.weight has shape 31, but .* asks for 32"),
-        (None, {"intermediate_size": 50}, r"mlp.down_proj.weight has shape 32x48, but its config.json asks for 32x50 and 6 more"),
+        (None, {"intermediate_size": 50}, r"mlp.down_proj.weight has shape 32x48, but its config.json asks for 32x50 and 8 more"),
         (lambda held: held.update({"more.weight": torch.ones(2)}), {}, r"its files hold more.weight, for which the model has no place"),
         (lambda held: held["model.norm.weight"].fill_(float("nan")), {}, r"32 weights that are not finite in model.norm.weight"),
         (None, {"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantised \(bitsandbytes\); .* dequantised copy"),

@@ -96,7 +96,7 @@ def require_whole(info: Mapping[str, Any], name: str) -> None:
     if misshapen:
         key, found, wanted = misshapen[0]
         raise ModelError(
-            f"{name} is not whole: {key} has shape {_shape(found)}, but its config.json asks for {_shape(wanted)}{_more(misshapen)}"
+            f"{name} is not whole: {key} has shape {_shape(found)}, but its config.json asks for {_shape(wanted)}{_more(misshapen, 1)}"
         )
     if missing:
         raise ModelError(
@@ -123,16 +123,16 @@ def require_finite(model: Any, name: str) -> None:
     for key, value in model.named_parameters():
         if not value.is_meta and not torch.isfinite(value).all():
             count, kind = int((~torch.isfinite(value)).sum()), str(value.dtype).removeprefix("torch.")
-            hint = "; numbers too large for float16 become infinite: try --dtype bfloat16" if value.dtype == torch.float16 else ""
-            raise ModelError(f"{name} has {count} weights that are not finite in {key} ({kind}); the file is damaged{hint}")
+            why = "they may be too large for float16: try --dtype bfloat16" if value.dtype == torch.float16 else "the file is damaged"
+            raise ModelError(f"{name} has {count} weights that are not finite in {key} ({kind}); {why}")
 
 
 def _named(keys: Sequence[str]) -> str:
     return f"{', '.join(keys[:SHOWN])}{_more(keys)}"
 
 
-def _more(keys: Sequence[Any]) -> str:
-    return f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+def _more(keys: Sequence[Any], shown: int = SHOWN) -> str:
+    return f" and {len(keys) - shown} more" if len(keys) > shown else ""
 
 
 def _shape(sizes: Sequence[int]) -> str:
