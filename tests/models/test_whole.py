@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.models.model import Model
 from emosteer.models.weights.whole import require_finite
 from tests.conftest import SIZES, build, tiny_tokenizer
+from tests.models.test_weights import write_gguf
 
 Change = Callable[[dict[str, Tensor]], Any]
 
@@ -199,3 +201,32 @@ def test_no_mutated_folder_loads_with_a_made_up_weight(tmp_path: Path, seed: int
     assert held.keys() == state.keys() - tied and all(torch.equal(value, state[key]) for key, value in held.items()), what
     if tied:
         assert torch.equal(state["lm_head.weight"], held["model.embed_tokens.weight"]), what
+
+
+def test_a_lack_in_one_of_several_shards_is_named(tmp_path: Path) -> None:
+    hf = build("llama").hf
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "shards")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = tmp_path / "shards" / table["weight_map"].pop(name)
+    assert Model.load(str(tmp_path / "shards")).name == "shards", "an index that leaves a tensor out loses nothing that its shard holds"
+    held = load_file(shard)
+    held.pop(name)
+    save_file(held, shard, metadata={"format": "pt"})
+    index.write_text(json.dumps(table))
+    assert f"its files lack {name}" in refused(tmp_path / "shards")
+
+
+def test_a_gguf_file_that_lacks_a_layer_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It claims three layers and holds two; what is refused is not kept as if it were whole."""
+    monkeypatch.setenv("EMOSTEER_CACHE", str(tmp_path / "cache"))
+    count = gguf.GGUFWriter.add_block_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", lambda self, n: count(self, n + 1))
+    path = write_gguf(tmp_path / "short.gguf")
+    for _ in range(2):
+        assert "its files lack model.layers.2." in refused(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("EMOSTEER_CACHE", str(tmp_path / "cache"))
+    assert Model.load(str(write_gguf(tmp_path / "whole.gguf"))).shape.n_layers == 2
