@@ -22,9 +22,7 @@ from emosteer.scenarios.words import stem_pattern
 def name_tokens(model: Model, emotion: str) -> list[int]:
     """Tokens that are the emotion's name in one of its forms, with or without a space before."""
     pattern = stem_pattern(emotion)
-    decode = model.tokenizer.decode
-    vocabulary = sorted(set(model.tokenizer.get_vocab().values()))
-    return [i for i in vocabulary if i < model.shape.d_vocab and pattern.fullmatch(decode([i]).strip())]
+    return [token for token, text in model.token_texts.items() if pattern.fullmatch(text)]
 
 
 def name_direction(model: Model, emotion: str) -> Tensor | None:

@@ -234,6 +234,12 @@ class Model:
         """Tokens that end a reply: the declared ones and the usual end-of-turn tokens that the vocabulary holds."""
         return tokens.stop_ids(self.tokenizer, self.hf.generation_config.eos_token_id)
 
+    @cached_property
+    def token_texts(self) -> Mapping[int, str]:
+        """Token id -> its text, without white space round it, of every token that has a vector. Read once: a vocabulary is long."""
+        known = sorted({token for token in self.tokenizer.get_vocab().values() if token < self.shape.d_vocab})
+        return {token: str(self.tokenizer.decode([token])).strip() for token in known}
+
     @property
     def pad_id(self) -> int:
         """A token to fill rows with; what it is does not matter, it is masked everywhere."""

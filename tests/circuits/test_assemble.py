@@ -414,9 +414,15 @@ def direction_by_hand(model: Model, emotion: str) -> Tensor:
     return (weight[model.tokenizer.get_vocab()[emotion]] - weight.mean(0)) * gain
 
 
-def test_names_are_found_in_the_vocabulary(tiny: Model) -> None:
+def test_names_are_found_in_the_vocabulary(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name_tokens(tiny, "anger") == [tiny.tokenizer.get_vocab()["anger"]]
     assert name_tokens(tiny, "serenity") == []
+    read: list[Sequence[int]] = []
+    fresh, decode = build("llama"), tiny.tokenizer.decode
+    monkeypatch.setattr(fresh.tokenizer, "decode", lambda ids: (read.append(ids), decode(ids))[1])
+    names = ("anger", "fear", "anger")
+    assert [name_tokens(fresh, name) for name in names] == [name_tokens(tiny, name) for name in names]
+    assert len(read) == len(tiny.tokenizer.get_vocab()), "the vocabulary is read once for all names"
     assert name_direction(tiny, "serenity") is None
 
 
