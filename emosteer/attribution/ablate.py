@@ -33,8 +33,8 @@ from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.splits import spread
 
-#: Of a contribution, in shares of the prompt's largest drop: what rounding explains in half precision, and in float32, where it is 2e-6.
-EXACT = (0.1, 1e-3)
+#: Errors of a contribution that rounding explains, in shares of the prompt's largest drop: in float32, where 2e-6 is usual, and below.
+EXACT, EXACT_IN_HALF = 1e-3, 0.1
 
 
 def ablate(
@@ -219,9 +219,9 @@ def require_exact(found: Mapping[str, Any], dtype: torch.dtype) -> None:
         found: what `verify` returned; dtype: of the pass whose contributions were compared.
 
     Raises:
-        EmosteerError: if a contribution is off by more than rounding explains (`EXACT`).
+        EmosteerError: if a contribution is off by more than rounding explains (`EXACT`, `EXACT_IN_HALF`).
     """
-    bound = EXACT[dtype is torch.float32]
+    bound = EXACT if dtype is torch.float32 else EXACT_IN_HALF
     for kind in ("heads", "neurons"):
         error = found[kind]["max_error_to_largest"] if kind in found else 0.0
         if not error <= bound:

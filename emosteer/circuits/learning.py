@@ -99,25 +99,23 @@ def learn(
     values = what.start().requires_grad_()
     mask = torch.ones_like(values)
     optimiser = torch.optim.Adam([values], lr=what.rate, betas=(0.9, 0.95))
-    draw, waiting, trace = random.Random(settings.seed), list[Group](), list[Tensor]()
+    draw, waiting, trace = random.Random(settings.seed), list[Group](), torch.zeros(settings.steps, 3)
     with bar(f"learning {what.label} (steps)", settings.steps) as advance:
         for step in range(settings.steps):
             if step == settings.steps // 2:
                 mask = what.kept(values.detach())
             optimiser.param_groups[0]["lr"] = what.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
-            figures = torch.zeros(3)
             for _ in range(settings.groups):
                 if not waiting:
                     waiting = draw.sample(usable, len(usable))
                 compared = Compared.draw(waiting.pop(), usable, bank, emotions, settings, draw)
                 lost, told = loss(model, compared, what.added(values * mask), instruction, settings)
                 (lost / settings.groups).backward()
-                figures += told / settings.groups
+                trace[step] += told / settings.groups
             optimiser.step()
             optimiser.zero_grad()
-            trace.append(figures)
             advance(1)
-    curve, margin, kept = ([round(value, 4) for value in column] for column in torch.stack([*trace, torch.zeros(3)])[:-1].T.tolist())
+    curve, margin, kept = ([round(value, 4) for value in column] for column in trace.T.tolist())
     return Learned((values.detach() * mask).cpu(), tuple(curve), tuple(margin), tuple(kept) if settings.content else ())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emosteer.base.errors import DataError
 from emosteer.generation.decoding import Decoding
-from emosteer.generation.engines import engine_for
+from emosteer.generation.engines import Engine, engine_for
 from emosteer.generation.guidance import GuidedEngine
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits
@@ -109,14 +109,7 @@ def steps(
         return
     check_lengths(requests, decoding, model.shape.context, model.name)
     batch = _Batch(model, requests, decoding)
-    prompts, every = [request.ids for request in requests], range(len(requests))
-    if decoding.guides:
-        if row_edits is not None or not all(request.empty for request in requests):
-            raise ValueError("guidance needs every request's empty prompt, and edits of units know nothing of its rows")
-        prompts, plan = [*prompts, *(request.empty for request in requests)], plan.rows([*every, *every])
-    engine = engine_for(model, prompts, plan, row_edits, decoding.max_new_tokens)
-    if decoding.guides:
-        engine = GuidedEngine(engine, len(requests), decoding.guidance)
+    engine = _engine(model, requests, plan, row_edits, decoding)
     tokens: Tensor | None = None
     while batch.alive:
         tokens, step = batch.take(engine.step(tokens))
@@ -126,6 +119,18 @@ def steps(
             tokens = batch.keep(kept, tokens)
             if kept:
                 engine.keep(kept)
+
+
+def _engine(model: Model, requests: Sequence[Request], plan: SteeringPlan, row_edits: RowEdits | None, decoding: Decoding) -> Engine:
+    """What turns the batch's tokens into logits; where the prompt guides, over a second row for each request."""
+    prompts, longest = [request.ids for request in requests], decoding.max_new_tokens
+    if not decoding.guides:
+        return engine_for(model, prompts, plan, row_edits, longest)
+    if row_edits is not None or not all(request.empty for request in requests):
+        raise ValueError("guidance needs every request's empty prompt, and edits of units know nothing of its rows")
+    doubled = plan.rows([*range(len(requests))] * 2)
+    rows = engine_for(model, [*prompts, *(request.empty for request in requests)], doubled, None, longest)
+    return GuidedEngine(rows, len(requests), decoding.guidance)
 
 
 def check_lengths(requests: Sequence[Request], decoding: Decoding, context: int, name: str) -> None:

@@ -83,7 +83,7 @@ class Model:
         from transformers.utils import logging as untyped
 
         from emosteer.models.weights.resolve import resolve
-        from emosteer.models.weights.whole import load_whole, wants_code
+        from emosteer.models.weights.whole import load_whole
 
         target, kind = resolve_device(device), resolve_dtype(dtype, device)
         layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
@@ -100,7 +100,10 @@ class Model:
             if is_out_of_memory(error):
                 raise
             if "trust_remote_code" in str(error):
-                raise ModelError(wants_code(found.name)) from error
+                raise ModelError(
+                    f"{found.name} is a model that only code from its own folder can load, which emosteer never runs; use a model that "
+                    "transformers knows"
+                ) from error
             raise ModelError(f"cannot load {found.name} from {found.path}: {first_line(error)}") from error
         if any(weight.is_meta for weight in hf.parameters()):
             raise ModelError(f"{found.name} does not fit on the GPUs of this machine, even together; try --dtype bfloat16 or more GPUs")

@@ -25,8 +25,8 @@ from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.scenarios.prompts import elicit, plain, unsaid
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
+from emosteer.writing.jobs import asked_request
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
 
@@ -86,12 +86,10 @@ class ContestWriter:
         elicitation = METHODS[cell.method].elicitation
         place = f"{cell.method}/{cell.emotion}" if elicitation else "", str(cell.group.key)
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
-            text, earlier = cell.group.text, cell.group.earlier
-            asked = elicit(elicitation, text, cell.emotion, self.instruction, earlier) if elicitation else None
-            messages = asked or plain(text, self.instruction, earlier)
-            empty = unsaid(elicitation, cell.emotion, self.instruction, earlier) if self.decoding.guides else []
-            ids = [tuple(self.model.prompt_ids(part)) if part else () for part in (messages, empty)]
-            self._prompts[place] = Request(str(cell.group.key), *ids)
+            group, guides = cell.group, self.decoding.guides
+            self._prompts[place] = asked_request(
+                self.model, str(group.key), elicitation, group.text, cell.emotion, self.instruction, group.earlier, guides
+            )
         return self._prompts[place]
 
     def _plan(self, cells: Sequence[Cell]) -> SteeringPlan:

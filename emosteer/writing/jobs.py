@@ -15,7 +15,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.sites import Site
-from emosteer.scenarios.prompts import elicit, plain, unsaid
+from emosteer.scenarios.prompts import elicit, unsaid
 from emosteer.scenarios.scenarios import Group, Message
 
 
@@ -118,11 +118,28 @@ def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "ton
     Args:
         guides: whether the prompt guides the reply, so that its empty form is needed, too.
     """
-    earlier = job.messages[:-1]
-    asks = METHODS[job.method].asks
-    messages = elicit(elicitation, job.text, job.emotion, instruction, earlier) if asks else plain(job.text, instruction, earlier)
-    empty = unsaid(elicitation if asks else None, job.emotion, instruction, earlier) if guides else []
-    return Request(job.id, tuple(model.prompt_ids(messages)), tuple(model.prompt_ids(empty)) if empty else ())
+    asked = elicitation if METHODS[job.method].asks else None
+    return asked_request(model, job.id, asked, job.text, job.emotion, instruction, job.messages[:-1], guides)
+
+
+def asked_request(
+    model: Asked,
+    key: str,
+    elicitation: str | None,
+    text: str,
+    emotion: str,
+    instruction: str,
+    earlier: Sequence[Message],
+    guides: bool,
+) -> Request:
+    """A prompt as tokens, with its empty form where the prompt guides the reply.
+
+    Args:
+        key: what the reply's seed is drawn from; elicitation: how the prompt asks for the emotion; None is the plain prompt.
+    """
+    how = elicitation or "reply"
+    ids = tuple(model.prompt_ids(elicit(how, text, emotion, instruction, earlier)))
+    return Request(key, ids, tuple(model.prompt_ids(unsaid(how, emotion, instruction, earlier))) if guides else ())
 
 
 def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:

@@ -120,10 +120,10 @@ def test_the_neutral_reply_is_always_compared_with_where_the_bank_has_it(tiny: M
     neutral = {replies[NEUTRAL] for replies in bank.values()}
     for others, shifts in ((2, 1), (1, 0)):
         seen.clear()
-        learn_gains(tiny, contrast(tiny), GROUPS, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=2, groups=2, others=others, content=0.0))
+        learn_gains(tiny, contrast(tiny), GROUPS, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=2, groups=2, others=others))
         assert all(n == shifts and len(common) == 1 and common[0] in neutral for n, common in seen) and len(seen) == 4
     seen.clear()
-    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2, content=0.0))
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2))
     assert seen == [(2, ()), (2, ())]
 
 
@@ -206,10 +206,10 @@ def test_every_other_emotion_is_compared_with(tiny: Model, monkeypatch: pytest.M
         return usual(model, group, replies, shifts, *rest)
 
     monkeypatch.setattr(learning, "reply_costs", watched)
-    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=2, others=1, content=0.0))
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=4, groups=2, others=1))
     assert {shift for shifts in seen for shift in shifts} == {1, 2} and all(len(shifts) == 1 for shifts in seen)
     seen.clear()
-    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2, others=5, content=0.0))
+    learn_gains(tiny, contrast(tiny), GROUPS, BANK, EMOTIONS, INSTRUCTION, GainSettings(steps=1, groups=2, others=5))
     assert all(sorted(shifts) == [1, 2] for shifts in seen), "no more than there are"
 
 

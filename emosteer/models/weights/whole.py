@@ -1,8 +1,8 @@
 """Weights that are whole: a model is used only if every tensor of it was read, and every tensor of its files was used.
 
 transformers fills what a file lacks with random numbers and leaves out what a model has no place for, in both cases without an error;
-the replies still look like text. Here either is refused by name, as are folders that want their own code run, and weights that are packed
-by a quantisation, whose numbers mean nothing without it.
+the replies still look like text. Here either is refused by name, as are weights that are packed by a quantisation, whose numbers mean
+nothing without it. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ def load_whole(folder: Path, name: str, **options: Any) -> Any:
         name: what it is called, for messages; options: of `from_pretrained`.
 
     Raises:
-        ModelError: if tensors are missing, left over or of another shape, if it is quantised, or if its folder wants code to be run.
-            Otherwise what transformers raises.
+        ModelError: if tensors are missing, left over or of another shape, or if it is quantised. Otherwise what transformers raises.
     """
     refuse_unreadable(folder, name)
     try:
         model, info = _load(folder, options)
     except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(wants_code(name)) from error
         if options.get("attn_implementation") != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
         note(f"{name} has no fused attention in transformers: its attention is computed step by step (eager), which is slower")
@@ -51,11 +48,6 @@ def _load(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, A
     how = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, **how, **options)
     return model, info
-
-
-def wants_code(name: str) -> str:
-    """The refusal of a model whose folder holds its code."""
-    return f"{name} is a model that only code from its own folder can load, which emosteer never runs; use a model that transformers knows"
 
 
 def refuse_unreadable(folder: Path, name: str) -> None:
