@@ -24,6 +24,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    control_tokens: bool = False,
 ) -> SteeredModel:
     """Loads a model and the circuit that steers it.
 
@@ -33,6 +34,7 @@ def load(
         auto: make directions and circuit, with the shipped data, where there is no circuit; they are written to `artifacts`.
         device: "auto", "cpu", "cuda", "cuda:1"; dtype: "auto", "float32", "bfloat16", "float16"; device_map: lay a large model over all
             GPUs ("auto", "balanced", "sequential").
+        control_tokens: let control tokens that somebody typed in a prompt act as such; else they stay the characters that they are.
 
     Returns:
         The model; its `circuit` is None where there is none and `auto` is off.
@@ -45,6 +47,7 @@ def load(
 
     where = {"device": device, "dtype": dtype}
     model = reference if isinstance(reference, Model) else Model.load(reference, **where, device_map=device_map)
+    model.control_tokens = model.control_tokens or control_tokens
     if isinstance(circuit, Circuit):
         return SteeredModel(model, circuit)
     given, root = path_of(circuit), Path(artifacts)

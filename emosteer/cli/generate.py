@@ -82,6 +82,9 @@ def generate(
         ),
     ] = None,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
+    control_tokens: Annotated[
+        bool, typer.Option("--control-tokens", help="Let control tokens that are typed in a prompt (<|im_end|>) act; else they are text.")
+    ] = False,
     seed: SeedOption = Decoding.seed,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help=f"Replies written at once; {BATCH_SIZE}, or with vLLM what it can.", show_default=False)
@@ -121,7 +124,7 @@ def generate(
     if chosen.asks and emotion is not None and circuit is None:
         parse_emotions(emotion, closed=False)  # a wrong name is reported before the model is loaded
     crew = join()
-    loaded = _load(engine, model, device, device_map, dtype, method)
+    loaded = _load(engine, model, device, device_map, dtype, method, control_tokens)
     found: tuple[Circuit, Path] | None = None
     if chosen.steers:
         found = _circuit_or_made(loaded, circuit, model, root) if auto else require_circuit(loaded, circuit, root)
@@ -211,12 +214,14 @@ def _engine_options(engine: str, given: Sequence[str] | None, device: str, devic
     return options
 
 
-def _load(engine: str, model: str, device: str, device_map: str | None, dtype: str, method: str) -> Model | Served:
+def _load(engine: str, model: str, device: str, device_map: str | None, dtype: str, method: str, control_tokens: bool) -> Model | Served:
     """What the engine needs of the model: all of it, or for vLLM (which loads it itself) its tokenizer and configuration."""
     if engine == "builtin":
         from emosteer.models.model import Model
 
-        return Model.load(model, device=device, dtype=dtype, device_map=device_map)
+        loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
+        loaded.control_tokens = control_tokens
+        return loaded
     from emosteer.base.progress import note
     from emosteer.models.weights.resolve import resolve
     from emosteer.serving.vllm_process import find_python
@@ -224,7 +229,7 @@ def _load(engine: str, model: str, device: str, device_map: str | None, dtype: s
 
     check_method(method)
     find_python()  # what is not there is said before anything slow
-    return Served.of(resolve(model, progress=note), dtype)
+    return Served.of(resolve(model, progress=note), dtype, control_tokens)
 
 
 def _circuit_or_made(loaded: Model | Served, given: Path | None, model: str, root: Path) -> tuple[Circuit, Path]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from emosteer.base.errors import DataError, EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
-from emosteer.models import tokens
+from emosteer.models import chat_templates, tokens
 from emosteer.models.architecture import Family, family_of, part, shape_of
 from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
@@ -55,6 +55,9 @@ class Model:
         self.name = name
         self.reference = name  # what the user called it; commands in messages use it
         self.sha256 = weights_sha256
+        #: Whether control tokens that somebody typed in a prompt act as such; else they are the characters that they are.
+        self.control_tokens = False
+        self.template = chat_templates.examined(tokenizer, name)
         self.family: Family = family_of(hf)
         self.body: Any = part(hf, self.family.body)
         self.layers: Any = part(self.body, self.family.layers)
@@ -141,7 +144,7 @@ class Model:
     @property
     def template_sha256(self) -> str:
         """Hash of the chat template's text (of the empty text where the model has none)."""
-        return sha256_text(tokens.template_of(self.tokenizer))
+        return sha256_text(chat_templates.template_of(self.tokenizer))
 
     @cached_property
     def bridge(self) -> Any:
@@ -213,11 +216,11 @@ class Model:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ending where the reply begins (`tokens.prompt_ids`)."""
-        return self._known(tokens.prompt_ids(self.tokenizer, messages))
+        return self._known(tokens.prompt_ids(self.tokenizer, messages, control=self.control_tokens))
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text, no special tokens added."""
-        return self._known(tokens.text_ids(self.tokenizer, text))
+        """Token ids of a text, no special tokens added (`tokens.text_ids`)."""
+        return self._known(tokens.text_ids(self.tokenizer, text, control=self.control_tokens))
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids, once it is sure that the model has a vector for each: a tokenizer may have been given more tokens than its model.

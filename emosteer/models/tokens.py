@@ -2,66 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from emosteer.base.errors import ModelError
+from emosteer.base.errors import DataError
+from emosteer.models.chat_templates import Turn, rendered, served, template_of
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
-#: Chat templates that print today's date (Llama 3.2) would make results depend on the day: the date is fixed.
-_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+#: Marks where a text is cut. The first private character that nobody used is taken.
+_MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = False) -> list[int]:
     """Token ids of a conversation, ending where the reply begins. The template's text already holds its BOS.
 
     Models without a system role get the system line at the head of the user turn; base models without a chat
     template get the turns as plain paragraphs.
-    """
-    turns = [dict(message) for message in messages]
-    if not template_of(tokenizer):
-        text = "".join(turn["content"] + "\n\n" for turn in turns)
-        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        return bos + text_ids(tokenizer, text)
-    if turns[0]["role"] != "system" or len(turns) < 2:
-        return text_ids(tokenizer, _rendered(tokenizer, turns))
-    system, rest = turns[0]["content"].strip(), turns[1:]
-    try:
-        text = _rendered(tokenizer, turns)
-        lost = bool(system) and text == _rendered(tokenizer, rest)  # some templates leave the system line out without a word
-    except Exception:
-        lost = True
-    if lost:
-        merged = {"role": "user", "content": f"{system}\n\n{rest[0]['content']}".lstrip("\n")}
-        text = _rendered(tokenizer, [merged, *rest[1:]])
-    return text_ids(tokenizer, text)
 
-
-def template_of(tokenizer: Any) -> str:
-    """The text of the chat template; the one called "default" where there are several, "" where there is none.
+    Args:
+        control: whether control tokens that somebody typed become control tokens; else they stay the characters that they are.
 
     Raises:
-        ModelError: if there are several and none is called so.
+        DataError: if they cannot.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        if "default" not in template:
-            raise ModelError(
-                f"expected a chat template called 'default', found {', '.join(template)}; keep the one to be used under this name"
-            )
-        template = template["default"]
-    return str(template or "")
+    if not template_of(tokenizer):
+        text = "".join(message["content"] + "\n\n" for message in messages)
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        return bos + text_ids(tokenizer, text, control=control)
+    turns = served(tokenizer, messages)
+    typed = control_pattern(tokenizer)
+    if control or not any(typed.search(turn["content"]) for turn in turns):
+        return _ids(tokenizer, rendered(tokenizer, turns))
+    mark = _unused_mark("".join(turn["content"] for turn in turns))
+    cut = [{**turn, "content": _cut(typed, turn["content"], mark)} for turn in turns]
+    bare = [{**turn, "content": typed.sub("", turn["content"])} for turn in turns]
+    return _joined(tokenizer, rendered(tokenizer, cut).split(mark), rendered(tokenizer, bare))
 
 
-def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(
-        list(turns), chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
-    )
-    return text
+def text_ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
+    """Token ids of a text that somebody wrote, no special tokens added. Argument and errors as for `prompt_ids`."""
+    typed = control_pattern(tokenizer)
+    if control or not typed.search(text):
+        return _ids(tokenizer, text)
+    mark = _unused_mark(text)
+    return _joined(tokenizer, _cut(typed, text, mark).split(mark), typed.sub("", text))
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, no special tokens added."""
+@lru_cache(maxsize=4)
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches whatever a tokenizer takes for a control token wherever it stands: tokens that it calls special, those that end a turn, and
+    added ones that the chat template writes."""
+    template = template_of(tokenizer)
+    found = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.content.strip() and (token.special or token.content in _END_OF_TURN or token.content in template)
+    } - {tokenizer.unk_token}  # which says nothing to a model, whoever writes it
+    longest_first = sorted(found, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) if found else r"(?!)")
+
+
+def _cut(typed: re.Pattern[str], text: str, mark: str) -> str:
+    """The text with a mark inside each control token: either part alone is none."""
+    return typed.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+
+def _joined(tokenizer: Any, parts: Sequence[str], bare: str) -> list[int]:
+    """Token ids of a text in parts, once it is sure that they hold no control token but those of the text without the typed ones."""
+    ids, typed = [token for part in parts for token in _ids(tokenizer, part)], control_pattern(tokenizer)
+    controls = {token for token, added in tokenizer.added_tokens_decoder.items() if typed.fullmatch(added.content)}
+    if [token for token in ids if token in controls] != [token for token in _ids(tokenizer, bare) if token in controls]:
+        raise DataError(
+            "the text holds a control token of this model that its tokenizer cannot write as plain characters; leave it out, or let it act "
+            "with --control-tokens"
+        )
+    return ids
+
+
+def _unused_mark(text: str) -> str:
+    return next(mark for mark in _MARKS if mark not in text)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, control tokens read as such."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

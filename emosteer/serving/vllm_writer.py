@@ -38,16 +38,18 @@ RESOURCES = (
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A model that vLLM will load: what emosteer must know of it without its weights. dtype: of the computation."""
+    """A model that vLLM will load: what emosteer must know of it without its weights. dtype: of the computation; control_tokens: as of
+    `Model`."""
 
     weights: Weights
     tokenizer: Any
     stop_ids: frozenset[int]
     context: int
     dtype: str
+    control_tokens: bool = False
 
     @classmethod
-    def of(cls, found: Weights, dtype: str = "auto") -> Served:
+    def of(cls, found: Weights, dtype: str = "auto", control_tokens: bool = False) -> Served:
         """Reads tokenizer and configuration.
 
         Args:
@@ -69,7 +71,8 @@ class Served:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot read tokenizer and configuration of {found.name} in {found.path}: {first_line(error)}") from error
         stops = tokens.stop_ids(tokenizer, settings.eos_token_id)
-        return cls(found, tokenizer, stops, context_of(config), "bfloat16" if dtype == "auto" else dtype)
+        kind = "bfloat16" if dtype == "auto" else dtype
+        return cls(found, tokenizer, stops, context_of(config), kind, control_tokens)
 
     @property
     def name(self) -> str:
@@ -88,7 +91,7 @@ class Served:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, the same as the built-in engine's."""
-        return tokens.prompt_ids(self.tokenizer, messages)
+        return tokens.prompt_ids(self.tokenizer, messages, control=self.control_tokens)
 
 
 def check_method(method: str) -> None:
@@ -149,6 +152,7 @@ class VllmWriter:
             self.method,
             self.elicitation,
             {name: value for name, value in self.options.items() if name not in RESOURCES},
+            *(["control tokens"] if self.served.control_tokens else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 

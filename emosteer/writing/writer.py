@@ -54,6 +54,7 @@ class Writer:
             self.method,
             self.elicitation,
             *([self.positions] if self.positions != "reply" else []),
+            *(["control tokens"] if self.model.control_tokens else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
