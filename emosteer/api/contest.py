@@ -268,7 +268,7 @@ def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]
         "judge": {"name": jury.name, "key": jury.key, "soundness": jury.soundness.key, "answers": jury.answers.key},
         "decoding": vars(contest.decoding),
         "instruction": contest.instruction,
-        "dtype": str(contest.model.dtype).removeprefix("torch."),
+        "dtype": contest.model.precision.removeprefix("torch."),
         "emotions": list(contest.emotions),
         "added": dict(contest.added),
         "seed": seed,

@@ -150,7 +150,7 @@ class _Team:
         return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
 
     def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
-        origin = [self.directions.provenance.origin(), self.model.sha256, str(self.model.dtype), torch.__version__]
+        origin = [self.directions.provenance.origin(), self.model.sha256, self.model.precision, torch.__version__]
         tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
         fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
         pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))
@@ -208,20 +208,21 @@ def _verify(model: Model, directions: Directions, groups: Sequence[Group], setti
         found = verify(model, directions, prompts, settings.verify_neurons, settings.seed)
     except (RuntimeError, MemoryError) as error:
         raise EmosteerError(f"the check against real ablation failed ({error}); leave it out with --verify-prompts 0") from error
-    require_exact(found, model.dtype)
+    require_exact(found, model.dtype, model.quantised)
     return found
 
 
-def require_exact(found: Mapping[str, Any], dtype: torch.dtype) -> None:
+def require_exact(found: Mapping[str, Any], dtype: torch.dtype, quantised: str | None = None) -> None:
     """Refuses scores that real ablation does not bear out.
 
     Args:
-        found: what `verify` returned; dtype: of the pass whose contributions were compared.
+        found: what `verify` returned; dtype: of the pass whose contributions were compared; quantised: how its weights are, if they are:
+            8-bit maps round activations too, about as half precision does.
 
     Raises:
         EmosteerError: if a contribution is off by more than rounding explains (`EXACT`, `EXACT_IN_HALF`).
     """
-    bound = EXACT if dtype is torch.float32 else EXACT_IN_HALF
+    bound = EXACT if dtype is torch.float32 and quantised is None else EXACT_IN_HALF
     for kind in ("heads", "neurons"):
         error = found[kind]["max_error_to_largest"] if kind in found else 0.0
         if not error <= bound:

@@ -130,7 +130,7 @@ def curves(
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
     origin = directions.provenance.origin()
-    shaping = [model.sha256, str(model.dtype), asdict(settings), [g.said for g in chosen], directions.emotions, origin]
+    shaping = [model.sha256, model.precision, asdict(settings), [g.said for g in chosen], directions.emotions, origin]
     key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
     log = JsonlLog(part(partial, crew.rank)) if partial is not None else None
 

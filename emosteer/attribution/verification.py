@@ -139,7 +139,7 @@ def verify(model: Model, directions: Directions, prompts: Sequence[Sequence[int]
             if mine.any():
                 errors[kind].append(error[mine] / truth[mine].abs().clamp_min(1e-12))
                 largest[kind] = max(largest[kind], (error[mine].max() / truth[mine].abs().max()).item())
-    result: dict[str, Any] = {"prompts": len(prompts), "dtype": str(model.dtype).removeprefix("torch.")}
+    result: dict[str, Any] = {"prompts": len(prompts), "dtype": model.precision.removeprefix("torch.")}
     for kind, values in errors.items():
         if values:
             whole = torch.cat(values)

@@ -141,7 +141,7 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
         "groups": len(trials.groups),
         "data": dict(data),
         "decoding": asdict(trials.decoding),
-        "dtype": str(trials.model.dtype).removeprefix("torch."),
+        "dtype": trials.model.precision.removeprefix("torch."),
         "rule": settings.rule,
         "cap": {**asdict(settings.guard), "joint_ratio": settings.ratio},
         "joint_ratio": round(joint_ratio([climb.held[-1] for climb in climbs.values()]), 6),

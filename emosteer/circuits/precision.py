@@ -24,12 +24,12 @@ def chosen_dtype(model: Model, wanted: str) -> str:
     """The precision to take gradients in, by name: as wanted, or for "auto" the faster one, found by one short step in each.
 
     Returns:
-        "auto" never; for a model that is not read in float32, or that no copy can be made of, its own.
+        "auto" never; for a model that is not read in float32, or that no copy can be made of (spread, quantised), its own.
     """
     if wanted != "auto":
         return wanted
-    if model.dtype != torch.float32 or model.spread:
-        return str(model.dtype).removeprefix("torch.")
+    if model.dtype != torch.float32 or model.spread or model.quantised:
+        return model.precision.removeprefix("torch.")
     exact = step_seconds(model)
     if exact < QUICK:
         return "float32"
@@ -42,7 +42,9 @@ def chosen_dtype(model: Model, wanted: str) -> str:
 def reader(model: Model, dtype: str) -> Model:
     """The model to take gradients through: a copy in lower precision where the model is in float32 and one is wanted."""
     dtype = chosen_dtype(model, dtype)
-    if model.dtype != torch.float32 or dtype == "float32" or model.spread:  # a copy of a spread model would run the original's layers
+    if model.dtype != torch.float32 or dtype == "float32" or model.quantised:
+        return model
+    if model.spread:  # a copy would run the original's layers
         return model
     return Model(copy.deepcopy(model.hf).to(getattr(torch, dtype)), model.tokenizer, model.name, model.sha256)
 

@@ -23,7 +23,9 @@ DeviceMapOption = Annotated[
         "--device-map", help="Lay a large model over all GPUs: auto, balanced or sequential; needs accelerate.", show_default=False
     ),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; int8 or nf4 hold weights in 8 or 4 bits (bitsandbytes).")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
 RootOption = Annotated[Path, typer.Option("--artifacts", help="Folder that artefacts are kept in.", metavar="DIR")]

@@ -87,7 +87,7 @@ def extract(
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
         method=f"difference of means, {settings.elicitation} elicitation",
-        params={**_plain(settings), "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type, "plan": as_json(plan)},
+        params={**_plain(settings), "dtype": model.precision.removeprefix("torch."), "device": model.device.type, "plan": as_json(plan)},
         seed=settings.seed,
         data=data or {},
         versions=artifacts.versions(),
@@ -305,7 +305,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 def _fingerprint(model: Model, samples: Sequence[Sample], settings: Settings, plan: Plan) -> str:
     """Everything that a checkpoint depends on, hashed: settings, weights, and every token."""
     tokens = [[str(s.key), s.theme, s.prompts, s.replies] for s in samples]
-    return sha256_text(json.dumps([_plain(settings), as_json(plan), model.sha256, str(model.dtype), torch.__version__, tokens]))
+    return sha256_text(json.dumps([_plain(settings), as_json(plan), model.sha256, model.precision, torch.__version__, tokens]))
 
 
 def _write_checkpoint(path: Path, fingerprint: str, contrasts: Contrasts, batches: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from emosteer.base.errors import UsageError
 from emosteer.base.processes import local_rank, local_world
+from emosteer.models.quantised import QUANTISED
 
 #: Ways to lay a model's layers over the GPUs of a machine.
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -76,5 +77,5 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
     if dtype not in _DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join(_DTYPES)}")
+        raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join([*_DTYPES, *QUANTISED])}")
     return _DTYPES[dtype]

@@ -29,6 +29,16 @@ from emosteer.models.architecture import Family, family_of, part, shape_of
 from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
 from emosteer.models.memory import is_out_of_memory
+from emosteer.models.quantised import (
+    QUANTISED,
+    QUANTISED_GRADIENT,
+    Unpacked,
+    gradient_error,
+    keep_differentiable,
+    loading_options,
+    scheme_of,
+    silence,
+)
 from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
 from emosteer.models.weights.whole import require_finite
 
@@ -51,6 +61,7 @@ class Model:
     def __init__(self, hf: Any, tokenizer: Any, name: str, weights_sha256: str) -> None:
         """Wraps a loaded Hugging Face causal LM; prefer `load` or `from_hf`."""
         self.hf = hf.eval().requires_grad_(False)
+        keep_differentiable(hf)
         self.tokenizer = tokenizer
         self.name = name
         self.reference = name  # what the user called it; commands in messages use it
@@ -62,8 +73,12 @@ class Model:
         self.body: Any = part(hf, self.family.body)
         self.layers: Any = part(self.body, self.family.layers)
         self.shape = shape_of(hf.config, self.layers, self.family)
+        #: How its linear maps are quantised ("int8", "nf4", ...); None where weights are plain. It, too, is analysed on the plain tree.
+        self.quantised = scheme_of(hf.config)
+        self._unpacked = Unpacked()
+        layout = getattr(hf, "hf_device_map", None) or {}
         #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
-        self.spread = bool(getattr(hf, "hf_device_map", None))
+        self.spread = len(set(layout.values())) > 1 if self.quantised else bool(layout)
         require_finite(hf, name)
         self._prove(bridge=False)
 
@@ -75,7 +90,8 @@ class Model:
 
         Args:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+            dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16"; or "int8" or "nf4", which hold plain
+                weights in 8 or 4 bits and compute as "auto" does.
             device_map: how to lay a model over all GPUs of the machine ("auto", "balanced", "sequential"); needs accelerate.
 
         Raises:
@@ -86,16 +102,22 @@ class Model:
         from transformers.utils import logging as untyped
 
         from emosteer.models.weights.resolve import resolve
-        from emosteer.models.weights.whole import load_whole
+        from emosteer.models.weights.whole import load_whole, packed_by
 
-        target, kind = resolve_device(device), resolve_dtype(dtype, device)
+        target, kind = resolve_device(device), resolve_dtype("auto" if dtype in QUANTISED else dtype, device)
+        packing: dict[str, Any] = loading_options(dtype, kind) if dtype in QUANTISED else {}
         layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
         found = resolve(reference, progress=note)
+        packed = bool(packing) or packed_by(found.path, found.name) is not None
+        if packed:
+            silence()
+        if packed and target.type == "cuda" and not layout:
+            packing["device_map"] = {"": target}  # packed where it stays: packed weights do not move
         hf_logging: Any = untyped
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         try:
-            hf = load_whole(found.path, found.name, dtype=kind, attn_implementation="sdpa", **layout)
+            hf = load_whole(found.path, found.name, dtype=kind, attn_implementation="sdpa", **packing, **layout)
             tokenizer: Any = AutoTokenizer.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
         except EmosteerError:
             raise
@@ -111,7 +133,7 @@ class Model:
         if any(weight.is_meta for weight in hf.parameters()):
             raise ModelError(f"{found.name} does not fit on the GPUs of this machine, even together; try --dtype bfloat16 or more GPUs")
         try:
-            hf = hf if layout else hf.to(target)
+            hf = hf if layout or packed else hf.to(target)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise ModelError(f"{found.name} does not fit in the memory of {target}; try --dtype bfloat16 or --device cpu") from error
@@ -140,6 +162,11 @@ class Model:
         """Precision of the weights and activations."""
         dtype: torch.dtype = next(self.hf.parameters()).dtype
         return dtype
+
+    @property
+    def precision(self) -> str:
+        """In what it is computed, for headers and keys: the dtype, and how weights are quantised, if they are ("torch.float32+nf4")."""
+        return f"{self.dtype}+{self.quantised}" if self.quantised else str(self.dtype)
 
     @property
     def template_sha256(self) -> str:
@@ -199,13 +226,19 @@ class Model:
 
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
-        weight: Tensor = part(self.layers[layer], self.family.w_o).weight.to(self.device)  # moves it only where a model is spread
+        weight = self._weight(part(self.layers[layer], self.family.w_o))
         return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
-        weight: Tensor = part(self.layers[layer], self.family.w_down).weight.to(self.device)
-        return weight.T
+        return self._weight(part(self.layers[layer], self.family.w_down)).T
+
+    def _weight(self, linear: Any) -> Tensor:
+        """What a linear map of a layer multiplies by. Shape [out, in]."""
+        if self.quantised is not None:
+            return self._unpacked.get(linear, self.dtype).to(self.device)
+        weight: Tensor = linear.weight.to(self.device)  # moves it only where a model is spread
+        return weight
 
     def width(self, kind: str) -> int:
         """Size of the last dimension of a site kind."""
@@ -267,7 +300,7 @@ class Model:
         """
         if self.spread:
             edits = {site: at_home(edit, self.device) for site, edit in edits.items()}
-        elif bridge:
+        elif bridge and self.quantised is None:
             named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
             with self.bridge.hooks(fwd_hooks=named):
                 yield part(self.bridge.original_model, self.family.body)
@@ -358,8 +391,15 @@ class Model:
         block, family = self.layers[layer], self.family
         here = {kind: seen[Site(layer, kind)] for kind in KINDS}
         w_o, w_down = part(block, family.w_o), part(block, family.w_down)
-        self._close(w_o(here[Z]), here[ATTN_OUT], f"{where}: attn_out of layer {layer} is not z W_O")
-        self._close(w_down(here[MLP_POST]), here[MLP_OUT], f"{where}: mlp_out of layer {layer} is not mlp_post W_down")
+        maps = ((self.w_o, w_o, Z, ATTN_OUT), (self.w_down, w_down, MLP_POST, MLP_OUT))
+        asked = self.quantised is None or layer in (0, self.shape.n_layers // 2, self.shape.n_layers - 1)  # packed weights are slow to ask
+        for weight_of, module, read, wrote in maps if asked else ():
+            weight = weight_of(layer).flatten(0, -2)
+            bias = getattr(module, "bias", None)
+            written = here[read] @ weight if bias is None else here[read] @ weight + bias.to(weight)
+            self._close(written, here[wrote], f"{where}: {wrote} of layer {layer} is not {read} times its output weights")
+            if self.quantised and not gradient_error(module, weight.T, self.dtype) <= QUANTISED_GRADIENT:
+                raise ModelError(f"{where}: no true gradient passes the {self.quantised} weights of layer {layer}; try plain weights")
         attn, mlp = here[ATTN_OUT], here[MLP_OUT]
         if family.attn_post_norm is not None:
             attn = part(block, family.attn_post_norm)(attn)
@@ -371,7 +411,7 @@ class Model:
         self._close(here[RESID_MID] + mlp, here[RESID_POST], f"{where}: resid_post of layer {layer} is not resid_mid + MLP output")
 
     def _close(self, found: Tensor, expected: Tensor, message: str) -> None:
-        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
+        tolerance = 1e-4 if self.dtype == torch.float32 and self.quantised is None else 3e-2
         scale = expected.abs().max().clamp_min(1e-6)
         error = ((found.to(expected.device) - expected).abs().max() / scale).item()
         if not error <= tolerance:

@@ -73,7 +73,7 @@ class ContestWriter:
         parts = [
             self.model.sha256,
             self.model.template_sha256,
-            str(self.model.dtype),
+            self.model.precision,
             self.added.get(cell.method, ""),
             self.decoding.shaping,
             self.instruction,

@@ -47,7 +47,7 @@ class Writer:
         """A short hash of everything that shapes a reply beside the job itself."""
         parts = [
             self.model.sha256,
-            str(self.model.dtype),
+            self.model.precision,
             circuit_sha256,
             self.decoding.shaping,
             self.instruction,

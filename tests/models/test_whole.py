@@ -83,8 +83,8 @@ def test_known_buffers_and_a_tied_head_that_is_written_twice_are_no_fault(tmp_pa
         (None, {"intermediate_size": 50}, r"mlp.down_proj.weight has shape 32x48, but its config.json asks for 32x50 and 8 more"),
         (lambda held: held.update({"more.weight": torch.ones(2)}), {}, r"its files hold more.weight, for which the model has no place"),
         (lambda held: held["model.norm.weight"].fill_(float("nan")), {}, r"32 weights that are not finite in model.norm.weight"),
-        (None, {"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantised \(bitsandbytes\); .* dequantised copy"),
-        (None, {"quantization_config": {"bits": 4}}, r"is quantised \(an unknown method\)"),
+        (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantised \(gptq\), which cannot be loaded here: .*copy"),
+        (None, {"quantization_config": {"bits": 4}}, r"is quantised \(an unknown method\), which cannot be loaded here"),
         (None, {"model_type": "strange", "auto_map": {"AutoModelForCausalLM": "m.M", "AutoConfig": "c.C"}}, r"which emosteer never runs"),
     ],
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Weights that are whole: a model is used only if every tensor of it was read, and every tensor of its files was used.
 
 transformers fills what a file lacks with random numbers and leaves out what a model has no place for, in both cases without an error;
-the replies still look like text. Here either is refused by name, as are weights that are packed by a quantisation, whose numbers mean
-nothing without it. Code that comes with a model is never run.
+the replies still look like text. Here either is refused by name, as are quantised weights that this machine cannot unpack. Code that comes
+with a model is never run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emosteer.base.errors import ModelError, first_line
+from emosteer.base.errors import ModelError, first_line, says_out_of_memory
 from emosteer.base.progress import note
+from emosteer.models.quantised import scheme_of
 
 #: Names of tensors that a message shows.
 SHOWN = 3
@@ -26,18 +27,34 @@ def load_whole(folder: Path, name: str, **options: Any) -> Any:
         name: what it is called, for messages; options: of `from_pretrained`.
 
     Raises:
-        ModelError: if tensors are missing, left over or of another shape, or if it is quantised. Otherwise what transformers raises.
+        ModelError: if tensors are missing, left over or of another shape, or quantised in a way that cannot be loaded here. Otherwise what
+            transformers raises.
     """
-    refuse_unreadable(folder, name)
+    packed = packed_by(folder, name)
+    if packed and "quantization_config" in options:
+        raise ModelError(f"{name} is quantised already ({packed}); leave --dtype to a precision of the computation, or out")
     try:
-        model, info = _load(folder, options)
+        model, info = _load_attending(folder, name, options)
+    except Exception as error:  # of a package that unpacks weights: anything can come
+        if packed is None or says_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{name} is quantised ({packed}), which cannot be loaded here: {first_line(error)}; give the model that it was made from, "
+            "a GGUF file of it, or a dequantised copy (model.dequantize().save_pretrained(FOLDER))"
+        ) from error
+    require_whole(info, name)
+    return model
+
+
+def _load_attending(folder: Path, name: str, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """As `_load`, with fused attention where the model has it."""
+    try:
+        return _load(folder, options)
     except ValueError as error:
         if options.get("attn_implementation") != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
-        note(f"{name} has no fused attention in transformers: its attention is computed step by step (eager), which is slower")
-        model, info = _load(folder, {**options, "attn_implementation": "eager"})
-    require_whole(info, name)
-    return model
+    note(f"{name} has no fused attention in transformers: its attention is computed step by step (eager), which is slower")
+    return _load(folder, {**options, "attn_implementation": "eager"})
 
 
 def _load(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
@@ -50,28 +67,22 @@ def _load(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, A
     return model, info
 
 
-def refuse_unreadable(folder: Path, name: str) -> None:
-    """Refuses what is said in config.json before weights are read.
+def packed_by(folder: Path, name: str) -> str | None:
+    """How the weights of a folder are quantised, by its config.json; None where they are plain numbers.
 
     Raises:
-        ModelError: for quantised weights.
+        ModelError: if config.json cannot be read.
     """
     path = folder / "config.json"
     if not path.is_file():  # a GGUF file, whose numbers are unpacked when it is converted
-        return
+        return None
     try:
         config = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"cannot load {name}: {path} cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ModelError(f"cannot load {name}: expected an object in {path}, found {type(config).__name__}")
-    packed = config.get("quantization_config")
-    if packed:
-        method = packed.get("quant_method", "an unknown method") if isinstance(packed, dict) else "an unknown method"
-        raise ModelError(
-            f"{name} is quantised ({method}); circuits are read from plain weights, so give the model that it was made from, a GGUF file "
-            "of it, or a dequantised copy (model.dequantize().save_pretrained(FOLDER))"
-        )
+    return scheme_of(config)
 
 
 def require_whole(info: Mapping[str, Any], name: str) -> None:
