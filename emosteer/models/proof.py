@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from emosteer.base.errors import ModelError, first_line
 from emosteer.models.architecture import Family, Shape, before_norm, part
+from emosteer.models.memory import is_out_of_memory
 from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
 
 #: Tokens of the input.
@@ -91,7 +92,9 @@ def _seen(model: Hooked, ids: Tensor, where: str, *, bridge: bool) -> dict[Site,
     sites = [Site(layer, kind) for layer in range(model.shape.n_layers) for kind in KINDS]
     try:
         seen = model.read(ids, sites, bridge=bridge)
-    except (KeyError, AttributeError, ValueError) as error:
+    except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{where}: a site cannot be hooked ({first_line(error)}); this architecture is not supported") from error
     silent = [str(site) for site in sites if site not in seen]
     if silent:
@@ -148,6 +151,7 @@ def _prove_final_norm(model: Hooked, state: Tensor, where: str) -> None:
     """Whether a direction behind the final norm is read from the stream by `before_norm`: its gradient is, but for the scale, and for what
     lies along the state itself, since the norm's scale depends on the state."""
     draw = torch.Generator().manual_seed(0)
+    state = state.to(next((weight.device for weight in model.final_norm.parameters()), state.device))  # a spread model's is elsewhere
     direction = torch.randn(model.shape.d_model, generator=draw).to(state)
     with torch.enable_grad():
         leaf = state.detach().clone().requires_grad_(True)
@@ -155,7 +159,7 @@ def _prove_final_norm(model: Hooked, state: Tensor, where: str) -> None:
     read = before_norm(model.family, model.final_norm, direction)
     along = torch.stack([state.float(), torch.ones_like(state.float())], dim=1)
     basis = torch.linalg.qr(along)[0]
-    found, expected = (vector.float() - basis @ (basis.T @ vector.float()) for vector in (read.to(state.device), gradient.to(state.device)))
+    found, expected = (vector.float() - basis @ (basis.T @ vector.float()) for vector in (read, gradient))
     cosine = functional.cosine_similarity(found, expected, dim=0).item()
     if not cosine > (1 - 1e-4 if model.dtype == torch.float32 else 0.99):
         raise ModelError(
