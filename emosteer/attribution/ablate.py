@@ -15,7 +15,7 @@ from torch import Tensor
 from emosteer.attribution.curves import curves
 from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.scores import Scores
-from emosteer.attribution.settings import AblateSettings
+from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units
 from emosteer.attribution.verification import verify
 from emosteer.base import artifacts
@@ -24,7 +24,7 @@ from emosteer.base.errors import DataError, EmosteerError
 from emosteer.base.files import sha256_text
 from emosteer.base.pieces import gather
 from emosteer.base.processes import ALONE, Crew
-from emosteer.base.progress import bar
+from emosteer.base.progress import bar, note
 from emosteer.directions.activations import Sample, tokenize_group
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.models.model import Model
@@ -77,7 +77,7 @@ def ablate(
         advance(1)
         checked = _verify(model, directions, groups, settings) if crew.lead else {}
         advance(1)
-    wanted = settings.curves
+    wanted = _curves_of(model, settings.curves)
     rows = curves(model, directions, forms["contrast"], groups, band, wanted, partial=partial, crew=crew) if wanted else []
     crew.finish()
     provenance = Provenance(
@@ -92,6 +92,14 @@ def ablate(
         versions=artifacts.versions(),
     )
     return Scores(directions.emotions, forms, importance, band, checked, patches, rows, provenance)
+
+
+def _curves_of(model: Model, wanted: CurveSettings | None) -> CurveSettings | None:
+    """The curves that a model can have: where there are no neurons, none of neurons."""
+    if wanted is None or not wanted.neuron_shares or model.family.has_neurons:
+        return wanted
+    note(f"curves of heads only: {model.no_neurons}")
+    return replace(wanted, neuron_shares=())
 
 
 def _complete(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
@@ -171,8 +179,9 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
     emotion = draw.randrange(len(team.directions.emotions))
     units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
     shape = team.model.shape
-    while len(units) < settings.true_units:
-        make, size = draw.choice(((Head, shape.n_heads), (Neuron, shape.d_mlp)))
+    kinds = [(make, size) for make, size in ((Head, shape.n_heads), (Neuron, shape.d_mlp)) if size]
+    while len(units) < min(settings.true_units, shape.n_layers * (shape.n_heads + shape.d_mlp)):
+        make, size = draw.choice(kinds)
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:
             units.append(unit)

@@ -46,17 +46,18 @@ def importance_and_effects(model: Model, samples: Sequence[Sample], directions: 
     shape, n = model.shape, len(directions.emotions)
     importance = torch.zeros(n, shape.n_layers, 2)
     heads, neurons = torch.zeros(n, shape.n_layers, shape.n_heads), torch.zeros(n, shape.n_layers, shape.d_mlp)
-    layers = range(shape.n_layers)
-    sites = [Site(layer, kind) for layer in layers for kind in (Z, RESID_MID, MLP_POST, RESID_POST)]
+    kinds = [Z, RESID_POST] + [RESID_MID] * (not model.family.parallel) + [MLP_POST] * model.family.has_neurons
+    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in kinds]
     v = {RESID_MID: directions.at(RESID_MID), RESID_POST: directions.at(RESID_POST)}
     for sample in samples:
         gradients = score_gradients(model, unpacked_batch(model, [sample]), v_ref, sites)
         for site in sites:
             grad = gradients.grad[site][:, -1].cpu()
-            if site.kind in v:
-                if site.kind == RESID_MID:  # an edit there reaches the MLP alone; what attention writes also goes past it
-                    grad = grad + gradients.grad[Site(site.layer, RESID_POST)][:, -1].cpu()
-                importance[:, site.layer, int(site.kind == RESID_POST)] += (grad * v[site.kind][:, site.layer]).sum(-1)
+            if site.kind == RESID_POST:
+                importance[:, site.layer, 1] += (grad * v[RESID_POST][:, site.layer]).sum(-1)
+                importance[:, site.layer, 0] += (grad * v[RESID_MID][:, site.layer]).sum(-1)  # what attention writes goes past the MLP,
+            elif site.kind == RESID_MID:
+                importance[:, site.layer, 0] += (grad * v[RESID_MID][:, site.layer]).sum(-1)  # and through it, but for parallel blocks
             elif site.kind == Z:
                 effect = grad * directions.z.mean[:, site.layer]
                 heads[:, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
@@ -144,7 +145,8 @@ def attribution_patching(model: Model, samples: Sequence[Sample], v_ref: Tensor)
     shape, n = model.shape, len(samples[0].prompts)
     heads = torch.zeros(n, shape.n_layers, shape.n_heads)
     neurons = torch.zeros(n, shape.n_layers, shape.d_mlp)
-    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in (Z, MLP_POST)]
+    kinds = [Z] + [MLP_POST] * model.family.has_neurons
+    sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in kinds]
     clean = []
     for sample in samples:
         batch = unpacked_batch(model, [sample])

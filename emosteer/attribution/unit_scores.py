@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.directions.directions import Directions
-from emosteer.models.architecture import norm_gain, part
+from emosteer.models.architecture import before_norm, part
 from emosteer.models.interventions import unit_slice
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_MID, RESID_POST, Head, Neuron, Unit
@@ -22,13 +22,12 @@ from emosteer.models.sites import RESID_MID, RESID_POST, Head, Neuron, Unit
 def written_direction(model: Model, layer: int, kind: str, vectors: Tensor) -> Tensor:
     """Residual directions as seen from where `W_O` (kind resid_mid) or `W_down` (resid_post) writes.
 
-    The same vectors for Llama and Qwen. Gemma and OLMo 2 norm a sublayer's output before adding it: there the norm's gain is folded in
-    and its scale left out, so scores are exact up to one positive factor per layer and position.
+    The same vectors for Llama and Qwen; times the factor of Granite. Gemma and OLMo 2 norm a sublayer's output before adding it: there the
+    norm's gain is folded in and its scale left out, so scores are exact up to one positive factor per layer and position.
     """
     path = model.family.attn_post_norm if kind == RESID_MID else model.family.mlp_post_norm
-    if path is None:
-        return vectors
-    return vectors * norm_gain(model.family, part(model.layers[layer], path)).to(vectors)
+    seen = vectors if model.residual_factor == 1 else model.residual_factor * vectors
+    return seen if path is None else before_norm(model.family, part(model.layers[layer], path), seen)
 
 
 def head_contributions(model: Model, z: Tensor, v_mid: Tensor) -> Tensor:

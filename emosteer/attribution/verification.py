@@ -105,6 +105,8 @@ def _run_layer(model: Model, site: Site, inputs: LayerInputs, rows: Sequence[Seq
     hidden = args[0] if args else kwargs["hidden_states"]
     kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
     layer = copy.deepcopy(model.layers[site.layer]).cpu().double()
+    if not model.family.has_neurons:  # experts are behind all that is read here, and not all of their code has float64
+        setattr(layer, model.family.mlp, torch.nn.Identity())
     edits = replace_units(model, rows, device=torch.device("cpu"))
     store: list[Tensor] = []
     with contextlib.ExitStack() as stack:

@@ -177,7 +177,9 @@ def assemble(
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     n = len(directions.emotions)
-    _ = model.bridge  # made and proved now: what cannot be measured should not cost minutes of learning first
+    if settings.neuron_share or settings.preset == "paper":
+        model.refuse_neurons("--neurons" if settings.neuron_share else "--preset paper")
+    _ = model.on_bridge  # made and proved now: what cannot be measured should not cost minutes of learning first
     learned: dict[str, Any] = {}
     plain_contrast, residual = (directions, settings.spare_names), None
     if bank is not None and gain_settings is not None and gain_settings.steps:

@@ -2,7 +2,8 @@
 
 What a head or neuron writes reaches the logits directly, through the unembedding. The part of it that lifts the emotion's own name
 ("happy") is not needed to sound happy and makes replies name the feeling. It is projected out at unit level: per layer, the smallest
-change of the circuit's contrast after which what it writes is orthogonal to the name's direction, `gain * (mean W_U[names] - mean W_U)`.
+change of the circuit's contrast after which what it writes is orthogonal to the name's direction, `gain * (mean W_U[names] - mean W_U)`
+(less its mean where the final norm centres).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emosteer.attribution.unit_scores import written_direction
-from emosteer.models.architecture import norm_gain
+from emosteer.models.architecture import before_norm
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_MID, RESID_POST
 from emosteer.scenarios.words import stem_pattern
@@ -28,13 +29,14 @@ def name_tokens(model: Model, emotion: str) -> list[int]:
 def name_direction(model: Model, emotion: str) -> Tensor | None:
     """Direction in the residual stream that lifts the emotion's name in the logits [d_model]; None if no token is the name.
 
-    The final norm's gain is folded in; its scale, one positive factor per position, is not needed for a direction.
+    The final norm's gain is folded in, and its centring if it has one; its scale, one positive factor per position, is not needed for a
+    direction.
     """
     tokens = name_tokens(model, emotion)
     if not tokens:
         return None
     unembedding = model.unembedding.weight.float()
-    direction = (unembedding[tokens].mean(0) - unembedding.mean(0)) * norm_gain(model.family, model.final_norm)
+    direction = before_norm(model.family, model.final_norm, unembedding[tokens].mean(0) - unembedding.mean(0))
     return direction / direction.norm()
 
 

@@ -47,7 +47,7 @@ class _Layer:
 
 
 def _layer(layer: Any, family: Family) -> _Layer:
-    linears = (PackedLinear(parts(layer, paths)) for paths in (family.qkv, (family.w_o,), family.gate_up, (family.w_down,)))
+    linears = (PackedLinear(parts(layer, paths)) for paths in (family.qkv, (family.w_o,), family.gate_up, family.down))
     return _Layer(*parts(layer, family.pre_norms), *linears)
 
 
@@ -106,6 +106,7 @@ class Lean:
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [token, 1, d_head] by the model's own rotary module."""
+        assert self.model.family.rotary is not None  # `_recognised` asks for it
         cos, sin = part(self.model.body, self.model.family.rotary)(self.embed[:1], positions[None])
         half = self.shape.d_head // 2
         return cos[0, :, None], torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
@@ -240,11 +241,15 @@ def _state(model: Model) -> list[tuple[int, int]]:
 
 def _recognised(model: Model) -> bool:
     """Whether the modules are exactly those whose arithmetic `Lean` repeats, with nothing hooked into them."""
-    hf, config, family = model.hf, model.hf.config, model.family
-    if not _repeats(family) or any(getattr(config, name, None) for name in (family.logit_softcap, family.attn_softcap)):
+    hf, config, family = model.hf, model.config, model.family
+    if (
+        not _repeats(family)
+        or model.window is not None
+        or any(getattr(config, name, None) for name in (family.logit_softcap, family.attn_softcap))
+    ):
         return False
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    rotary = getattr(model.body, family.rotary, None)
+    rotary = part(model.body, family.rotary) if family.rotary else None
     if kinds != {"full_attention"} or config.hidden_act != "silu" or getattr(rotary, "rope_type", "") not in _ROTARY:
         return False
     if getattr(hf, "hf_device_map", None) or not all(_is_plain(layer, model) for layer in model.layers):
@@ -257,7 +262,9 @@ def _repeats(family: Family) -> bool:
     """Whether `Lean` has the arithmetic of a family: norms before both sublayers and nowhere else, separate matrices, nothing scaled."""
     norms = len(family.pre_norms) == 2 and not family.post_norms and not family.qk_norms
     matrices = len(family.qkv) == 3 and len(family.gate_up) == 2
-    return family.is_complete and norms and matrices and not family.norm_offset and not family.embedding_is_scaled
+    scaled = family.norm_offset or family.embedding_is_scaled or family.residual_factor or family.logit_factor or family.logit_divisor
+    blocks = family.has_neurons and not family.parallel and not family.transposed
+    return family.is_complete and norms and matrices and blocks and not scaled
 
 
 def _is_plain(layer: Any, model: Model) -> bool:
@@ -265,7 +272,7 @@ def _is_plain(layer: Any, model: Model) -> bool:
     family, attention = model.family, part(layer, model.family.attention)
     if not all(_is_of(model.hf, held) for held in (attention, *parts(layer, (family.mlp, *family.pre_norms)))):
         return False
-    linears = parts(layer, (*family.qkv, family.w_o, *family.gate_up, family.w_down))
+    linears = parts(layer, (*family.qkv, family.w_o, *family.gate_up, *family.down))
     if any(type(linear) is not nn.Linear for linear in linears) or getattr(attention, family.attn_window, None):
         return False
     scale: float = getattr(attention, family.attn_scale)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emosteer.base.errors import ModelError
 from emosteer.models.architecture import Family, tap
-from emosteer.models.sites import Site
+from emosteer.models.sites import MLP_POST, RESID_MID, Site
 
 #: An edit receives the activation [batch, pos, width] (heads of `z` side by side) and returns its replacement, or None
 #: to leave it as it is.
@@ -74,8 +75,42 @@ def reading(store: dict[Site, Tensor], site: Site, edit: Edit | None) -> Edit:
 def hooked(layer: nn.Module, kind: str, edit: Edit, family: Family) -> Iterator[None]:
     """Hooks one edit into one plain decoder layer for the length of the block."""
     module, is_input = tap(layer, kind, family)
-    handle = module.register_forward_pre_hook(before(edit), with_kwargs=True) if is_input else module.register_forward_hook(after(edit))
-    try:
+    with contextlib.ExitStack() as stack:
+        if kind == MLP_POST and not family.has_neurons:
+            edit = _nothing(edit)
+        elif kind == RESID_MID and family.parallel:
+            stream: list[Tensor] = []
+            stack.callback(layer.register_forward_pre_hook(before(_keeping(stream)), with_kwargs=True).remove)
+            edit = _summed(edit, stream)
+        hook = before(edit) if is_input else after(edit)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True) if is_input else module.register_forward_hook(hook)
+        stack.callback(handle.remove)
         yield
-    finally:
-        handle.remove()
+
+
+def _nothing(edit: Edit) -> Edit:
+    """An edit that sees the neurons of a layer that has none."""
+
+    def look(activation: Tensor) -> None:
+        edit(activation[..., :0])
+
+    return look
+
+
+def _keeping(stream: list[Tensor]) -> Edit:
+    """An edit that keeps what a layer reads."""
+
+    def keep(activation: Tensor) -> None:
+        stream[:] = [activation]
+
+    return keep
+
+
+def _summed(edit: Edit, stream: list[Tensor]) -> Edit:
+    """An edit that sees the stream behind the attention of a parallel block, which nothing in the model reads."""
+
+    def look(written: Tensor) -> None:
+        if edit(stream[0] + written) is not None:
+            raise ModelError("the MLP of a parallel block reads the stream before attention: resid_mid can be read there, not changed")
+
+    return look

@@ -2,7 +2,8 @@
 
 A model is held as two module trees over the same weights. The *plain* tree is the Hugging Face model as loaded: generation
 runs on it. The *bridge* is TransformerLens' `TransformerBridge` on a copy of the module tree (parameters shared, no memory
-spent): analysis runs on it, and its hook names are what the field knows. Both are proved to agree before they are used.
+spent): analysis runs on it, and its hook names are what the field knows. Both are proved to agree before they are used (`proof`).
+Where TransformerLens has no bridge to a model, analysis hooks the plain tree, which has the same sites.
 This is the only module that imports transformer_lens.
 """
 
@@ -21,26 +22,18 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from emosteer.base.errors import DataError, EmosteerError, ModelError, first_line
+from emosteer.base.errors import DataError, EmosteerError, ModelError, UsageError, first_line
 from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.models import chat_templates, tokens
-from emosteer.models.architecture import Family, family_of, part, shape_of
+from emosteer.models.architecture import Family, factor_of, family_of, output_matrix, part, shape_of, text_config
 from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
 from emosteer.models.memory import is_out_of_memory
-from emosteer.models.quantised import (
-    QUANTISED,
-    QUANTISED_GRADIENT,
-    Unpacked,
-    gradient_error,
-    keep_differentiable,
-    loading_options,
-    scheme_of,
-    silence,
-)
-from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
-from emosteer.models.weights.whole import require_finite
+from emosteer.models.proof import prove, prove_bridge
+from emosteer.models.quantised import QUANTISED, Unpacked, keep_differentiable, loading_options, silence
+from emosteer.models.sites import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
+from emosteer.models.weights.whole import require_finite, scheme_of
 
 _BRIDGE_NAMES = {
     RESID_MID: "hook_resid_mid",
@@ -72,7 +65,10 @@ class Model:
         self.family: Family = family_of(hf)
         self.body: Any = part(hf, self.family.body)
         self.layers: Any = part(self.body, self.family.layers)
-        self.shape = shape_of(hf.config, self.layers, self.family)
+        self.config: Any = text_config(hf)
+        self.shape = shape_of(self.config, self.layers, self.family)
+        #: What everything that a sublayer adds to the stream is multiplied by.
+        self.residual_factor = factor_of(self.config, self.family.residual_factor)
         #: How its linear maps are quantised ("int8", "nf4", ...); None where weights are plain. It, too, is analysed on the plain tree.
         self.quantised = scheme_of(hf.config)
         self._unpacked = Unpacked()
@@ -80,7 +76,7 @@ class Model:
         #: Whether its layers lie on several devices (`--device-map`). The bridge cannot wrap such a model: analysis hooks the plain tree.
         self.spread = len(set(layout.values())) > 1 if self.quantised else bool(layout)
         require_finite(hf, name)
-        self._prove(bridge=False)
+        prove(self)
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
@@ -148,7 +144,7 @@ class Model:
         digest = hashlib.sha256()
         for key, value in sorted(hf.state_dict().items()):
             digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return cls(hf, tokenizer, name, digest.hexdigest())
 
     @property
@@ -192,15 +188,29 @@ class Model:
             try:
                 bridge = TransformerBridge.boot_transformers(self.name, hf_model=tree, tokenizer=tokenizer, device=str(self.device))
             except Exception as error:
-                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {first_line(error)}") from error
+                why = first_line(error).split(". ")[0]  # a list of all that it can wrap may follow
+                raise ModelError(f"TransformerBridge cannot wrap {architecture} ({self.name}): {why}") from error
         bridge.original_model.requires_grad_(False)
-        self.__dict__["bridge"] = bridge  # _prove below reads it
+        self.__dict__["bridge"], self.__dict__["on_bridge"] = bridge, True  # the proof reads through it
         try:
-            self._prove(bridge=True)
+            prove_bridge(self)
         except ModelError:
-            del self.__dict__["bridge"]
+            del self.__dict__["bridge"], self.__dict__["on_bridge"]
             raise
         return bridge
+
+    @cached_property
+    def on_bridge(self) -> bool:
+        """Whether analysis runs on the bridge; if not, it hooks the plain tree, whose sites were proved when the model was loaded."""
+        reads_pictures = self.config is not self.hf.config  # the bridge would fetch a processor for them from the hub
+        other_sites = self.family.parallel or not self.family.has_neurons  # on the bridge
+        if self.spread or self.quantised or reads_pictures or other_sites:
+            return False
+        try:
+            return self.bridge is not None
+        except ModelError as error:
+            note(f"{error}; its sites are hooked in the Hugging Face model instead, as proved at load")
+            return False
 
     # ---- parts and weights by name -------------------------------------------------------------------------------
 
@@ -222,7 +232,7 @@ class Model:
     @property
     def window(self) -> int | None:
         """Positions that layers with sliding-window attention see; None where no window is set."""
-        return getattr(self.hf.config, self.family.sliding_window, None)
+        return getattr(self.config, self.family.sliding_window, None) or None  # some write 0 for none
 
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
@@ -231,14 +241,32 @@ class Model:
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
+        if self.family.w_down is None:
+            return torch.zeros(0, self.shape.d_model, device=self.device, dtype=self.dtype)
         return self._weight(part(self.layers[layer], self.family.w_down)).T
 
     def _weight(self, linear: Any) -> Tensor:
-        """What a linear map of a layer multiplies by. Shape [out, in]."""
+        """What a linear map that writes into the stream multiplies by. Shape [d_model, width]."""
         if self.quantised is not None:
             return self._unpacked.get(linear, self.dtype).to(self.device)
-        weight: Tensor = linear.weight.to(self.device)  # moves it only where a model is spread
-        return weight
+        return output_matrix(linear, self.family).to(self.device)  # moves only where a model is spread
+
+    def refuse_neurons(self, asked: str) -> None:
+        """Refuses what asks for neurons of a model that has none.
+
+        Args:
+            asked: what asks, for the message.
+
+        Raises:
+            UsageError: with the reason.
+        """
+        if not self.family.has_neurons:
+            raise UsageError(f"{asked} asks for neurons, but {self.no_neurons}; use heads alone")
+
+    @property
+    def no_neurons(self) -> str:
+        """Why a model has no neurons that can be scored or steered, for messages."""
+        return f"the MLPs of {self.name} are mixtures of experts, in which other neurons run for every token"
 
     def width(self, kind: str) -> int:
         """Size of the last dimension of a site kind."""
@@ -296,11 +324,11 @@ class Model:
 
         Args:
             edits: site -> function of the activation [batch, pos, width].
-            bridge: hook the TransformerBridge (analysis) or the plain model (generation).
+            bridge: hook the TransformerBridge (analysis), where there is one, or the plain model (generation).
         """
         if self.spread:
             edits = {site: at_home(edit, self.device) for site, edit in edits.items()}
-        elif bridge and self.quantised is None:
+        elif bridge and self.on_bridge:
             named = [(f"blocks.{site.layer}.{_BRIDGE_NAMES[site.kind]}", flat(edit)) for site, edit in edits.items()]
             with self.bridge.hooks(fwd_hooks=named):
                 yield part(self.bridge.original_model, self.family.body)
@@ -337,7 +365,9 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembeds final-normed hidden states [..., d_model] -> [..., d_vocab]."""
         logits: Tensor = self.unembedding(hidden).to(self.device)
-        cap = getattr(self.hf.config, self.family.logit_softcap, None)
+        factor = factor_of(self.config, self.family.logit_factor, self.family.logit_divisor)
+        logits = logits if factor == 1 else logits * factor
+        cap = getattr(self.config, self.family.logit_softcap, None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def read(self, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[Site, Tensor]:
@@ -348,74 +378,6 @@ class Model:
             edits[site] = reading(store, site, edits.get(site))
         self.run(ids, edits, **options)
         return store
-
-    # ---- proof ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _prove(self, *, bridge: bool) -> None:
-        """Proves on a short input that every site fires and that the residual identities hold; a no-op hook is the field's
-        most common bug. The bridge must also give the plain model's output.
-
-        Raises:
-            ModelError: naming the architecture and what failed.
-        """
-        ids = torch.arange(1, 9, device=self.device).remainder(self.shape.d_vocab)[None]
-        sites = [Site(layer, kind) for layer in range(self.shape.n_layers) for kind in KINDS]
-        where = f"{type(self.hf).__name__} ({self.name}, {'TransformerBridge' if bridge else 'plain model'})"
-        try:
-            seen = self.read(ids, sites, bridge=bridge)
-        except (KeyError, AttributeError, ValueError) as error:
-            raise ModelError(f"{where}: a site cannot be hooked ({first_line(error)}); this architecture is not supported") from error
-        silent = [str(site) for site in sites if site not in seen]
-        if silent:
-            raise ModelError(f"{where}: {len(silent)} sites never fired ({', '.join(silent[:3])} ...); this architecture is not supported")
-        wrong = [(str(s), seen[s].shape[-1]) for s in sites if seen[s].shape != (1, 8, self.width(s.kind))]
-        if wrong:
-            raise ModelError(f"{where}: site {wrong[0][0]} has width {wrong[0][1]}; this architecture is not supported")
-        for layer in range(self.shape.n_layers):
-            self._prove_finite(layer, seen, where)
-            self._prove_layer(layer, seen, where)
-        if bridge:
-            plain = self.read(ids, [Site(self.shape.n_layers - 1, RESID_POST)], bridge=False)
-            for site, value in plain.items():
-                self._close(seen[site], value, f"{where}: the bridge's {site} differs from the plain model's")
-
-    def _prove_finite(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
-        bad = [kind for kind in KINDS if not torch.isfinite(seen[Site(layer, kind)]).all()]
-        if bad:
-            kind = str(self.dtype).removeprefix("torch.")
-            hint = "try --dtype bfloat16 or float32" if self.dtype == torch.float16 else "the weights are damaged, or not this model's"
-            raise ModelError(f"{where}: {bad[0]} of layer {layer} is not finite in {kind}; {hint}")
-
-    def _prove_layer(self, layer: int, seen: Mapping[Site, Tensor], where: str) -> None:
-        block, family = self.layers[layer], self.family
-        here = {kind: seen[Site(layer, kind)] for kind in KINDS}
-        w_o, w_down = part(block, family.w_o), part(block, family.w_down)
-        maps = ((self.w_o, w_o, Z, ATTN_OUT), (self.w_down, w_down, MLP_POST, MLP_OUT))
-        asked = self.quantised is None or layer in (0, self.shape.n_layers // 2, self.shape.n_layers - 1)  # packed weights are slow to ask
-        for weight_of, module, read, wrote in maps if asked else ():
-            weight = weight_of(layer).flatten(0, -2)
-            bias = getattr(module, "bias", None)
-            written = here[read] @ weight if bias is None else here[read] @ weight + bias.to(weight)
-            self._close(written, here[wrote], f"{where}: {wrote} of layer {layer} is not {read} times its output weights")
-            if self.quantised and not gradient_error(module, weight.T, self.dtype) <= QUANTISED_GRADIENT:
-                raise ModelError(f"{where}: no true gradient passes the {self.quantised} weights of layer {layer}; try plain weights")
-        attn, mlp = here[ATTN_OUT], here[MLP_OUT]
-        if family.attn_post_norm is not None:
-            attn = part(block, family.attn_post_norm)(attn)
-        if family.mlp_post_norm is not None:
-            mlp = part(block, family.mlp_post_norm)(mlp)
-        if layer > 0:
-            before = seen[Site(layer - 1, RESID_POST)]
-            self._close(before + attn, here[RESID_MID], f"{where}: resid_mid of layer {layer} is not resid_pre + attention output")
-        self._close(here[RESID_MID] + mlp, here[RESID_POST], f"{where}: resid_post of layer {layer} is not resid_mid + MLP output")
-
-    def _close(self, found: Tensor, expected: Tensor, message: str) -> None:
-        tolerance = 1e-4 if self.dtype == torch.float32 and self.quantised is None else 3e-2
-        scale = expected.abs().max().clamp_min(1e-6)
-        error = ((found.to(expected.device) - expected).abs().max() / scale).item()
-        if not error <= tolerance:
-            raise ModelError(f"{message} (relative error {error:.1e}); this architecture is not supported")
 
 
 def _memory_of(gpus: Sequence[int]) -> dict[str, Any]:

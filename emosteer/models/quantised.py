@@ -8,7 +8,6 @@ load, layer by layer.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,25 +43,6 @@ def loading_options(name: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": four}
-
-
-def scheme_of(config: Any) -> str | None:
-    """How a model's weights are quantised, in a word ("int8", "nf4", else the method's own name); None where they are plain.
-
-    Args:
-        config: of the model, as transformers holds it or as config.json spells it.
-    """
-    packed = config.get("quantization_config") if isinstance(config, Mapping) else getattr(config, "quantization_config", None)
-    if not packed:
-        return None
-    if not isinstance(packed, (dict, Mapping)):
-        packed = packed.to_dict() if hasattr(packed, "to_dict") else {}
-    if packed.get("load_in_8bit"):
-        return "int8"
-    if packed.get("load_in_4bit"):
-        return str(packed.get("bnb_4bit_quant_type", "fp4"))
-    method = packed.get("quant_method", "an unknown method")
-    return str(getattr(method, "value", method))
 
 
 @torch.no_grad()

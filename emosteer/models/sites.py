@@ -14,9 +14,10 @@ MLP_POST = "mlp_post"
 ATTN_OUT = "attn_out"
 MLP_OUT = "mlp_out"
 
-#: resid_mid: residual stream after attention. resid_post: after the MLP, before any final norm.
-#: z: attention output per head before W_O, heads side by side. mlp_post: neurons after the gate, before W_down.
-#: attn_out, mlp_out: what W_O and W_down write, biases included, before any post-norm (Gemma).
+#: resid_mid: residual stream after attention; in parallel blocks, whose MLP does not read it, it can be read and not changed.
+#: resid_post: after the MLP, before any final norm.
+#: z: attention output per head before W_O, heads side by side. mlp_post: neurons after the gate, before W_down; of width 0 in mixtures of
+#: experts. attn_out, mlp_out: what W_O and W_down write, biases included, before any post-norm (Gemma) or factor (Granite).
 KINDS = (RESID_MID, RESID_POST, Z, MLP_POST, ATTN_OUT, MLP_OUT)
 
 

@@ -11,27 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MistralForCausalLM,
-    NemotronConfig,
-    NemotronForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Olmo3Config,
-    Olmo3ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import LlamaConfig, NemotronConfig, NemotronForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -42,70 +22,53 @@ from emosteer.generation.generate import Decoding, Request, generate
 from emosteer.generation.lean_forward import lean_of
 from emosteer.models import architecture
 from emosteer.models.architecture import FAMILIES, LLAMA, Family, family_of, norm_gain, part, parts
-from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
-from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Z
+from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, Site, Z
 from tests.attribution.test_unit_scores import make_directions, samples
-from tests.conftest import SIZES, build, tiny_tokenizer
+from tests.conftest import SIZES, tiny_tokenizer
+from tests.helpers.families import MODELS, random_model
 
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41], [1, 8, 20, 15, 33, 5]])
-BUILT = ("llama", "qwen2", "gemma3")
-OTHERS = {
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=16)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16)),
-    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
-    "olmo3": lambda: Olmo3ForCausalLM(Olmo3Config(**SIZES)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=8, sliding_window=None)),
-    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES)),
-}
-#: Models whose class no row names -> the row that takes them.
-ROW = {"olmo3": "olmo2", "mistral": "like llama", "smollm3": "like llama"}
-
-
-def made(name: str) -> Model:
-    """A random model whose norms have random weights."""
-    if name in BUILT:
-        return build(name)
-    torch.manual_seed(0)
-    hf = OTHERS[name]()
-    for key, parameter in hf.named_parameters():
-        if "norm" in key:
-            nn.init.normal_(parameter, mean=0.5, std=0.3)
-    return Model.from_hf(hf, tiny_tokenizer(), name)
-
 
 # ---- what a description says -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*BUILT, *OTHERS])
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_description_is_true_of_its_models(name: str) -> None:
     """Loading has proved the sites; here the rest: paths, what differs from Llama, and what a norm multiplies by."""
-    model = made(name)
-    family, config = model.family, model.hf.config
-    assert family.name == ROW.get(name, name)
+    model = random_model(name)
+    family, config = model.family, model.config
+    assert family.name == MODELS[name][0]
     for layer in model.layers:
-        parts(layer, (family.attention, family.mlp, *family.qkv, family.w_o, *family.gate_up, family.w_down, *family.pre_norms))
+        parts(layer, (family.attention, family.mlp, *family.qkv, family.w_o, *family.gate_up, *family.pre_norms))
         inside = dict(part(layer, family.attention).named_modules())
         assert {f"{family.attention}.{key}" for key in ("q_norm", "k_norm") if key in inside} == set(family.qk_norms)
-        norms = {key for key, module in layer.named_modules() if "norm" in key and "." not in key and module is not layer}
-        described = {*family.pre_norms, family.attn_post_norm, family.mlp_post_norm} - {None}
+        norms = {key for key, module in layer.named_modules() if "norm" in key or key.startswith("ln_")}
+        described = {*family.pre_norms, *family.qk_norms, family.attn_post_norm, family.mlp_post_norm} - {None}
         assert norms == described, "no norm of a layer is left out"
-    part(model.body, family.rotary)
+    if family.rotary is not None:
+        part(model.body, family.rotary)
     states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     for norm in (model.final_norm, *(part(model.layers[0], path) for path in (*family.pre_norms, family.attn_post_norm) if path)):
-        epsilon = getattr(norm, family.norm_epsilon)
-        scale = (states.square().mean(-1, keepdim=True) + epsilon).sqrt()
-        torch.testing.assert_close(norm(states), states / scale * norm_gain(family, norm), rtol=1e-5, atol=1e-6)
+        epsilon, bias = getattr(norm, family.norm_epsilon), getattr(norm, "bias", None)
+        centred = states - states.mean(-1, keepdim=True) if centres(norm) else states
+        scale = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        expected = centred / scale * norm_gain(family, norm) + (0 if bias is None else bias)
+        torch.testing.assert_close(norm(states), expected, rtol=1e-5, atol=1e-6)
     first = {}
     handle = model.layers[0].register_forward_pre_hook(lambda _, args: first.update(hidden=args[0]))
     model.run(IDS, bridge=False)
     handle.remove()
-    is_scaled = not torch.allclose(first["hidden"], functional.embedding(IDS, model.embedding.weight))
-    assert is_scaled is family.embedding_is_scaled
+    if family.rotary is not None:
+        is_scaled = not torch.allclose(first["hidden"], functional.embedding(IDS, model.embedding.weight))
+        assert is_scaled is family.embedding_is_scaled
     assert config.vocab_size == model.unembedding.out_features
+
+
+def centres(norm: nn.Module) -> bool:
+    """Whether a norm takes the mean away, by its name; RMS norms do not."""
+    return "LayerNorm" in type(norm).__name__
 
 
 def test_rows_are_told_apart() -> None:
@@ -113,33 +76,75 @@ def test_rows_are_told_apart() -> None:
     named = [name for family in FAMILIES for name in family.classes]
     assert len(set(named)) == len(named)
     assert all(family.classes for family in FAMILIES if family.is_complete), "nobody has read the code of a class that is not named"
+    assert not [family.name for family in FAMILIES if family.parallel and (family.residual_factor or family.post_norms)], "see `hooks`"
+    assert {row for row, _ in MODELS.values()} >= {family.name for family in FAMILIES if family.classes}, "every row has a random model"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt2", "architecture GPT2LMHeadModel is not supported: expected a family of docs/FAMILIES.md, or decoder layers with"),
+        ("granite", "resid_post of layer 0 is not resid_mid . MLP output"),
+        ("glm4", "resid_post of layer 0 is not resid_mid . MLP output"),
+    ],
+)
+def test_a_model_without_a_row_that_is_true_of_it_is_refused_in_one_line(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture, "FAMILIES", [row for row in FAMILIES if row.name != name])
+    with pytest.raises(ModelError, match=message) as caught:
+        random_model(name)
+    assert "\n" not in str(caught.value) and "not supported" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("granite", {"residual_factor": None}, "resid_post of layer 0 is not resid_mid"),
+        ("granite", {"logit_divisor": None}, "the logits are not the model's own"),
+        ("cohere", {"logit_factor": None}, "the logits are not the model's own"),
+        ("gpt2", {"transposed": False}, "attn_out of layer 0 is not z W_O"),
+        ("gemma", {"norm_offset": 0.0}, "the final norm's gain is not what it should be"),
+        ("nemotron", {"norm_offset": 0.0}, "the final norm's gain is not what it should be"),
+        ("stablelm", {"parallel": True}, "the MLP of layer 0 reads what attention writes"),
+        ("gpt-neox", {"parallel": False}, "resid_post of layer 0 is not resid_mid"),
+        ("phi3", {"attn_post_norm": "input_layernorm"}, "resid_mid of layer 1 is not resid_pre . attention output"),
+    ],
+)
+def test_the_proof_at_load_finds_a_wrong_description(
+    name: str, wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architecture, "FAMILIES", [replace(row, **wrong) if row.name == name else row for row in FAMILIES])
+    with pytest.raises(ModelError, match=message):
+        random_model(name)
 
 
 # ---- gains and post-norms, each without the other --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "olmo2", "mistral", "smollm3"])
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_the_direction_of_a_name_is_what_lifts_its_logits(name: str) -> None:
-    """For any state, how far the name's logits lie above the mean is its projection on the direction, by the norm's scale."""
-    model = made(name)
+    """For any state, how far the name's logits lie above the mean is its projection on the direction, by the norm's scale; a norm's bias
+    lifts all states alike, and cancels between a state and its opposite."""
+    model = random_model(name)
     direction = name_direction(model, "anger")
     assert direction is not None
-    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
-    logits = model.unembedding(model.final_norm(states))
-    lift = (logits[:, name_tokens(model, "anger")].mean(-1) - logits.mean(-1)) * states.square().mean(-1).sqrt()
-    cosine = functional.cosine_similarity(lift, states @ direction, dim=0)
+    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)) + 0.5
+    logits = [model.unembedding(model.final_norm(sign * states)) for sign in (1, -1)]
+    lift = sum(sign * (each[:, name_tokens(model, "anger")].mean(-1) - each.mean(-1)) for sign, each in zip((1, -1), logits, strict=True))
+    scale = (states - states.mean(-1, keepdim=True) if centres(model.final_norm) else states).square().mean(-1).sqrt()
+    cosine = functional.cosine_similarity(lift * scale, states @ direction, dim=0)
     assert cosine > 1 - 1e-5
 
 
 @torch.no_grad()
-def test_a_gain_that_no_row_knows_is_asked_of_the_norm() -> None:
-    """Nemotron centres, keeps one less than the gain, and has biases; no row names it, and its norms' weights alone would mislead."""
+def test_a_gain_that_no_row_knows_is_asked_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nemotron centres, keeps one less than the gain, and has biases; without its row, its norms' weights alone would mislead."""
     torch.manual_seed(0)
     hf = NemotronForCausalLM(NemotronConfig(**SIZES))
     for key, parameter in hf.named_parameters():
         if "norm" in key:
             nn.init.normal_(parameter, mean=0.1, std=0.4)
+    monkeypatch.setattr(architecture, "FAMILIES", [row for row in FAMILIES if row.name != "nemotron"])
     model = Model.from_hf(hf, tiny_tokenizer(), "nemotron")
     assert not model.family.classes
     for norm in (model.final_norm, model.layers[1].input_layernorm):
@@ -156,36 +161,43 @@ def test_a_gain_that_no_row_knows_is_asked_of_the_norm() -> None:
     assert functional.cosine_similarity(lift - lift.mean(), centred @ plain - (centred @ plain).mean(), dim=0) < 0.9, "as it was before"
 
 
-@pytest.mark.parametrize("name", ["gemma", "olmo2", "olmo3", "gemma3"])
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_contributions_equal_the_drop_when_a_unit_is_ablated(name: str) -> None:
-    """Gemma: an offset and no post-norms. OLMo 2: post-norms and no offset. A post-norm's scale is held at its clean value, as the
-    score leaves it out; its gain acts as the module has it."""
-    model = made(name)
-    model.hf.double()
+    """Gemma: an offset and no post-norms. OLMo 2: post-norms and no offset. Granite: a factor. A post-norm's scale is held at its clean
+    value, as the score leaves it out; its gain acts as the module has it. A unit is ablated in the weights: no hook has a part in it."""
+    model = random_model(name)
+    model.hf.double().set_experts_implementation("eager")  # the fused one has no double precision
     family, layer = model.family, 1
     shape, draw = model.shape, torch.Generator().manual_seed(2)
     v = torch.randn(shape.n_layers, shape.d_model, generator=draw, dtype=torch.float64)
-    for kind, path, written, target, table, unit in (
-        (Z, family.attn_post_norm, ATTN_OUT, RESID_MID, head_contributions, Head),
-        (MLP_POST, family.mlp_post_norm, MLP_OUT, RESID_POST, neuron_contributions, Neuron),
+    for kind, path, written, target, table, writer in (
+        (Z, family.attn_post_norm, ATTN_OUT, RESID_MID, head_contributions, family.w_o),
+        (MLP_POST, family.mlp_post_norm, MLP_OUT, RESID_POST, neuron_contributions, family.w_down),
     ):
         seen = model.read(IDS, [Site(index, kind) for index in range(shape.n_layers)], bridge=False)
         after, before = Site(layer, target), Site(layer, written)
         clean = model.read(IDS, [after, before], bridge=False)
         scores = table(model, torch.stack([seen[Site(index, kind)] for index in range(shape.n_layers)], dim=-2), v)[..., layer, :]
+        if writer is None:
+            assert scores.shape[-1] == shape.d_mlp == 0, "an MLP of experts has no neurons"
+            continue
         size = rms(clean[before], model) if path else torch.ones(2, 6, 1, dtype=torch.float64)
 
         def held(_: Any, args: tuple[Tensor], out: Tensor, size: Tensor = size) -> Tensor:
             return out * rms(args[0], model) / size
 
         handle = part(model.layers[layer], path).register_forward_hook(held) if path else None
+        weight, width = part(model.layers[layer], writer).weight, model.width(kind) // scores.shape[-1]
+        matrix, kept = weight.T if family.transposed else weight, weight.clone()
+        moved = 0
         for index in range(scores.shape[-1]):
-            edits = replace_units(model, [[unit(layer, index)]] * 2)
-            ablated = model.read(IDS, [after], edits=edits, bridge=False)[after]
-            drop = (clean[after] - ablated) @ v[layer]
-            assert drop.abs().max() > 1e-3
+            matrix[:, index * width : (index + 1) * width] = 0
+            drop = (clean[after] - model.read(IDS, [after], bridge=False)[after]) @ v[layer]
+            weight.copy_(kept)
+            moved += bool(drop.abs().max() > 1e-3)
             torch.testing.assert_close(scores[..., index] / size[..., 0], drop, rtol=1e-5, atol=1e-5)  # norms go through float32
+        assert moved >= 0.8 * scores.shape[-1], "neurons that never fire say nothing"
         if handle:
             handle.remove()
 
@@ -197,8 +209,8 @@ def rms(states: Tensor, model: Model) -> Tensor:
 
 def test_an_offset_alone_leaves_a_written_direction_as_it_is() -> None:
     v = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(written_direction(made("gemma"), 1, RESID_MID, v), v)
-    olmo = made("olmo2")
+    assert torch.equal(written_direction(random_model("gemma"), 1, RESID_MID, v), v)
+    olmo = random_model("olmo2")
     expected = {RESID_MID: olmo.layers[1].post_attention_layernorm.weight, RESID_POST: olmo.layers[1].post_feedforward_layernorm.weight}
     for kind, gain in expected.items():
         assert torch.equal(written_direction(olmo, 1, kind, v), v * gain)
@@ -292,6 +304,9 @@ class RenamedForCausalLM(nn.Module):
         self.config, self.generation_config = config, generation_config
         self.transformer, self.embed_out = Decoder(config), nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def forward(self, input_ids: Tensor, use_cache: bool | None = None) -> Any:
+        return SimpleNamespace(logits=self.embed_out(self.transformer(input_ids).last_hidden_state))
+
 
 RENAMED = Family(
     "renamed",
@@ -343,7 +358,7 @@ def renamed(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
 
 
 def test_without_its_row_it_is_refused(tiny: Model) -> None:
-    with pytest.raises(ModelError, match="architecture RenamedForCausalLM is not supported: expected decoder layers with self_attn.o_proj"):
+    with pytest.raises(ModelError, match="architecture RenamedForCausalLM is not supported: expected a family of docs/FAMILIES.md"):
         family_of(renamed_tree(tiny))
 
 
@@ -391,6 +406,13 @@ def test_a_family_of_other_names_is_written_by_the_fast_pass(renamed: Model, tin
         {"qk_norms": ("attention.query",)},
         {"qkv": ("attention.query",)},
         {"gate_up": ("feed_forward.dense_gate",)},
+        {"rotary": None},
+        {"parallel": True},
+        {"transposed": True},
+        {"w_down": None},
+        {"residual_factor": "initializer_range"},
+        {"logit_factor": "initializer_range"},
+        {"logit_divisor": "initializer_range"},
     ],
     ids=lambda difference: next(iter(difference)),
 )
@@ -400,8 +422,14 @@ def test_the_fast_pass_is_for_those_whose_description_says_nothing_else(renamed:
 
 
 def test_a_row_is_enough_for_the_fast_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral without a window is a Llama; the fast pass takes it as soon as a row says so, and proves it."""
-    assert lean_of(made("mistral")) is None
-    row = Family("mistral", ("transformers.models.mistral.modeling_mistral.MistralForCausalLM",), is_complete=True)
-    monkeypatch.setattr(architecture, "FAMILIES", (*FAMILIES, row))
-    assert lean_of(made("mistral")) is not None
+    """Mistral without a window is a Llama; the fast pass takes it because its row says so, and proves it."""
+    assert lean_of(random_model("mistral")) is not None
+    monkeypatch.setattr(architecture, "FAMILIES", [row for row in FAMILIES if row.name != "mistral"])
+    assert lean_of(random_model("mistral")) is None
+
+
+def test_the_fast_pass_is_not_for_windows() -> None:
+    """Its proof is shorter than any window; the configuration has to say that there is none."""
+    model = random_model("mistral")
+    model.config.sliding_window = 4096
+    assert lean_of(model) is None

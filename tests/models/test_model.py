@@ -71,12 +71,12 @@ def test_the_two_trees_share_their_weights(tiny: Model) -> None:
 
 
 def test_an_architecture_of_another_shape_is_refused_by_name() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTJConfig, GPTJForCausalLM
 
     from tests.conftest import tiny_tokenizer
 
-    hf = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel"):
+    hf = GPTJForCausalLM(GPTJConfig(n_layer=1, n_embd=8, n_head=2, rotary_dim=4, vocab_size=32))
+    with pytest.raises(ModelError, match="GPTJForCausalLM"):
         Model.from_hf(hf, tiny_tokenizer())
 
 

@@ -17,8 +17,9 @@ from emosteer.generation.generate import Decoding, Request, generate
 from emosteer.models import quantised
 from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
-from emosteer.models.quantised import dense_weight, gradient_error, scheme_of
+from emosteer.models.quantised import dense_weight, gradient_error
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Z
+from emosteer.models.weights.whole import scheme_of
 from tests.conftest import SIZES, tiny_tokenizer
 
 #: Blocks of 64 numbers share a scale: widths are multiples of it.

@@ -108,7 +108,7 @@ class NativeStep:
         self.linears: list[Linears] = [self.head]
         self.norms: list[Tensor] = []
         self.table = (_Layer * shape.n_layers)()
-        paths = {"qkv": family.qkv, "o": (family.w_o,), "gate": family.gate_up[:1], "up": family.gate_up[1:], "down": (family.w_down,)}
+        paths = {"qkv": family.qkv, "o": (family.w_o,), "gate": family.gate_up[:1], "up": family.gate_up[1:], "down": family.down}
         for entry, layer in zip(self.table, model.layers, strict=True):
             entry.norm1, entry.norm2 = (self._norm(module) for module in parts(layer, family.pre_norms))
             self.linears += [Linears(parts(layer, held), getattr(entry, name)) for name, held in paths.items()]

@@ -14,7 +14,6 @@ from typing import Any
 
 from emosteer.base.errors import ModelError, first_line, says_out_of_memory
 from emosteer.base.progress import note
-from emosteer.models.quantised import scheme_of
 
 #: Names of tensors that a message shows.
 SHOWN = 3
@@ -83,6 +82,25 @@ def packed_by(folder: Path, name: str) -> str | None:
     if not isinstance(config, dict):
         raise ModelError(f"cannot load {name}: expected an object in {path}, found {type(config).__name__}")
     return scheme_of(config)
+
+
+def scheme_of(config: Any) -> str | None:
+    """How a model's weights are quantised, in a word ("int8", "nf4", else the method's own name); None where they are plain.
+
+    Args:
+        config: of the model, as transformers holds it or as config.json spells it.
+    """
+    packed = config.get("quantization_config") if isinstance(config, Mapping) else getattr(config, "quantization_config", None)
+    if not packed:
+        return None
+    if not isinstance(packed, (dict, Mapping)):
+        packed = packed.to_dict() if hasattr(packed, "to_dict") else {}
+    if packed.get("load_in_8bit"):
+        return "int8"
+    if packed.get("load_in_4bit"):
+        return str(packed.get("bnb_4bit_quant_type", "fp4"))
+    method = packed.get("quant_method", "an unknown method")
+    return str(getattr(method, "value", method))
 
 
 def require_whole(info: Mapping[str, Any], name: str) -> None:
