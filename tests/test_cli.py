@@ -378,7 +378,9 @@ def test_extract_with_the_models_own_replies(run: Callable[..., Any], made: Path
     ]
     code, _, err = run(*arguments)
     assert (tmp_path / "own-replies.jsonl").read_text().count("\n") == 36
-    assert code == 0 or "has a reply for every emotion" in err  # a random model rarely ends a reply; either way one line says so
+    assert (
+        code == 0 or "scenario-event has a reply" in err or "no reply in" in err
+    )  # a random model rarely ends a reply; either way one line says so
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

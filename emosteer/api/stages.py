@@ -19,8 +19,8 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSett
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import PANEL
+from emosteer.scenarios.emotions import EMOTIONS, emotion_key
 from emosteer.scenarios.prompt_sets import KINDS
-from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.scenarios.shipped import development_groups, read_data, without_development
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -152,7 +152,7 @@ def assemble(
     named = {"learn": learn, "steps": gain_steps, "keep": keep, "content": content}
     given = {name: value for name, value in named.items() if value is not None}
     gains = GainSettings(**given, seed=chosen.seed)  # type: ignore[arg-type]
-    wanted = {"": strength} if isinstance(strength, (int, float)) else dict(strength or {})
+    wanted = {"": strength} if isinstance(strength, (int, float)) else {emotion_key(name): s for name, s in (strength or {}).items()}
     made, sha256, path = directions_of(bare, directions, Path(artifacts))
     # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
     ranks = chosen.preset != "auto" or chosen.head_share is not None or chosen.neuron_share is not None or not gains.steps
@@ -175,7 +175,7 @@ def assemble(
         gain_settings=gains if learns else None,
         vector_settings=None if learn_residual is False else VectorSettings(),
     )
-    if tune and "" not in wanted and not wanted.keys() >= set(circuit.emotions):
+    if tune and "" not in wanted and not wanted.keys() >= set(map(emotion_key, circuit.emotions)):
         circuit = tune_strength(bare, circuit, data.groups, TuneSettings(seed=chosen.seed))
     return circuit.with_strength(_per_emotion(wanted, circuit)) if wanted else circuit
 
@@ -186,10 +186,8 @@ def _per_emotion(wanted: Mapping[str, float], circuit: Circuit) -> list[float]:
     Raises:
         UsageError: if a name is not an emotion of the circuit.
     """
-    for name in wanted:
-        if name:
-            circuit.index(name)
-    return [wanted.get(emotion, wanted.get("", circuit.strength[i].item())) for i, emotion in enumerate(circuit.emotions)]
+    named = {circuit.index(name): s for name, s in wanted.items() if name}
+    return [named.get(i, wanted.get("", circuit.strength[i].item())) for i in range(len(circuit.emotions))]
 
 
 def calibrate(

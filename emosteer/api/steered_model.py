@@ -15,8 +15,9 @@ from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.scenarios.conversations import parse_messages
+from emosteer.scenarios.emotions import EMOTIONS, emotion_name
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
-from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, Message, parse_emotions
+from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class SteeredModel:
             if emotion is None or method == NONE:
                 jobs += jobs_for(name, group, (NONE,), NONE, None, None, {}, earlier)
                 continue
-            circuit = self._circuit_for(method, emotion)
+            circuit, emotion = self._circuit_for(method, emotion)
             dialled = {emotion: circuit.strength_at(emotion, intensity)} if circuit is not None and intensity is not None else {}
             jobs += jobs_for(name, group, (emotion,), method, strength, circuit, dialled, earlier)
         return jobs
@@ -208,22 +209,21 @@ class SteeredModel:
             raise UsageError(f"expected positions to be reply or all, found '{options['positions']}'")
         return method
 
-    def _circuit_for(self, method: str, emotion: str) -> Circuit | None:
-        """The circuit, where the method needs one, once it is sure that it knows the emotion."""
+    def _circuit_for(self, method: str, emotion: str) -> tuple[Circuit | None, str]:
+        """The circuit, where the method needs one, once it is sure that it knows the emotion; and the emotion in its one spelling."""
         if METHODS[method].asks:
-            parse_emotions(emotion, self.emotions, closed=False)
-            return None
+            return None, emotion_name(emotion)
         if self.circuit is None:
             name = self.model.reference
             raise ArtifactError(
                 f"there is no circuit for {self.model.name} yet; have it made with emosteer.load({name!r}, auto=True), or name one with "
                 f"circuit=, or use method='prompt'"
             )
-        self.circuit.index(emotion)
+        known = self.circuit.emotions[self.circuit.index(emotion)]
         part = METHODS[method].vectors
         if part is not None:
             self.circuit.require(part)
-        return self.circuit
+        return self.circuit, known
 
     def _writer(self, options: WritingOptions) -> Writer:
         from emosteer.writing.writer import Writer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.attribution.curves import curves
-from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
+from emosteer.attribution.gradients import attribution_patching, held_by, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.scores import Scores
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_scores, top_units
@@ -30,7 +30,7 @@ from emosteer.directions.directions import Directions, reference_directions, sta
 from emosteer.models.model import Model
 from emosteer.models.sites import Head, Neuron, Unit
 from emosteer.scenarios.prompts import plain
-from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.scenarios import Bank, Group, replies_of
 from emosteer.scenarios.splits import spread
 
 #: Errors of a contribution that rounding explains, in shares of the prompt's largest drop: in float32, where 2e-6 is usual, and below.
@@ -58,7 +58,7 @@ def ablate(
 
     Raises:
         ShareDone: in every process but the first, once its share is done.
-        ArtifactError: if the directions are another model's. DataError: if no group is complete.
+        ArtifactError: if the directions are another model's. DataError: if an emotion has no reply beside one in another.
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
     band = stable_band(directions)
@@ -69,7 +69,7 @@ def ablate(
         prompts = prompt_samples(model, groups, settings.effect_prompts, len(directions.emotions), directions.instruction)
         importance, forms["effect"] = team.importance_and_effects(prompts)
         advance(1)
-        samples = _complete(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
+        samples = _compared(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
         if samples:
             forms["patch"] = team.attribution_patching(samples, "patch")
         advance(1)
@@ -102,19 +102,27 @@ def _curves_of(model: Model, wanted: CurveSettings | None) -> CurveSettings | No
     return replace(wanted, neuron_shares=())
 
 
-def _complete(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
-    """The first complete groups, evenly spread, as token ids under the directions' own elicitation."""
-    chosen = []
-    for group in spread(groups, len(groups)):
-        replies = (bank or {}).get(group.key, {})
-        if directions.elicitation == "reply" and any(emotion not in replies for emotion in directions.emotions):
-            continue
-        chosen.append(tokenize_group(model, group, directions.elicitation, directions.emotions, replies, directions.instruction))
-        if len(chosen) == count:
-            break
-    if not chosen:
-        raise DataError("no scenario-event has a reply for every emotion; give the bank that the directions were made with (--replies)")
-    return chosen
+def _compared(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
+    """Groups that compare emotions, evenly spread, as token ids under the directions' own elicitation: complete ones, and where there are
+    too few, those that lack an emotion; more than `count` where an emotion would have none."""
+    order, emotions = spread(groups, len(groups)), directions.emotions
+    if directions.elicitation == "reply":
+        held = {group.key: replies_of(bank, group, emotions) for group in order}
+        order = sorted((group for group in order if len(held[group.key]) > 1), key=lambda group: len(held[group.key]) < len(emotions))
+    else:
+        held = {group.key: dict.fromkeys(emotions, "") for group in order}
+    chosen, lacking = order[:count], set(emotions)
+    lacking -= {emotion for group in chosen for emotion in held[group.key]}
+    for group in order[count:]:
+        if lacking & held[group.key].keys():
+            chosen.append(group)
+            lacking -= held[group.key].keys()
+    if lacking:
+        raise DataError(
+            f"no scenario-event has a reply in {', '.join(sorted(lacking))} and in another emotion; give the bank that the directions were "
+            "made with (--replies)"
+        )
+    return [tokenize_group(model, g, directions.elicitation, emotions, held[g.key], directions.instruction) for g in chosen]
 
 
 def pieces_of(partial: Path) -> Path:
@@ -146,20 +154,25 @@ class _Team:
         """As `gradients.attribution_patching`, the groups shared by the processes."""
 
         def one(sample: Sample) -> dict[str, Tensor]:
-            scores, _ = attribution_patching(self.model, [sample], self.v_ref)
+            scores, _ = attribution_patching(self.model, [sample], self.v_ref, self.directions)
             return {"heads": scores.heads, "neurons": scores.neurons}
 
         means = self._mean(name, samples, one)
-        return UnitScores(means["heads"], means["neurons"])
+        share = held_by(samples, len(self.v_ref)).clamp_min(1)[:, None, None] / len(samples)  # the mean is over those that hold the emotion
+        return UnitScores(means["heads"] / share, means["neurons"] / share)
 
     def true_patches(self, samples: Sequence[Sample], emotion: int, units: Sequence[Unit]) -> Tensor:
         """As `gradients.true_patches`, the groups shared by the processes."""
+
+        def one(sample: Sample) -> dict[str, Tensor]:
+            return {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units, self.directions)}
+
         name = f"true-{sha256_text(json.dumps([emotion, [str(unit) for unit in units]]))[:12]}"
-        return self._mean(name, samples, lambda sample: {"drops": true_patches(self.model, [sample], self.v_ref, emotion, units)})["drops"]
+        return self._mean(name, samples, one)["drops"]
 
     def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
         origin = [self.directions.provenance.origin(), self.model.sha256, self.model.precision, torch.__version__]
-        tokens = [[str(s.key), s.prompts, s.replies] for s in samples]
+        tokens = [[str(s.key), s.prompts, s.replies, s.held] for s in samples]
         fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
         pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))
         total = {key: torch.zeros_like(value) for key, value in pieces[0].items()}
@@ -171,12 +184,12 @@ class _Team:
 
 def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
     """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
-    patched = list(samples[: settings.true_groups])
-    local = team.attribution_patching(patched, "patch-some")
     units: list[Unit] = []
     half = settings.true_units // 2
     draw = random.Random(f"{settings.seed}/patches")
     emotion = draw.randrange(len(team.directions.emotions))
+    patched = [sample for sample in samples if emotion in sample.held][: settings.true_groups]
+    local = team.attribution_patching(patched, "patch-some")
     units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
     shape = team.model.shape
     kinds = [(make, size) for make, size in ((Head, shape.n_heads), (Neuron, shape.d_mlp)) if size]
@@ -195,6 +208,11 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
         "correlation": _correlation(estimate, truth),
         "correlation_random": _correlation(estimate[half:], truth[half:]),
         "groups": len(patched),
+        "patched": {
+            "groups": len(samples),
+            "incomplete": sum(bool(sample.emotions) for sample in samples),
+            "replies": dict(zip(team.directions.emotions, held_by(samples, len(team.v_ref)).tolist(), strict=True)),
+        },
     }
 
 

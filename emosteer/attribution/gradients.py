@@ -132,50 +132,84 @@ def other_emotions_mean(states: Tensor) -> Tensor:
     return (states.sum(1, keepdim=True) - states) / (n - 1)
 
 
-def attribution_patching(model: Model, samples: Sequence[Sample], v_ref: Tensor) -> tuple[UnitScores, Tensor]:
+def patch_source(states: Tensor, sample: Sample, site: Site, directions: Directions | None) -> Tensor:
+    """The same of one group at a head or neuron site. Where it lacks emotions, their mean contrasts stand in for them, so that each emotion
+    is compared with all others whatever is missing. [emotion that the group holds, width] -> same.
+    """
+    if not sample.emotions:
+        return other_emotions_mean(states[None])[0]
+    if directions is None:
+        raise ValueError(f"{sample.key} lacks emotions: the directions' contrasts are needed in their place")
+    stats, n = directions.z if site.kind == Z else directions.mlp, len(directions.emotions)
+    base = states.mean(0) - stats.mean[list(sample.held), site.layer].mean(0).to(states)
+    return (n * base - states) / (n - 1)
+
+
+def held_by(samples: Sequence[Sample], n_emotions: int) -> Tensor:
+    """How many of the groups hold each emotion. Shape [emotion]."""
+    return torch.tensor([sum(number in sample.held for sample in samples) for number in range(n_emotions)])
+
+
+def attribution_patching(
+    model: Model, samples: Sequence[Sample], v_ref: Tensor, directions: Directions | None = None
+) -> tuple[UnitScores, Tensor]:
     """First-order estimate, for every unit at once, of how much the final score falls when the unit's activation at all read
     positions is replaced by its mean in the group's other emotions.
 
     Args:
-        samples: groups, computed one at a time; v_ref: [emotion, d_model].
+        samples: groups, computed one at a time; v_ref: [emotion, d_model]; directions: whose contrasts stand in for emotions that a
+            group lacks.
 
     Returns:
-        Estimates averaged over groups, and the clean final scores [group, emotion].
+        Estimates averaged over the groups that hold the emotion (0 where none does), and the clean final scores [group, emotion], NaN for
+        emotions that a group lacks.
     """
-    shape, n = model.shape, len(samples[0].prompts)
+    shape, n = model.shape, len(v_ref)
     heads = torch.zeros(n, shape.n_layers, shape.n_heads)
     neurons = torch.zeros(n, shape.n_layers, shape.d_mlp)
     kinds = [Z] + [MLP_POST] * model.family.has_neurons
     sites = [Site(layer, kind) for layer in range(shape.n_layers) for kind in kinds]
     clean = []
     for sample in samples:
-        batch = unpacked_batch(model, [sample])
-        gradients = score_gradients(model, batch, v_ref, sites)
+        batch, held = unpacked_batch(model, [sample]), list(sample.held)
+        gradients = score_gradients(model, batch, v_ref[held], sites)
         reads = (gradients.weights > 0).float()[:, :, None]
         for site in sites:
             state = torch.einsum("sp,spw->sw", gradients.weights, gradients.value[site])
-            patch = other_emotions_mean(state[None])[0]
+            patch = patch_source(state, sample, site, directions)
             effect = ((gradients.value[site] - patch[:, None]) * gradients.grad[site] * reads).sum(1).cpu()
             if site.kind == Z:
-                heads[:, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
+                heads[held, site.layer] += effect.unflatten(-1, (shape.n_heads, shape.d_head)).sum(-1)
             else:
-                neurons[:, site.layer] += effect
-        clean.append(gradients.scores.cpu())
-    return UnitScores(heads / len(samples), neurons / len(samples)), torch.stack(clean)
+                neurons[held, site.layer] += effect
+        scores = torch.full((n,), float("nan"))
+        scores[held] = gradients.scores.float().cpu()
+        clean.append(scores)
+    count = held_by(samples, n).clamp_min(1)[:, None, None]
+    return UnitScores(heads / count, neurons / count), torch.stack(clean)
 
 
 @torch.no_grad()
-def true_patches(model: Model, samples: Sequence[Sample], v_ref: Tensor, emotion: int, units: Sequence[Unit], rows: int = 16) -> Tensor:
-    """The truth that `attribution_patching` estimates: each unit really patched, one row per unit. Shape [unit], mean over groups."""
+def true_patches(
+    model: Model,
+    samples: Sequence[Sample],
+    v_ref: Tensor,
+    emotion: int,
+    units: Sequence[Unit],
+    directions: Directions | None = None,
+    rows: int = 16,
+) -> Tensor:
+    """The truth that `attribution_patching` estimates: each unit really patched, one row per unit. Shape [unit], mean over groups, all of
+    which hold the emotion."""
     drops = torch.zeros(len(units))
     last = Site(model.shape.n_layers - 1, RESID_POST)
     for sample in samples:
-        whole = unpacked_batch(model, [sample])
+        whole, place = unpacked_batch(model, [sample]), sample.held.index(emotion)
         sites = sorted({Site(u.layer, Z if isinstance(u, Head) else MLP_POST) for u in units})
         seen = model.read(whole.ids, [*sites, last], attention_mask=whole.mask, position_ids=whole.positions)
-        patch = {site: other_emotions_mean(whole.average(seen[site])[None])[0][emotion] for site in sites}
-        clean = whole.average(seen[last])[emotion]
-        single = Sample(sample.key, sample.theme, (sample.prompts[emotion],), (sample.replies[emotion],))
+        patch = {site: patch_source(whole.average(seen[site]), sample, site, directions)[place] for site in sites}
+        clean = whole.average(seen[last])[place]
+        single = Sample(sample.key, sample.theme, (sample.prompts[place],), (sample.replies[place],))
         for start in range(0, len(units), rows):
             chosen = units[start : start + rows]
             batch = unpacked_batch(model, [single] * len(chosen))

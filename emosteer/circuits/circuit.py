@@ -12,13 +12,14 @@ from torch import Tensor
 
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Identified, Provenance
-from emosteer.base.errors import ArtifactError, UsageError, suggest
+from emosteer.base.errors import ArtifactError
 from emosteer.circuits.dial import check_intensity, strength_for
 from emosteer.circuits.methods import METHODS, Part, source_of
 from emosteer.circuits.settings import learned_of
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
+from emosteer.scenarios.emotions import find_emotion
 
 KIND = "circuit"
 #: Default strength of learned residual vectors: the one that they are learned at.
@@ -61,9 +62,7 @@ class Circuit:
         Raises:
             UsageError: if the circuit has none for it.
         """
-        if emotion not in self.emotions:
-            raise UsageError(f"unknown emotion '{emotion}'{suggest(emotion, self.emotions)}; this circuit knows {', '.join(self.emotions)}")
-        return self.emotions.index(emotion)
+        return self.emotions.index(find_emotion(emotion, self.emotions, "this circuit knows"))
 
     def units(self, emotion: str) -> tuple[Unit, ...]:
         """The heads and neurons of an emotion, in the order of the model."""
@@ -159,7 +158,7 @@ class Circuit:
             UsageError: for an unknown emotion or an intensity outside 0 to 100. ArtifactError: if the circuit is not calibrated, or no
                 strength was found that the text bears.
         """
-        self.index(emotion)
+        emotion = self.emotions[self.index(emotion)]
         check_intensity(intensity)
         if not self.calibrated:
             raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")

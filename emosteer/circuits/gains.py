@@ -55,13 +55,13 @@ def learn_gains(
 
     Args:
         z_delta: [emotion, layer, n_heads * d_head], the contrast that a gain of 1 adds.
-        groups: scenario-events of train; those that the bank lacks an emotion's reply to are left out.
+        groups: scenario-events of train; those with replies in two emotions or more are learned from.
 
     Returns:
         Values [emotion, layer, n_heads], 0 for heads that are left out.
 
     Raises:
-        DataError: if no scenario-event has a reply in every emotion, or a prompt and its reply exceed the model's sliding window.
+        DataError: if an emotion has no reply beside one in another, or a prompt and its reply exceed the model's sliding window.
     """
     return learn(model, HeadGains(head_outputs(model, z_delta), settings), groups, bank, emotions, instruction, settings)
 

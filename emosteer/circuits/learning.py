@@ -8,6 +8,9 @@ What is added is the same for every prompt, and the cheapest way to an emotion i
 mattering: how much dearer the same emotion's reply to *another* prompt is than the own one may not shrink below what it is without
 steering (`content`).
 
+Where prompts lack replies, the emotions that are there are learned from and told from each other. Each is then compared with some emotions
+more often than with others; `Comparisons` weighs that out, so that what an emotion is told from does not depend on what is missing.
+
 What is free, and where it is added, is a `Parametrisation`: outputs of heads (`head_outputs.py`), gains of heads (`gains.py`), or vectors
 of the residual stream (`learned_residual.py`). Draws, objective, steps and schedule are the same for all, so that what differs between
 their results is the place and not the training. The model's weights stay as they are.
@@ -17,8 +20,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,17 +65,70 @@ class Parametrisation(Protocol):
 class Learned:
     """values: as the parametrisation has them, 0 for those that were dropped; curve, margin: by step, mean nats per token of the wanted
     replies, and how many more the other emotions' replies cost; kept: how many more than without steering the replies to another prompt
-    cost beyond the own ones, empty where that was not asked for."""
+    cost beyond the own ones, empty where that was not asked for; incomplete: how many of the prompts lack an emotion's reply; replies:
+    emotion -> prompts with a reply in it."""
 
     values: Tensor
     curve: tuple[float, ...]
     margin: tuple[float, ...]
     kept: tuple[float, ...] = ()
+    groups: int = 0
+    incomplete: int = 0
+    replies: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def trace(self) -> dict[str, list[float]]:
-        """How learning went, as a circuit's metrics hold it."""
-        return {"curve": list(self.curve), "margin": list(self.margin), **({"kept": list(self.kept)} if self.kept else {})}
+    def trace(self) -> dict[str, Any]:
+        """How learning went and what from, as a circuit's metrics hold it."""
+        learned_from = {"groups": self.groups, "incomplete": self.incomplete, "replies": dict(self.replies)}
+        trace = {"curve": list(self.curve), "margin": list(self.margin), "learned_from": learned_from}
+        return {**trace, **({"kept": list(self.kept)} if self.kept else {})}
+
+
+#: A comparison that prompts seldom allow counts at most this many times, lest one prompt decide what is learned.
+MOST_WEIGHT = 4.0
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The prompts that can be learned from, and how much a comparison counts.
+
+    usable: prompts with replies in two emotions or more; incomplete: how many of them lack an emotion; weights: [emotion, other], by
+    which each other emotion counts the same for an emotion, 1 where all prompts are complete.
+    """
+
+    usable: Sequence[Group]
+    bank: Bank
+    emotions: Sequence[str]
+    incomplete: int
+    weights: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], bank: Bank, emotions: Sequence[str]) -> Comparisons:
+        """Raises a DataError where an emotion has no reply beside one in another."""
+        held = {group.key: [n for n, emotion in enumerate(emotions) if emotion in bank.get(group.key, {})] for group in groups}
+        usable = [group for group in groups if len(held[group.key]) > 1]
+        counts = torch.zeros(len(emotions), len(emotions))  # how often each is compared with each, one comparison a prompt
+        for group in usable:
+            mine = torch.tensor(held[group.key])
+            counts[mine[:, None], mine] += 1 / (len(mine) - 1)
+        counts.fill_diagonal_(0)
+        lacking = [emotion for emotion, row in zip(emotions, counts, strict=True) if not row.any()]
+        if lacking:
+            named = f"{', '.join(lacking)} and in another emotion" if usable else "two emotions"
+            raise DataError(f"no scenario-event has bank replies in {named} to learn from; give --replies, or --gain-steps 0")
+        fair = counts.sum(1, keepdim=True) / (counts > 0).sum(1, keepdim=True)
+        weights = torch.where(counts > 0, fair / counts, 0.0).clamp_max(MOST_WEIGHT)
+        incomplete = sum(len(held[group.key]) < len(emotions) for group in usable)
+        return cls(usable, bank, tuple(emotions), incomplete, weights)
+
+    def held(self, group: Group) -> tuple[int, ...]:
+        """The numbers of the emotions that a prompt has a reply in."""
+        return tuple(number for number, emotion in enumerate(self.emotions) if emotion in self.bank[group.key])
+
+    @property
+    def replies(self) -> dict[str, int]:
+        """Emotion -> prompts with a reply in it."""
+        return {emotion: sum(emotion in self.bank[group.key] for group in self.usable) for emotion in self.emotions}
 
 
 def learn(
@@ -87,14 +143,12 @@ def learn(
     """Fits the values of a parametrisation; for one seed the draws of scenario-events and comparisons are the same for all of them.
 
     Args:
-        groups: scenario-events of train; those that the bank lacks an emotion's reply to are left out.
+        groups: scenario-events of train; those with replies in two emotions or more are learned from.
 
     Raises:
-        DataError: if no scenario-event has a reply in every emotion, or a prompt and its reply exceed the model's sliding window.
+        DataError: if an emotion has no reply beside one in another, or a prompt and its reply exceed the model's sliding window.
     """
-    usable = [group for group in groups if set(emotions) <= bank.get(group.key, {}).keys()]  # as in `extract`: complete groups only
-    if not usable:
-        raise DataError("no scenario-event has bank replies in every emotion to learn gains from; give --replies, or --gain-steps 0")
+    data = Comparisons.of(groups, bank, emotions)
     model = reader(model, settings.dtype)
     values = what.start().requires_grad_()
     mask = torch.ones_like(values)
@@ -107,8 +161,8 @@ def learn(
             optimiser.param_groups[0]["lr"] = what.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
             for _ in range(settings.groups):
                 if not waiting:
-                    waiting = draw.sample(usable, len(usable))
-                compared = Compared.draw(waiting.pop(), usable, bank, emotions, settings, draw)
+                    waiting = draw.sample(data.usable, len(data.usable))
+                compared = Compared.draw(waiting.pop(), data, settings, draw)
                 lost, told = loss(model, compared, what.added(values * mask), instruction, settings)
                 (lost / settings.groups).backward()
                 trace[step] += told / settings.groups
@@ -116,51 +170,88 @@ def learn(
             optimiser.zero_grad()
             advance(1)
     curve, margin, kept = ([round(value, 4) for value in column] for column in trace.T.tolist())
-    return Learned((values.detach() * mask).cpu(), tuple(curve), tuple(margin), tuple(kept) if settings.content else ())
+    return Learned(
+        (values.detach() * mask).cpu(),
+        tuple(curve),
+        tuple(margin),
+        tuple(kept) if settings.content else (),
+        len(data.usable),
+        data.incomplete,
+        data.replies,
+    )
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What one prompt's learning compares. wanted: its reply in each emotion; shifts: of the other emotions that it is told from; neutral:
-    its neutral reply, or none; elsewhere: another prompt's reply in each emotion, or none."""
+    """What one prompt's learning compares. wanted: its reply in each emotion that it has one in; shifts: of the other emotions among these
+    that it is told from; neutral: its neutral reply, or none; elsewhere: another prompt's reply in each of the emotions, or none; held: the
+    numbers of the emotions, empty where it has them all; weights: [comparison, emotion], how much each counts, None where all count the
+    same."""
 
     group: Group
     wanted: Sequence[str]
     shifts: Sequence[int]
     neutral: Sequence[str]
     elsewhere: Sequence[str]
+    held: tuple[int, ...] = ()
+    weights: Tensor | None = None
 
     @classmethod
-    def draw(
-        cls, group: Group, usable: Sequence[Group], bank: Bank, emotions: Sequence[str], settings: GainSettings, draw: random.Random
-    ) -> Compared:
-        """usable: the prompts that the other one is drawn from."""
-        replies = bank[group.key]
+    def draw(cls, group: Group, data: Comparisons, settings: GainSettings, draw: random.Random) -> Compared:
+        """data: where the other prompt is drawn from, too."""
+        replies, held = data.bank[group.key], data.held(group)
         neutral = [replies[NEUTRAL]] if NEUTRAL in replies and settings.others else []
-        shifts = draw.sample(range(1, len(emotions)), min(settings.others - len(neutral), len(emotions) - 1))
-        others = [other for other in usable if other is not group] if settings.content else []
-        elsewhere = bank[draw.choice(others).key] if others else {}
-        return cls(group, [replies[e] for e in emotions], shifts, neutral, [elsewhere[e] for e in emotions] if elsewhere else [])
+        wanted = settings.others - len(neutral)
+        shifts = draw.sample(range(1, len(held)), min(wanted, len(held) - 1))
+        names = [data.emotions[number] for number in held]
+        elsewhere = _elsewhere(group, names, data, draw) if settings.content else []
+        weights = None
+        if data.incomplete and shifts:
+            others = torch.tensor([[held[(place + shift) % len(held)] for place in range(len(held))] for shift in shifts])
+            # as many comparisons as a complete prompt has, and the neutral reply in its usual share
+            full = min(wanted, len(data.emotions) - 1)
+            rows = data.weights[torch.tensor(held), others] * full / len(shifts)
+            weights = torch.cat([rows, torch.ones(len(neutral), len(held))])
+            weights = weights * len(weights) / (full + len(neutral))
+        whole = len(held) == len(data.emotions)
+        return cls(group, [replies[e] for e in names], shifts, neutral, elsewhere, () if whole else held, weights)
+
+
+def _elsewhere(group: Group, emotions: Sequence[str], data: Comparisons, draw: random.Random) -> list[str]:
+    """Another prompt's replies in some emotions, from further prompts where it lacks one; none where an emotion is nowhere else."""
+    others = [other for other in data.usable if other is not group]
+    if not others:
+        return []
+    first, found = data.bank[draw.choice(others).key], list[str]()
+    for emotion in emotions:
+        rows = [data.bank[other.key] for other in others if emotion in data.bank[other.key]] if emotion not in first else [first]
+        if not rows:
+            return []
+        found.append((draw.choice(rows) if rows[0] is not first else first)[emotion])
+    return found
 
 
 def loss(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruction: str, settings: GainSettings) -> tuple[Tensor, Tensor]:
     """What is minimised for one prompt, and the figures [curve, margin, kept] of `Learned`."""
     group, wanted, elsewhere = compared.group, compared.wanted, compared.elsewhere
+    if compared.held:
+        added = {site: value[list(compared.held)] for site, value in added.items()}
     costs = reply_costs(model, group, wanted, compared.shifts, added, instruction, compared.neutral, elsewhere)
     told = costs[:-1] if elsewhere else costs
     figures = torch.stack([told[0].mean(), (told[1:] - told[0]).mean(), torch.zeros_like(told[0, 0])]).detach().cpu()
     if not elsewhere:
-        return objective(told, settings), figures
+        return objective(told, settings, compared.weights), figures
     with torch.no_grad():
         plain = reply_costs(model, group, wanted, (), {}, instruction, (), elsewhere)
     kept = (costs[-1] - costs[0]) - (plain[-1] - plain[0])
     figures[2] = kept.mean().item()
-    return objective(told, settings) + settings.content * softplus(-settings.sharpness * kept).sum(), figures
+    return objective(told, settings, compared.weights) + settings.content * softplus(-settings.sharpness * kept).sum(), figures
 
 
-def objective(costs: Tensor, settings: GainSettings) -> Tensor:
-    """Likely, and told from the other replies. costs: [1 + other, emotion], the wanted reply first."""
-    preference = softplus(settings.sharpness * (costs[0] - costs[1:])).mean(0)
+def objective(costs: Tensor, settings: GainSettings, weights: Tensor | None = None) -> Tensor:
+    """Likely, and told from the other replies. costs: [1 + other, emotion], the wanted reply first; weights: [other, emotion]."""
+    preferences = softplus(settings.sharpness * (costs[0] - costs[1:]))
+    preference = (preferences if weights is None else preferences * weights.to(preferences)).mean(0)
     return (costs[0] + settings.preference * preference).sum()
 
 

@@ -100,9 +100,10 @@ def _check(
     as_json: bool,
 ) -> None:
     from emosteer.scenarios.contamination import contamination_of_bank
+    from emosteer.scenarios.emotions import EMOTIONS, emotion_key, parse_emotions
     from emosteer.scenarios.lints import lint_bank, lint_contamination, lint_prompts, lint_scenarios, overlap_of_texts
     from emosteer.scenarios.prompt_sets import read_events, read_groups
-    from emosteer.scenarios.scenarios import EMOTIONS, parse_emotions, read_bank
+    from emosteer.scenarios.scenarios import read_bank
 
     scenarios, groups = read_events(file), read_groups(file)
     prompts = [group for group in groups if not group.key.valence]
@@ -110,7 +111,7 @@ def _check(
         raise UsageError(f"--split is of scenarios, and {file} holds {len(prompts)} prompts; leave it out, or give a SEV file")
     bank = read_bank(replies) if replies else {}
     known = dict.fromkeys([*EMOTIONS, *(emotion for answers in bank.values() for emotion in answers)])
-    wanted = EMOTIONS if emotions.strip().lower() == "all" else parse_emotions(emotions, tuple(known))
+    wanted = EMOTIONS if emotion_key(emotions) == "all" else parse_emotions(emotions, tuple(known))
     problems, measured = lint_scenarios(scenarios) + lint_prompts(prompts), None
     if replies:
         problems += lint_bank(bank, wanted) + _unmatched(groups, bank)
@@ -170,7 +171,9 @@ def _split(file: Path, scenarios: Sequence[Scenario], share: float, folder: Path
 
 
 def _spread(texts: Sequence[str]) -> dict[str, float]:
-    counts = [len(text.split()) for text in texts]
+    from emosteer.scenarios.scripts import word_count
+
+    counts = [word_count(text) for text in texts]
     return {"min": min(counts), "mean": round(sum(counts) / len(counts), 1), "max": max(counts)}
 
 

@@ -26,6 +26,7 @@ from emosteer.cli.options import (
     SeedOption,
     finite,
 )
+from emosteer.scenarios.emotions import emotion_key
 
 
 def circuit(
@@ -124,5 +125,7 @@ def _strengths(text: str | None) -> dict[str, float] | None:
         except ValueError as error:
             raise UsageError(f"expected --strength to be a number or anger=6,fear=5,..., found '{text}'") from error
         finite(value, "--strength")
-        found[name.strip()] = value
+        if (key := emotion_key(name)) in found:
+            raise UsageError(f"--strength gives {key or 'all emotions'} two strengths: '{text}'")
+        found[key] = value
     return found

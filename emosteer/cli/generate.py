@@ -31,6 +31,7 @@ from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompt_sets import KINDS, parse_prompt
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, Message, parse_emotions, parse_scenario, text_field
+from emosteer.scenarios.scripts import joined
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def generate(
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None
     known = steers.emotions if steers else EMOTIONS
-    closed = steers is not None or emotion == "all"
+    closed = steers is not None
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else parse_emotions(emotion or "", known, closed=closed)
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
@@ -305,7 +306,7 @@ def _read_inputs(source: Path) -> list[_Input]:
             scenario = parse_scenario(row, where)
             for valence in VALENCES:
                 key = GroupKey(scenario.id, valence)
-                inputs.append(_Input(str(key), Group(key, scenario.theme, f"{scenario.text} {scenario.events[valence]}")))
+                inputs.append(_Input(str(key), Group(key, scenario.theme, joined(scenario.text, scenario.events[valence]))))
             continue
         name = str(row.get("id", f"line-{number}"))
         if "text" in row and "messages" in row:

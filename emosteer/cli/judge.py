@@ -171,7 +171,7 @@ def _rows(file: str, field: str) -> list[tuple[int, str, dict[str, Any]]]:
         if not isinstance(text, str):
             what = f"'{field}' as {type(text).__name__}" if field in row else ", ".join(row) or "no field at all"
             texts = [name for name in row if name != field and isinstance(row[name], str)]
-            hint = next((name for name in ("text", "reply", "response") if name in texts), "NAME")
+            hint = next((name for name in ("text", "gen_text", "reply", "response") if name in texts), "NAME")
             raise DataError(f"{where}: expected the text in a field '{field}', found {what}; name its field with --field {hint}")
         # half a character could be neither sent nor written
         complete.append((number, text.encode("utf-8", "replace").decode("utf-8"), row))
@@ -312,10 +312,10 @@ def _agreement(lines: Sequence[Line], found: Sequence[JudgedRow]) -> None:
     from emosteer.base.tables import print_table
     from emosteer.judges.panel import UNDECIDED
     from emosteer.judges.protocol import LABELS
-    from emosteer.scenarios.scenarios import NEUTRAL
+    from emosteer.scenarios.emotions import NEUTRAL, emotion_key
 
     columns = (*LABELS, UNDECIDED)
-    given = [line.given.strip().lower() if line.given is not None else None for line in lines]
+    given = [emotion_key(line.given) if line.given is not None else None for line in lines]
     pairs = [(label, row) for label, row in zip(given, found, strict=True) if label in LABELS]
     if not pairs:
         return

@@ -51,6 +51,8 @@ def directions_summary(found: Directions) -> Summary:
         "groups": found.n_groups,
         "heldout": found.n_heldout,
         "dropped": dict(found.dropped),
+        "incomplete": found.incomplete,
+        "replies": dict(found.replies),
         "chance": 1 / len(found.emotions),
         "layers": layers,
     }
@@ -61,6 +63,7 @@ def print_directions(summary: Summary) -> None:
     print(f"{summary['model']}: {summary['groups']} groups, {summary['elicitation']} elicitation -> {summary['file']}")
     if summary["dropped"]:
         print("dropped:", ", ".join(f"{count} ({why})" for why, count in summary["dropped"].items()))
+    print_replies(summary)
     layers = summary["layers"]
     if "accuracy" not in layers[0]:
         print("no evidence was measured: too few scenarios are held out (--holdout)")
@@ -74,6 +77,13 @@ def print_directions(summary: Summary) -> None:
     shown = [row for row in layers if row["layer"] % step == 0 or row is layers[-1]]
     heads = ("layer", "accuracy", "(shuffled)", "halves", "(shuffled)", "themes", "valences", "by emotion")
     print_table(heads, [[*(row[name] for name in names), _pairs(row["by_emotion"])] for row in shown])
+
+
+def print_replies(summary: Summary) -> None:
+    """What incomplete groups hold: how many lack an emotion, and how many replies each emotion has."""
+    if summary.get("incomplete"):
+        counts = ", ".join(f"{emotion} {count}" for emotion, count in summary["replies"].items())
+        print(f"{summary['incomplete']} of {summary['groups']} groups lack an emotion; replies: {counts}")
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -156,6 +166,7 @@ def print_scores(summary: Summary) -> None:
         print(f"one-pass check left out: {summary['verification']['skipped']}")
     if summary["patches"]:
         p = summary["patches"]
+        print_replies(p.get("patched", {}))
         print(
             f"attribution patching against {len(p['units'])} true patches ({p['emotion']}): correlation {p['correlation']:.3f}, "
             f"on random units alone {p['correlation_random']:.3f}"
@@ -196,6 +207,7 @@ def print_circuit(summary: Summary) -> None:
     overlap = summary["overlap"]
     print("overlap of units (Jaccard)")
     print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
+    print_replies(summary.get("gains", {}).get("learned_from", {}))
     print(_learned(summary))
     if "tuning" in summary:
         tuning = summary["tuning"]

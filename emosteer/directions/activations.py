@@ -23,12 +23,19 @@ from emosteer.scenarios.scenarios import Group, GroupKey
 
 @dataclass(frozen=True)
 class Sample:
-    """One group as token ids. prompts: per emotion; replies: per emotion, empty where the state at t* is read."""
+    """One group as token ids. prompts: per emotion; replies: per emotion, empty where the state at t* is read; emotions: which of all
+    emotions these are (their numbers, rising), empty where the group holds them all."""
 
     key: GroupKey
     theme: str
     prompts: tuple[tuple[int, ...], ...]
     replies: tuple[tuple[int, ...], ...]
+    emotions: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The numbers of its emotions, all of them where it lacks none."""
+        return self.emotions or tuple(range(len(self.prompts)))
 
     @property
     def packs(self) -> bool:
@@ -62,21 +69,25 @@ def tokenize_group(
 ) -> Sample:
     """Token ids of a group under an elicitation.
 
+    Args:
+        replies: by emotion, for the `reply` elicitation; the sample holds the emotions that are there.
+
     Raises:
         DataError: if a prompt with its reply is longer than the model's context.
     """
     if elicitation == "reply":
         assert replies is not None
         prompt = tuple(model.prompt_ids(elicit("reply", group.text, None, instruction, group.earlier)))
-        prompts: tuple[tuple[int, ...], ...] = (prompt,) * len(emotions)
-        written = tuple(tuple(model.text_ids(replies[emotion])) for emotion in emotions)
+        held = tuple(number for number, emotion in enumerate(emotions) if emotion in replies)
+        prompts: tuple[tuple[int, ...], ...] = (prompt,) * len(held)
+        written = tuple(tuple(model.text_ids(replies[emotions[number]])) for number in held)
     else:
         prompts = tuple(tuple(model.prompt_ids(elicit(elicitation, group.text, e, instruction, group.earlier))) for e in emotions)
-        written = ((),) * len(emotions)
+        written, held = ((),) * len(emotions), tuple(range(len(emotions)))
     longest = max(len(p) + len(r) for p, r in zip(prompts, written, strict=True))
     if longest > model.shape.context:
         raise DataError(f"{group.key}: {longest} tokens do not fit the context of {model.name} ({model.shape.context} tokens); shorten it")
-    return Sample(group.key, group.theme, prompts, written)
+    return Sample(group.key, group.theme, prompts, written, held if len(held) < len(emotions) else ())
 
 
 def read_positions(prompt: int, reply: int) -> tuple[int, ...]:
@@ -175,6 +186,7 @@ def read_states(
     """States of whole groups in one forward pass.
 
     Args:
+        samples: groups that hold equally many emotions.
         sites: where to read.
         packed: share each group's prompt (the fast path); False computes every emotion's sequence on its own (the simple path).
         edits: changes on the way, at any site; they see the rows as they are computed. A site is read behind its own edit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
-from emosteer.base.errors import ArtifactError, DegenerateDirection, UsageError, suggest
+from emosteer.base.errors import ArtifactError, DegenerateDirection
 from emosteer.directions.contrast import HALVES, HELDOUT, SHUFFLED, Contrasts, unit_vectors
 from emosteer.models.sites import MLP_POST, RESID_POST, Site, Z, parse_site
+from emosteer.scenarios.emotions import find_emotion
 
 KIND = "directions"
 
@@ -51,7 +52,8 @@ class Directions:
 
     vectors: [emotion, site, d_model], unit length; norms: [emotion, site], length before scaling; rms: [site], root mean
     square of the residual stream's entries at the read positions; base: [site, d_model], mean residual over emotions and
-    groups; variance: [emotion, site, d_model], of the contrast over groups; z, mlp: statistics of heads and neurons.
+    groups; variance: [emotion, site, d_model], of the contrast over groups; z, mlp: statistics of heads and neurons; incomplete: how many
+    of the groups lack an emotion; replies: emotion -> how many groups hold it, empty in files that are older than the figure.
     """
 
     emotions: tuple[str, ...]
@@ -70,6 +72,8 @@ class Directions:
     n_heldout: int
     dropped: Mapping[str, int]
     provenance: Provenance
+    incomplete: int = 0
+    replies: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -82,9 +86,7 @@ class Directions:
         Raises:
             UsageError: if there is no direction for it.
         """
-        if emotion not in self.emotions:
-            raise UsageError(f"unknown emotion '{emotion}'{suggest(emotion, self.emotions)}; this file holds {', '.join(self.emotions)}")
-        return self.emotions.index(emotion)
+        return self.emotions.index(find_emotion(emotion, self.emotions, "this file holds"))
 
     def at(self, kind: str) -> Tensor:
         """Directions of one residual kind. Shape [emotion, layer, d_model]."""
@@ -105,6 +107,8 @@ class Directions:
             "n_groups": self.n_groups,
             "n_heldout": self.n_heldout,
             "dropped": dict(self.dropped),
+            "incomplete": self.incomplete,
+            "replies": dict(self.replies),
         }
         artifacts.save(path, KIND, fields, tensors, self.provenance)
 
@@ -151,48 +155,67 @@ class Directions:
             n_heldout=fields["n_heldout"],
             dropped=fields["dropped"],
             provenance=artifact.provenance,
+            incomplete=fields.get("incomplete", 0),
+            replies=fields.get("replies", {}),
         )
 
 
 def from_contrasts(
-    contrasts: Contrasts, *, elicitation: str, instruction: str, dropped: Mapping[str, int], provenance: Provenance
+    contrasts: Contrasts,
+    *,
+    elicitation: str,
+    instruction: str,
+    dropped: Mapping[str, int],
+    provenance: Provenance,
+    incomplete: int = 0,
 ) -> Directions:
     """Directions over all counted groups, held-out ones included; the evidence uses the held-out split.
+
+    Args:
+        incomplete: how many of the groups lack an emotion.
 
     Raises:
         DegenerateDirection: if an emotion has no direction at some site.
     """
     counts = dict(zip(contrasts.plan.strata, contrasts.sums["count"].tolist(), strict=True))
-    means = contrasts.mean(*HALVES, HELDOUT)
-    vectors = unit_vectors(means)
+    vectors = unit_vectors(contrasts.mean(*HALVES, HELDOUT))
+    means, variance, base = contrasts.moments("resid")
     n_states = contrasts.n_groups
-    units = {kind: UnitStats(*(t.float() for t in contrasts.unit_moments(kind))) for kind in (Z, MLP_POST)}
+    units = {kind: UnitStats(*(t.float() for t in contrasts.moments(kind))) for kind in (Z, MLP_POST)}
     return Directions(
         emotions=contrasts.plan.emotions,
         sites=contrasts.sites,
         vectors=vectors.float(),
         norms=means.norm(dim=-1).float(),
         rms=(contrasts.sums["resid_rms"] / n_states).sqrt().float(),
-        base=(contrasts.sums["resid_base"] / n_states).float(),
-        variance=(contrasts.sums["resid_sq"] / n_states - means.square()).clamp_min(0).float(),
+        base=base.float(),
+        variance=variance.float(),
         z=units[Z],
         mlp=units[MLP_POST],
-        evidence=_evidence(contrasts, counts) if counts[HELDOUT] and all(counts[half] for half in HALVES) else None,
+        evidence=_evidence(contrasts, counts) if _measurable(contrasts, counts) else None,
         elicitation=elicitation,
         instruction=instruction,
         n_groups=n_states,
         n_heldout=int(counts[HELDOUT]),
         dropped=dropped,
         provenance=provenance,
+        incomplete=incomplete,
+        replies=dict(zip(contrasts.plan.emotions, contrasts.replies, strict=True)),
     )
 
 
+def _measurable(contrasts: Contrasts, counts: Mapping[str, float]) -> bool:
+    """Whether both halves compare all emotions, and every emotion has a held-out reply."""
+    held = contrasts.sums["held"][contrasts.plan.strata.index(HELDOUT)]
+    return bool((held > 0).all()) and all(counts[half] and not contrasts.apart(half) for half in HALVES)
+
+
 def _evidence(contrasts: Contrasts, counts: Mapping[str, float]) -> Evidence:
-    right = contrasts.sums["correct"] / counts[HELDOUT]
+    right = contrasts.sums["correct"] / contrasts.sums["held"][contrasts.plan.strata.index(HELDOUT)]
 
     def pairwise(prefix: str) -> Tensor:
-        """Mean cosine over pairs of the strata with this prefix that hold groups; NaN-free: one stratum alone gives 1."""
-        names = [name for name in contrasts.plan.strata if name.startswith(prefix) and counts[name]]
+        """Mean cosine over pairs of the strata with this prefix whose groups compare all emotions; NaN-free: one stratum alone gives 1."""
+        names = [name for name in contrasts.plan.strata if name.startswith(prefix) and counts[name] and not contrasts.apart(name)]
         vectors = [unit_vectors(contrasts.mean(name)) for name in names]
         cosines = [(a * b).sum(-1) for a, b in itertools.combinations(vectors, 2)]
         return torch.stack(cosines).mean(0).float() if cosines else torch.ones(contrasts.sums["resid"].shape[1:3])

@@ -24,13 +24,13 @@ from emosteer.base.files import sha256_text
 from emosteer.base.processes import ALONE, Crew, part, parts
 from emosteer.base.progress import bar, note
 from emosteer.directions.activations import Sample, batches_by_cost, read_states, tokenize_group
-from emosteer.directions.contrast import Contrasts, Plan, as_json, make_plan
+from emosteer.directions.contrast import Contrasts, Plan, as_json, make_plan, unlinked
 from emosteer.directions.directions import Directions, from_contrasts
 from emosteer.directions.settings import GPU_TOKENS, Settings
 from emosteer.models.memory import halve_on_oom, release_memory
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, Site, Z, residual_sites
-from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.scenarios import NEUTRAL, Bank, Group, replies_of
 
 CHECKPOINT = "extract-checkpoint"
 #: Seconds between checkpoints; stretched where writing one takes long, so that saving costs a few percent at most.
@@ -67,7 +67,8 @@ def extract(
 
     Raises:
         ShareDone: in every process but the first, once its share is on disk.
-        DataError: if no group is complete. DegenerateDirection: if the data do not tell the emotions apart.
+        DataError: if an emotion has no reply, or no group compares it with others. DegenerateDirection: if the data do not tell the
+            emotions apart.
     """
     samples, dropped = _samples(model, groups, settings, bank)
     plan = make_plan([(s.key.scenario, s.theme) for s in samples], settings.emotions, settings.holdout, settings.seed)
@@ -93,7 +94,12 @@ def extract(
         versions=artifacts.versions(),
     )
     return from_contrasts(
-        contrasts, elicitation=settings.elicitation, instruction=settings.instruction, dropped=dropped, provenance=provenance
+        contrasts,
+        elicitation=settings.elicitation,
+        instruction=settings.instruction,
+        dropped=dropped,
+        provenance=provenance,
+        incomplete=sum(bool(sample.emotions) for sample in samples),
     )
 
 
@@ -111,23 +117,19 @@ def finish_checkpoint(checkpoint: Path) -> None:
 
 
 def _samples(model: Model, groups: Sequence[Group], settings: Settings, bank: Bank | None) -> tuple[list[Sample], dict[str, int]]:
-    """Token ids of every complete group; what was dropped is counted by reason."""
+    """Token ids of every group that compares two emotions or more; what was dropped is counted by reason."""
     dropped: Counter[str] = Counter()
     samples = []
     for group in groups:
         replies = None
         if settings.elicitation == "reply":
-            replies = (bank or {}).get(group.key, {})
-            missing = [emotion for emotion in settings.emotions if emotion not in replies]
-            if missing:
-                dropped["no reply in the bank" if len(missing) == len(settings.emotions) else "some emotions have no reply"] += 1
+            replies = replies_of(bank, group, settings.emotions)
+            if len(replies) < min(2, len(settings.emotions)):
+                dropped["a reply in one emotion alone" if replies else "no reply in the bank"] += 1
                 continue
         samples.append(tokenize_group(model, group, settings.elicitation, settings.emotions, replies, settings.instruction))
-    if not samples:
-        raise DataError(
-            f"none of the {len(groups)} scenario-events has a reply for every emotion ({', '.join(settings.emotions)}); "
-            "check that the bank's skeleton_id and valence fit the scenarios"
-        )
+    if settings.elicitation == "reply":
+        _require_compared(groups, samples, settings.emotions, bank or {})
     if all(len(set(zip(s.prompts, s.replies, strict=True))) == 1 for s in samples):
         # Found here and not by the norm: rounding in a packed pass would leave a tiny contrast, and scale it up to a direction.
         raise DegenerateDirection(
@@ -136,12 +138,45 @@ def _samples(model: Model, groups: Sequence[Group], settings: Settings, bank: Ba
     return samples, dict(dropped)
 
 
+def _require_compared(groups: Sequence[Group], samples: Sequence[Sample], emotions: Sequence[str], bank: Bank) -> None:
+    """Refuses data in which an emotion has no reply, or stands beside no other.
+
+    Raises:
+        DataError: saying what the bank lacks and what it holds.
+    """
+    there = Counter(emotion for group in groups for emotion in bank.get(group.key, {}) if emotion != NEUTRAL)
+    if not there:
+        raise DataError(
+            f"none of the {len(groups)} scenario-events has a reply in the bank; check that its skeleton_id and valence fit the scenarios"
+        )
+    if lacking := [emotion for emotion in emotions if not there[emotion]]:
+        held = ", ".join(f"{emotion} ({count})" for emotion, count in there.most_common())
+        raise DataError(
+            f"no reply in {', '.join(lacking)}: the bank's replies to these events are in {held}; choose among these with --emotions"
+        )
+    compared = torch.zeros(len(emotions), len(emotions), dtype=torch.bool)
+    for sample in samples:
+        compared[torch.tensor(sample.held)[:, None], torch.tensor(sample.held)] = True
+    if apart := unlinked(compared):
+        raise DataError(
+            f"no scenario-event has a reply in {', '.join(emotions[number] for number in apart)} beside one in the other emotions, so that "
+            "there is nothing to compare; have all emotions answer the same scenario-events"
+        )
+
+
 def _ordered(samples: Sequence[Sample], plan: Plan, settings: Settings) -> tuple[list[list[Sample]], int]:
     """Batches: all groups that make directions first, the held-out ones after, so that one pass is enough; how many come first."""
     fit = [s for s in samples if s.key.scenario not in plan.heldout]
     held = [s for s in samples if s.key.scenario in plan.heldout]
-    first = batches_by_cost(fit, settings.batch_tokens, settings.packed)
-    return first + batches_by_cost(held, settings.batch_tokens, settings.packed), len(first)
+    first = _batched(fit, settings)
+    return first + _batched(held, settings), len(first)
+
+
+def _batched(samples: Sequence[Sample], settings: Settings) -> list[list[Sample]]:
+    """Batches of groups that hold equally many emotions, complete ones first."""
+    sizes = sorted({len(sample.held) for sample in samples}, reverse=True)
+    alike = ([sample for sample in samples if len(sample.held) == size] for size in sizes)
+    return [batch for some in alike for batch in batches_by_cost(some, settings.batch_tokens, settings.packed)]
 
 
 def _run(
@@ -231,7 +266,7 @@ class Share:
         whole = Contrasts(*self.contrasts.sizes)
         for path in parts(self.checkpoint).values():
             whole.merge(self._loaded(path).tensors)
-        self.contrasts.readers = whole.directions()
+        self.contrasts.readers = whole.references()
         self.crew.meet()  # nobody writes before all have read
 
     def collect(self, n_batches: int) -> None:
@@ -304,7 +339,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 def _fingerprint(model: Model, samples: Sequence[Sample], settings: Settings, plan: Plan) -> str:
     """Everything that a checkpoint depends on, hashed: settings, weights, and every token."""
-    tokens = [[str(s.key), s.theme, s.prompts, s.replies] for s in samples]
+    tokens = [[str(s.key), s.theme, s.prompts, s.replies, s.held] for s in samples]
     return sha256_text(json.dumps([_plain(settings), as_json(plan), model.sha256, model.precision, torch.__version__, tokens]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emosteer.scenarios.emotions import emotion_names
 from emosteer.scenarios.prompts import INSTRUCTION
 
 #: Tokens per forward pass on a GPU, where nobody says how many.
@@ -12,7 +13,7 @@ GPU_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes the result of an extraction."""
+    """What shapes the result of an extraction. emotions: any names; they are kept in their one spelling (`emotions.emotion_key`)."""
 
     emotions: tuple[str, ...]
     elicitation: str = "reply"
@@ -21,3 +22,6 @@ class Settings:
     seed: int = 0
     batch_tokens: int = 1024
     packed: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "emotions", emotion_names(self.emotions))

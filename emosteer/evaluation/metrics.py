@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from emosteer.judges.protocol import ANSWERED, LABELS, Encoder, Opinion
 from emosteer.judges.soundness import repetition
 from emosteer.scenarios.contamination import FOLDS, Text, contamination
 from emosteer.scenarios.scenarios import Group
+from emosteer.scenarios.scripts import words
 from emosteer.scenarios.words import name_pattern, stem_pattern
 from emosteer.writing.contest_writer import Cell
 from emosteer.writing.resumable import Row
@@ -99,7 +99,7 @@ def measure(row: Mapping[str, Any], target: str, emotions: Sequence[str]) -> dic
         "names": float(named),
         "synonyms": float(bool(name_pattern(target).search(text))),
         "sound": float(row["sound"]),
-        "repetition": repetition(re.findall(r"\w+", text.lower())),
+        "repetition": repetition(words(text)),
         "unfinished": float(row["finish_reason"] == "length"),
         "n_tokens": float(row["n_tokens"]),
     }

@@ -17,7 +17,7 @@ from emosteer.base.errors import DataError, UsageError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog, whole_rows
 from emosteer.judges.protocol import LABELS
-from emosteer.scenarios.scenarios import NEUTRAL
+from emosteer.scenarios.emotions import NEUTRAL, emotion_key
 
 #: The label of what is no text at all, and every label that a reader can give.
 NOT_TEXT = "not text"
@@ -78,7 +78,7 @@ def sheet_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Sheet:
     for text, row in rows:
         prompt, target, method = (row.get(name) if isinstance(row.get(name), str) else None for name in ("prompt", "emotion", "method"))
         card = Card(text, sha256_text(text), prompt)
-        sources.append(Source(card.sha256, target.strip().lower() if target else None, method))
+        sources.append(Source(card.sha256, emotion_key(target) if target else None, method))
         cards[card.sha256] = min(card, cards.get(card.sha256, card), key=lambda one: (one.prompt is None, one.prompt))
     return Sheet(tuple(cards.values()), tuple(sources))
 

@@ -372,7 +372,8 @@ def shape_of(config: Any, layers: Any, family: Family) -> Shape:
 
 def _sizes(linear: Any, family: Family) -> tuple[int, int]:
     """What a linear map writes and reads; the module says so where quantisation packs its weight."""
-    return (linear.out_features, linear.in_features) if hasattr(linear, "in_features") else tuple(output_matrix(linear, family).shape)
+    rows, columns = output_matrix(linear, family).shape if family.transposed else (linear.out_features, linear.in_features)
+    return rows, columns
 
 
 def context_of(config: Any) -> int:

@@ -19,6 +19,7 @@ from functools import lru_cache
 from emosteer.base.errors import DataError
 from emosteer.base.files import read_text
 from emosteer.scenarios.scenarios import Bank, data_path
+from emosteer.scenarios.scripts import is_unspaced, words
 from emosteer.scenarios.splits import stable_share
 from emosteer.scenarios.words import feeling_pattern
 
@@ -78,10 +79,19 @@ def word_list(name: str) -> frozenset[str]:
 
 
 def content_words(text: str) -> list[str]:
-    """A text's content words: lower case, without function words, emotion words and their synonyms, and numbers."""
+    """A text's content words: lower case, without function words, emotion words and their synonyms, and numbers. In scripts without white
+    space between words, pairs of neighbouring letters."""
     without = re.sub(r"\w+", lambda word: " " if _names_a_feeling(word[0]) else word[0], text.replace("\u2019", "'"))
-    words, little = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", without.lower()), word_list("function_words")
-    return [word for word in words if len(word) > 1 and word not in little and word.split("'")[0] not in little]
+    found, little = words(without, r"[^\W\d_]", r"[^\W\d_]+(?:'[^\W\d_]+)?"), word_list("function_words")
+    return [word for word in _paired(found) if len(word) > 1 and word not in little and word.split("'")[0] not in little]
+
+
+def _paired(found: Sequence[str]) -> list[str]:
+    """Words with single letters of a script without white space between words made pairs of neighbours, which stand for its words."""
+    if not any(map(is_unspaced, found)):
+        return list(found)
+    pairs = [a + b for a, b in zip(found, found[1:], strict=False) if is_unspaced(a) and is_unspaced(b)]
+    return [word for word in found if not is_unspaced(word)] + pairs
 
 
 @lru_cache(maxsize=100_000)
@@ -218,5 +228,5 @@ def shared_phrases(texts: Sequence[Text]) -> dict[str, float]:
 
 def phrases_of(text: str) -> list[tuple[str, ...]]:
     """Every run of five words, lower case, punctuation left out."""
-    words = re.findall(r"[\w']+", text.replace("\u2019", "'").lower())
-    return [tuple(words[i : i + PHRASE]) for i in range(len(words) - PHRASE + 1)]
+    said = words(text.replace("\u2019", "'"), r"[\w']", r"[\w']+")
+    return [tuple(said[i : i + PHRASE]) for i in range(len(said) - PHRASE + 1)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from emosteer.scenarios.contamination import Contamination
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Bank, Group, Scenario
+from emosteer.scenarios.scripts import word_count, words
 from emosteer.scenarios.words import feeling_pattern, name_pattern
 
 
@@ -26,7 +26,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds that the lints hold a dataset to; words are counted by white space."""
+    """Bounds that the lints hold a dataset to; words are counted as `scripts.word_count` does."""
 
     scenario_words: tuple[int, int] = (8, 60)
     event_words: tuple[int, int] = (6, 60)
@@ -41,7 +41,7 @@ def lint_scenario(scenario: Scenario, limits: Limits | None = None) -> list[Prob
     parts = [("scenario", scenario.text, limits.scenario_words)]
     parts += [(f"event.{valence}", scenario.events[valence], limits.event_words) for valence in VALENCES]
     for name, text, (low, high) in parts:
-        count = len(text.split())
+        count = word_count(text)
         if not low <= count <= high:
             problems.append(Problem(scenario.id, "length", f"{name} has {count} words, expected {low} to {high}"))
         if emotion_words := feeling_pattern().findall(text):
@@ -105,7 +105,7 @@ def lint_bank(bank: Bank, emotions: Sequence[str] = EMOTIONS, limits: Limits | N
         if missing:
             problems.append(Problem(str(key), "balance", f"no reply for {', '.join(missing)}"))
         for emotion, text in replies.items():
-            count = len(text.split())
+            count = word_count(text)
             lengths[emotion].append(count)
             if not low <= count <= high:
                 problems.append(Problem(f"{key}/{emotion}", "length", f"{count} words, expected {low} to {high}"))
@@ -121,8 +121,8 @@ def lint_bank(bank: Bank, emotions: Sequence[str] = EMOTIONS, limits: Limits | N
 
 
 def _shingles(text: str, size: int) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)} or {tuple(words)}
+    said = words(text)
+    return {tuple(said[i : i + size]) for i in range(len(said) - size + 1)} or {tuple(said)}
 
 
 def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> list[Problem]:

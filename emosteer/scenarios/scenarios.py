@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emosteer.base.errors import DataError, UsageError, suggest
+from emosteer.base.errors import DataError, suggest
 from emosteer.base.files import read_jsonl
+from emosteer.scenarios.emotions import EMOTIONS as EMOTIONS
+from emosteer.scenarios.emotions import NEUTRAL as NEUTRAL
+from emosteer.scenarios.emotions import label_of
+from emosteer.scenarios.emotions import parse_emotions as parse_emotions
+from emosteer.scenarios.scripts import joined
 
 #: The kind of prompt that a SEV file holds.
 SEV_KIND = "sev-vivid"
 VALENCES = ("positive", "neutral", "negative")
-#: The paper's six. The set is data, not code: every stage takes any list of names.
-EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
-#: What a reply without any of them is called.
-NEUTRAL = "neutral"
+#: Fields that the text of a reply may stand under; the paper's own files have the second.
+REPLY_FIELDS = ("text", "gen_text")
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,7 @@ def parse_scenario(row: Mapping[str, Any], where: str) -> Scenario:
     Raises:
         DataError: starting with `where`, if a field is missing or of the wrong type.
     """
-    identity = row.get("skeleton_id")
-    if isinstance(identity, int) and not isinstance(identity, bool):
-        identity = str(identity)
-    text = text_field(identity, "skeleton_id", where), text_field(row.get("scenario"), "scenario", where)
+    text = identity_field(row.get("skeleton_id"), where), text_field(row.get("scenario"), "scenario", where)
     theme = row.get("theme", "")
     if not isinstance(theme, str):
         raise DataError(f"{where}: expected 'theme' to be a text, found a {type(theme).__name__}")
@@ -141,67 +141,54 @@ def text_field(value: Any, name: str, where: str) -> str:
     return value.strip()
 
 
+def identity_field(value: Any, where: str) -> str:
+    """A scenario's id, which may be written as a number; otherwise a DataError starting with `where`."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return text_field(str(value) if number else value, "skeleton_id", where)
+
+
 def _found(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {json.dumps(value, ensure_ascii=False)[:40]}"
 
 
 def groups_of(scenarios: Iterable[Scenario]) -> list[Group]:
     """Every scenario-event, in file order and valence order."""
-    return [Group(GroupKey(s.id, v), s.theme, f"{s.text} {s.events[v]}") for s in scenarios for v in VALENCES]
+    return [Group(GroupKey(s.id, v), s.theme, joined(s.text, s.events[v])) for s in scenarios for v in VALENCES]
 
 
 Bank = dict[GroupKey, dict[str, str]]
 
 
 def read_bank(path: Path | str) -> Bank:
-    """Reads a reply bank: `{"skeleton_id", "valence", "emotion", "text"}` a line (what `generate --out` writes is one). Replies to
-    prompts that are no scenario-events have no valence.
+    """Reads a reply bank: `{"skeleton_id", "valence", "emotion", "text"}` a line (what `generate --out` writes is one); the text may be
+    called `gen_text`, as in the paper's files, and other fields are passed over. Replies to prompts that are no scenario-events have no
+    valence. Groups need not have a reply in every emotion.
 
     Returns:
-        group -> emotion -> reply.
+        group -> emotion, in its one spelling (`emotions.emotion_key`), or "neutral" -> reply.
 
     Raises:
-        DataError: naming file and line, for a missing field, an unknown valence or a reply given twice.
+        DataError: naming file and line, for a missing field, an unknown valence, a name that is no emotion's or a reply given twice.
     """
     bank: Bank = {}
     for number, row in read_jsonl(Path(path), "reply bank"):
         where = f"{path}:{number}"
-        scenario, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "emotion", "text"))
-        valence = "" if row.get("valence") is None else text_field(row["valence"], "valence", where)
+        scenario = identity_field(row.get("skeleton_id"), where)
+        emotion = label_of(text_field(row.get("emotion"), "emotion", where), where)
+        name = next((field for field in REPLY_FIELDS if row.get(field) is not None), REPLY_FIELDS[0])
+        text = text_field(row.get(name), name, where)
+        valence = "" if row.get("valence") is None else text_field(row["valence"], "valence", where).lower()
         if valence and valence not in VALENCES:
             raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
-        replies = bank.setdefault(GroupKey(scenario, valence), {})
+        key = GroupKey(scenario, valence)
+        replies = bank.setdefault(key, {})
         if emotion in replies:
-            raise DataError(f"{where}: {scenario}/{valence} already has a reply for '{emotion}'; one reply per group and emotion")
+            raise DataError(f"{where}: {key} already has a reply for '{emotion}'; one reply per group and emotion")
         replies[emotion] = text
     return bank
 
 
-def parse_emotions(text: str, known: Sequence[str] = EMOTIONS, *, closed: bool = True) -> tuple[str, ...]:
-    """Reads "all" or a comma-separated list of emotions.
-
-    Args:
-        closed: refuse names that are not in `known` (with the nearest as a hint).
-
-    Raises:
-        UsageError: for an unknown, repeated or missing name.
-    """
-    if text.strip().lower() == "all":
-        return tuple(known)
-    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
-    if not names:
-        raise UsageError("expected an emotion or 'all', found nothing")
-    for name in names:
-        if closed and name not in known:
-            raise UsageError(f"unknown emotion '{name}'{suggest(name, known)}; known: {', '.join(known)}")
-        if not re.fullmatch(r"[\w-]+", name):
-            raise UsageError(f"expected an emotion's name in letters, found '{name}'")
-    if len(set(names)) != len(names):
-        raise UsageError(f"an emotion is named twice in '{text}'")
-    return names
-
-
-# ---- splitting -----------------------------------------------------------------------------------------------------
-
-
-# ---- lints ---------------------------------------------------------------------------------------------------------
+def replies_of(bank: Bank | None, group: Group, emotions: Iterable[str]) -> dict[str, str]:
+    """The replies to a group in some emotions, those that are there, in the emotions' order."""
+    replies = (bank or {}).get(group.key, {})
+    return {emotion: replies[emotion] for emotion in emotions if emotion in replies}

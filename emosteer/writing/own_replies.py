@@ -7,7 +7,6 @@ emotion, does not repeat itself and is not the reply to another emotion of the s
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from emosteer.circuits.methods import PROMPT
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.scripts import is_unspaced, word_count, words
 from emosteer.scenarios.words import name_pattern
 from emosteer.writing.jobs import Job
 from emosteer.writing.reply_files import write_file
@@ -28,14 +28,14 @@ MIN_WORDS = 5
 
 def fault(text: str, emotion: str, finish_reason: str) -> str | None:
     """Why a reply is not used, or None if it is."""
-    words = re.findall(r"\w+", text.lower())
+    said = words(text)
     if finish_reason != "stop":
         return "cut off"
-    if len(words) < MIN_WORDS:
+    if (word_count(text) if is_unspaced(text) else len(said)) < MIN_WORDS:
         return "too short"
     if name_pattern(emotion).search(text):
         return "names the emotion"
-    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    grams = [tuple(said[i : i + 3]) for i in range(len(said) - 2)]
     return "repeats itself" if len(set(grams)) < 0.7 * len(grams) else None
 
 

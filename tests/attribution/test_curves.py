@@ -31,7 +31,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Unit, Z
 from emosteer.scenarios.prompts import elicit, plain
-from emosteer.scenarios.scenarios import Bank, Group, Message
+from emosteer.scenarios.scenarios import Bank, Group, GroupKey, Message
 from tests.conftest import build, small_data
 from tests.helpers import reference
 from tests.helpers.precision import contribution_bounds, forward_bound
@@ -427,7 +427,7 @@ def test_the_truth_in_the_patches_is_real(case: Case, made: Scores) -> None:
     e = EMOTIONS.index(found["emotion"])
     patch = made.forms["patch"]
     assert units[:6] == top_units(patch.heads[e], 3, Head) + top_units(patch.neurons[e], 3, Neuron)
-    samples = scores._complete(case.model, case.directions, case.groups, case.bank, 2)
+    samples = scores._compared(case.model, case.directions, case.groups, case.bank, 2)
     v_ref = scores.reference_directions(case.directions, case.band)
     truth = true_patches(case.model, samples, v_ref, e, units)
     assert found["truth"] == pytest.approx(truth.tolist(), abs=1e-4)
@@ -460,10 +460,19 @@ def test_gemma_says_that_it_is_not_checked() -> None:
     assert "norms a sublayer's output" in found.verification["skipped"]
 
 
-def test_only_complete_groups_are_patched(case: Case) -> None:
-    first, second = case.groups[0].key, case.groups[4].key
-    bank = {first: case.bank[first], second: {"anger": "no"}}
-    assert [s.key for s in scores._complete(case.model, case.directions, case.groups, bank, 5)] == [first]
+def test_complete_groups_are_patched_first_and_every_emotion_is(case: Case) -> None:
+    keys = [group.key for group in case.groups]
+    two = {e: case.bank[keys[1]][e] for e in EMOTIONS[:2]}
+    bank = {keys[0]: case.bank[keys[0]], keys[4]: {"anger": "no"}, keys[1]: two}
+
+    def chosen(bank: Bank, count: int) -> list[tuple[GroupKey, tuple[int, ...]]]:
+        return [(s.key, s.emotions) for s in scores._compared(case.model, case.directions, case.groups, bank, count)]
+
+    assert chosen(bank, 5) == [(keys[0], ()), (keys[1], (0, 1))] and chosen(bank, 1) == [(keys[0], ())]
+    last = {e: case.bank[keys[2]][e] for e in EMOTIONS[1:]}
+    assert {key for key, _ in chosen({keys[1]: two, keys[2]: last}, 1)} == {keys[1], keys[2]}, "each alone lacks an emotion"
+    with pytest.raises(DataError, match=f"no scenario-event has a reply in {EMOTIONS[2]} and in another"):
+        chosen({keys[1]: two}, 5)
     with pytest.raises(DataError, match="--replies"):
         ablate(case.model, case.directions, case.groups, SMALL, bank={})
 

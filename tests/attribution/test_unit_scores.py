@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -413,6 +414,37 @@ def test_attribution_patching_is_the_slope_of_the_patch(wide: Model) -> None:
             prompt, reply = sample.prompts[emotion], sample.replies[emotion]
             score = slow_score(wide, prompt + reply, read_positions(len(prompt), len(reply)), v_ref[emotion], {})
             assert clean[g, emotion].item() == pytest.approx(score, rel=1e-5)
+
+
+def test_a_group_that_lacks_an_emotion_is_patched_as_if_it_were_whole(tiny: Model) -> None:
+    """With directions whose contrasts are this group's own, what is missing is known exactly."""
+    for replies in (True, False):
+        (whole,) = samples(1, replies)
+        others = random_directions(tiny, 3, seed=14)[:, 1]
+        made = make_directions(tiny, [whole])
+        units = [*(u for u in all_units(tiny) if isinstance(u, Head)), *(Neuron(layer, n) for layer in range(3) for n in (0, 17, 47))]
+        estimate, clean = attribution_patching(tiny, [whole], others)
+        for held in ((0, 2), (1, 2)):
+            part = replace(whole, prompts=pick(whole.prompts, held), replies=pick(whole.replies, held), emotions=held)
+            found, scores = attribution_patching(tiny, [part], others, made)
+            (gone,) = {0, 1, 2} - set(held)
+            assert not found.heads[gone].any() and not found.neurons[gone].any() and scores[0, gone].isnan()
+            torch.testing.assert_close(scores[0, list(held)], clean[0, list(held)], rtol=1e-4, atol=1e-4)
+            for mine, theirs in ((found.heads, estimate.heads), (found.neurons, estimate.neurons)):
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(mine[list(held)], theirs[list(held)], rtol=1e-3, atol=1e-4 * scale)
+            for emotion in held:
+                truth = true_patches(tiny, [whole], others, emotion, units)
+                patched = true_patches(tiny, [part], others, emotion, units, made)
+                torch.testing.assert_close(patched, truth, rtol=1e-3, atol=1e-4 * truth.abs().max().item())
+        both, _ = attribution_patching(tiny, [whole, part], others, made)  # the mean of an emotion is over the groups that hold it
+        torch.testing.assert_close(both.heads[gone], estimate.heads[gone], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="lacks emotions"):
+        attribution_patching(tiny, [part], others)
+
+
+def pick(values: tuple[tuple[int, ...], ...], numbers: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(values[number] for number in numbers)
 
 
 def near_model(epsilon: float) -> Model:

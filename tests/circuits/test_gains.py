@@ -395,21 +395,25 @@ def test_learning_is_deterministic_for_a_seed_and_leaves_everything_as_it_was(ti
     assert all(parameter.grad is None for parameter in tiny.hf.parameters())
 
 
-def test_only_complete_groups_are_learned_from(tiny: Model) -> None:
+def test_groups_with_gaps_are_learned_from_and_those_of_one_emotion_are_not(tiny: Model) -> None:
     """A bank of the model's own replies has gaps."""
     z, few = contrast(tiny), GainSettings(steps=2, groups=3)
     gaps = {key: dict(replies) for key, replies in BANK.items()}
-    for group in GROUPS[3:]:
+    for group in GROUPS[3:6]:
         gaps[group.key].pop("sadness")
+    for group in GROUPS[6:]:
+        gaps[group.key] = {"anger": gaps[group.key]["anger"]}
     found = learn_gains(tiny, z, GROUPS, gaps, EMOTIONS, INSTRUCTION, few)
-    wanted = learn_gains(tiny, z, GROUPS[:3], BANK, EMOTIONS, INSTRUCTION, few)
+    wanted = learn_gains(tiny, z, GROUPS[:6], gaps, EMOTIONS, INSTRUCTION, few)
     assert torch.equal(found.values, wanted.values) and found.curve == wanted.curve
+    learned_from = {"groups": 6, "incomplete": 3, "replies": {"anger": 6, "sadness": 3, "happiness": 6}}
+    assert found.trace["learned_from"] == learned_from
 
 
 def test_nothing_to_learn_from_is_refused(tiny: Model) -> None:
     z, half = contrast(tiny), {key: {"anger": replies["anger"]} for key, replies in BANK.items()}
     for groups, bank in (([], BANK), (GROUPS, {}), (GROUPS, half)):
-        with pytest.raises(DataError, match="no scenario-event has bank replies in every emotion .*--gain-steps 0"):
+        with pytest.raises(DataError, match="no scenario-event has bank replies in two emotions .*--gain-steps 0"):
             learn_gains(tiny, z, groups, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=1))
 
 

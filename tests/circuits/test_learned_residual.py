@@ -224,7 +224,7 @@ def test_one_step_moves_a_vector_by_the_rate_in_rms(tiny: Model, directions: Dir
 
 
 def test_nothing_to_learn_from_is_refused(tiny: Model, directions: Directions) -> None:
-    with pytest.raises(DataError, match="no scenario-event has bank replies in every emotion"):
+    with pytest.raises(DataError, match="no scenario-event has bank replies in two emotions"):
         learned(tiny, directions, BRIEF, bank={})
     with pytest.raises(UsageError, match="expected a rate above 0, found 0"):
         VectorSettings(rate=0.0)

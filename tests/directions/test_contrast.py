@@ -129,7 +129,7 @@ def test_second_moment_base_and_rms_equal_the_naive_ones(world: World) -> None:
 
 @pytest.mark.parametrize("kind", [Z, MLP_POST])
 def test_unit_statistics_equal_the_naive_ones(world: World, kind: str) -> None:
-    mean, variance, base = world.contrasts(size=7).unit_moments(kind)
+    mean, variance, base = world.contrasts(size=7).moments(kind)
     for layer in range(world.model.shape.n_layers):
         delta = deltas(world, Site(layer, kind))
         kept = np.concatenate([state[Site(layer, kind)].double().numpy() for state in world.states])

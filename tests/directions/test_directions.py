@@ -186,7 +186,7 @@ def test_the_file_gives_back_every_bit(tmp_path: Path, kept: tuple[Contrasts, li
         found.save(tmp_path / "d.safetensors")
         again = Directions.load(tmp_path / "d.safetensors")
         mine, theirs = flat(found), flat(again)
-        assert mine.keys() == theirs.keys() and len(mine) == (25 if found.evidence else 20)
+        assert mine.keys() == theirs.keys() and len(mine) == (27 if found.evidence else 22)
         for name, value in mine.items():
             if isinstance(value, Tensor):
                 assert torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype, name  # type: ignore[arg-type, attr-defined]

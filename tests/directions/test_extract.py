@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +25,8 @@ from emosteer.directions.directions import Directions, from_contrasts
 from emosteer.directions.extract import finish_checkpoint
 from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
-from emosteer.scenarios.scenarios import EMOTIONS, Bank, Group
+from emosteer.models.sites import Site
+from emosteer.scenarios.scenarios import EMOTIONS, Bank, Group, GroupKey
 from tests.conftest import build, small_data
 from tests.directions.test_contrast import all_sites, stream
 
@@ -144,7 +147,7 @@ def test_held_out_groups_come_last_and_nothing_twice(tiny: Model, data: Data, mo
     assert [s.key.scenario in plan["heldout"] for s in seen] == [False] * 9 + [True] * 3
 
 
-def test_a_group_that_lacks_an_emotion_is_dropped_and_counted(tiny: Model, data: Data) -> None:
+def test_a_group_that_lacks_an_emotion_is_used_and_one_that_compares_none_is_dropped(tiny: Model, data: Data) -> None:
     groups, bank = data
     bank = {key: dict(replies) for key, replies in bank.items()}
     del bank[groups[0].key]["fear"]
@@ -153,15 +156,67 @@ def test_a_group_that_lacks_an_emotion_is_dropped_and_counted(tiny: Model, data:
     bank[groups[8].key] = {}
     bank[groups[9].key]["boredom"] = "wait wait"  # more than what is needed is no harm
     settings = replace(SETTINGS, holdout=0.0)
+    bank[groups[10].key] = {"fear": "run"}
     found = extract.extract(tiny, groups, settings, bank=bank)
-    assert found.n_groups == 8 and found.dropped == {"some emotions have no reply": 2, "no reply in the bank": 2}
-    rest = [group for index, group in enumerate(groups) if index not in (0, 4, 7, 8)]
-    assert torch.equal(extract.extract(tiny, rest, settings, bank=data[1]).vectors, found.vectors)
+    assert found.n_groups == 9 and found.dropped == {"a reply in one emotion alone": 1, "no reply in the bank": 2}
+    assert found.incomplete == 2 and found.replies == dict.fromkeys(EMOTIONS, 9) | dict.fromkeys(("fear", "anger", "disgust"), 8)
+    rest = [group for index, group in enumerate(groups) if index not in (7, 8, 10)]
+    assert torch.equal(extract.extract(tiny, rest, settings, bank=bank).vectors, found.vectors)
 
 
-def test_without_any_complete_group_the_error_says_what_to_check(tiny: Model, data: Data) -> None:
-    for bank in (None, {}, {key: {"anger": "no"} for key in data[1]}):
-        with pytest.raises(DataError, match="none of the 12 scenario-events has a reply for every emotion .*anger.*skeleton_id"):
+def least_squares(rows: list[dict[int, np.ndarray]], n: int) -> np.ndarray:
+    """m[e] of `h[g,e] = b[g] + m[e]`, by a design matrix of groups and emotions and numpy. rows: per group, emotion -> state."""
+    design, states = [], []
+    for g, row in enumerate(rows):
+        for e, state in row.items():
+            design.append(np.concatenate([np.eye(len(rows))[g], np.eye(n)[e]]))
+            states.append(state)
+    fit = np.linalg.lstsq(np.array(design), np.array(states), rcond=None)[0][len(rows) :]
+    return fit - fit.mean(0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_directions_of_incomplete_groups_are_the_least_squares_fit(tiny: Model, data: Data, packed: bool) -> None:
+    """Against a fit by numpy to the states of every reply, each read alone."""
+    groups, bank = data[0], {key: dict(replies) for key, replies in data[1].items()}
+    draw = random.Random(4)
+    for group in groups[:9]:
+        for emotion in draw.sample(EMOTIONS, draw.randint(1, 4)):
+            del bank[group.key][emotion]
+    found = extract.extract(tiny, groups, replace(SETTINGS, holdout=0.0, packed=packed), bank=bank)
+    assert (found.n_groups, found.incomplete) == (12, 9) and len(set(found.replies.values())) > 2
+    rows: dict[Site, list[dict[int, np.ndarray]]] = {site: [] for site in all_sites(3)}
+    for group in groups:
+        sample = tokenize_group(tiny, group, "reply", EMOTIONS, bank[group.key], "")
+        states = read_states(tiny, [sample], all_sites(3), packed=False)
+        for site, kept in rows.items():
+            kept.append(dict(zip(sample.held, states[site][0].double().numpy(), strict=True)))
+    for index, site in enumerate(found.sites):
+        fit = least_squares(rows[site], 6)
+        np.testing.assert_allclose(found.vectors[:, index] * found.norms[:, index, None], fit, rtol=1e-3, atol=1e-5)
+    for layer in range(3):
+        np.testing.assert_allclose(found.z.mean[:, layer], least_squares(rows[Site(layer, "z")], 6), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.mlp.mean[:, layer], least_squares(rows[Site(layer, "mlp_post")], 6), rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_compared_is_refused_with_what_the_bank_holds(tiny: Model, data: Data) -> None:
+    groups = data[0]
+
+    def said(bank: Bank, settings: Settings = SETTINGS) -> str:
+        with pytest.raises(DataError) as caught:
+            extract.extract(tiny, groups, settings, bank=bank)
+        return str(caught.value)
+
+    others: Bank = {group.key: {"joy": "dance", "anger": "slam", "neutral": "wait"} for group in groups}
+    message = "no reply in sadness, happiness, fear, surprise, disgust: the bank's replies to these events are in joy (12), anger (12); "
+    assert said(others) == message + "choose among these with --emotions"
+    apart: Bank = {group.key: {e: "no " + e for e in (EMOTIONS[:4] if i % 2 else EMOTIONS[4:])} for i, group in enumerate(groups)}
+    assert said(apart).startswith("no scenario-event has a reply in surprise, disgust beside one in the other emotions")
+
+
+def test_without_any_reply_the_error_says_what_to_check(tiny: Model, data: Data) -> None:
+    for bank in (None, {}, {GroupKey("other", "neutral"): {"anger": "no"}}):
+        with pytest.raises(DataError, match="none of the 12 scenario-events has a reply in the bank; .*skeleton_id"):
             extract.extract(tiny, data[0], SETTINGS, bank=bank)
 
 

@@ -755,7 +755,7 @@ def test_test_prompts_come_from_the_end_of_the_order(run: Callable[..., tuple[in
     assert [*json.loads(out)["test"]["files"]] == ["mine.jsonl"] and json.loads(out)["test"]["kinds"] == {SEV_KIND: 8}
     assert json.loads(out)["dev"]["kinds"] == {SEV_KIND: 8}, "strengths are chosen on the kinds that are tested"
     assert [row["method"] for row in json.loads(out)["results"]] == [NONE, "residual", "circuit"]
-    assert {row["prompt"].split()[4] for row in rows} <= set(names)
+    assert {row["prompt"].split()[4].rstrip(".") for row in rows} <= set(names)
     code, out, err = run(*SMALL, "--scenarios", "mine.jsonl", "--methods", "circuit,residual", "--out", "there", "--skip", "8")
     rows = [json.loads(line) for line in (tmp_path / "there" / "test-replies.jsonl").read_text().splitlines()]
     assert {f"{r['skeleton_id']}/{r['valence']}" for r in rows} == set(sorted(keys, key=lambda key: stable_share(key, 1))[-16:-8])
