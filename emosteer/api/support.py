@@ -1,4 +1,4 @@
-"""What each stage can do with a loaded model, and why not where it cannot: the table of docs/FAMILIES.md, and for asking before the work."""
+"""What each stage can do with a loaded model, and why not where it cannot: the table of docs/FAMILIES.md, and to ask before the work."""
 
 from __future__ import annotations
 
