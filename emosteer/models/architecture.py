@@ -145,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         logit_divisor="logits_scaling",
     ),
     Family("phi3", (f"{_MODELS}.phi3.modeling_phi3.Phi3ForCausalLM",), qkv=("self_attn.qkv_proj",), gate_up=_FUSED),
+    Family("glm", (f"{_MODELS}.glm.modeling_glm.GlmForCausalLM",), gate_up=_FUSED),
     Family(
         "glm4",
         (f"{_MODELS}.glm4.modeling_glm4.Glm4ForCausalLM",),

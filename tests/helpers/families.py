@@ -66,6 +66,7 @@ MODELS: dict[str, Case] = {
         _of("Granite", residual_multiplier=0.4, embedding_multiplier=3.0, attention_multiplier=0.2, logits_scaling=2.0),
     ),
     "phi3": Case("phi3", "Phi 3, 3.5, 4 and 4 mini", _of("Phi3")),
+    "glm": Case("glm", "GLM 4 9B (2024), GLM-Edge", _of("Glm", head_dim=8)),
     "glm4": Case("glm4", "GLM 4 (0414)", _of("Glm4", head_dim=8)),
     "gemma": Case("gemma", "Gemma 1", _of("Gemma", head_dim=16)),
     "gemma2": Case("gemma2", "Gemma 2", _of("Gemma2", **_GEMMA)),
