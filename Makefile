@@ -10,7 +10,7 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook
+.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook families
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
@@ -22,6 +22,7 @@ help:
 	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
+	@echo "make families     docs/FAMILIES.md again, after a change of the architecture table"
 	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
 
 $(VENV)/.stamp: pyproject.toml
@@ -66,6 +67,10 @@ evaluate: setup
 
 report: setup
 	$(BIN)/emosteer report --model $(MODEL)
+
+# The table of docs/FAMILIES.md, from the code and the random models of its tests.
+families: setup
+	$(BIN)/python -m tests.families
 
 # The outputs that are kept in the notebook.
 notebook: setup

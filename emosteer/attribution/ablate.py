@@ -27,7 +27,7 @@ from emosteer.base.processes import ALONE, Crew
 from emosteer.base.progress import bar, note
 from emosteer.directions.activations import Sample, tokenize_group
 from emosteer.directions.directions import Directions, reference_directions, stable_band
-from emosteer.models.model import Model
+from emosteer.models.model import NO_NEURONS, Model
 from emosteer.models.sites import Head, Neuron, Unit
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Bank, Group, replies_of
@@ -98,7 +98,7 @@ def _curves_of(model: Model, wanted: CurveSettings | None) -> CurveSettings | No
     """The curves that a model can have: where there are no neurons, none of neurons."""
     if wanted is None or not wanted.neuron_shares or model.family.has_neurons:
         return wanted
-    note(f"curves of heads only: {model.no_neurons}")
+    note(f"curves of {model.name} are of heads only: {NO_NEURONS}")
     return replace(wanted, neuron_shares=())
 
 

@@ -227,8 +227,9 @@ OUTPUT_STRENGTH = 0.7
 
 
 def residual_band(n_layers: int) -> tuple[int, ...]:
-    """The layers that residual steering writes to: the upper half but the last ones."""
-    return tuple(range(n_layers // 2, n_layers - max(1, n_layers // 15)))
+    """The layers that residual steering writes to: the upper half but the last ones, and one layer at least."""
+    first = n_layers // 2
+    return tuple(range(first, max(first + 1, n_layers - max(1, n_layers // 15))))
 
 
 def _circuit(

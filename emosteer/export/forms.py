@@ -59,7 +59,7 @@ def llama_form(config: Any, precision: str) -> dict[str, Any]:
         ModelError: listing the architectures that can carry biases, if this one cannot.
     """
     names = getattr(config, "architectures", None) or [ARCHITECTURES.get(config.model_type)]
-    if ARCHITECTURES.get(config.model_type) != names[0]:
+    if config.model_type not in ARCHITECTURES or ARCHITECTURES[config.model_type] != names[0]:
         raise ModelError(f"{names[0] or config.model_type} has no place for the biases; a checkpoint can be made of {CARRIERS}")
     if sliding(config):
         raise ModelError(f"this model attends in sliding windows, which the Llama form has not; a checkpoint can be made of {CARRIERS}")

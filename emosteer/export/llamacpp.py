@@ -68,11 +68,7 @@ def export_control_vector(steering: ExportRequest, out: Path, *, force: bool = F
 
     path = target(out, steering, "-vector", force)
     config = read_config(steering.model.path)
-    hint, n_layers = HINTS.get(config.model_type), getattr(config, "num_hidden_layers", 0)
-    if hint is None or n_layers < 2:
-        raise ModelError(
-            f"no control vector can be made for {config.model_type}; expected one of {', '.join(HINTS)} with two layers or more"
-        )
+    hint, n_layers = vector_hint(config), config.num_hidden_layers
     vectors = compiled(stored_tensors(steering.model.path), steering)
     after = residual_form(vectors, n_layers, config.hidden_size)
     with atomic_path(path) as temporary:
@@ -85,6 +81,20 @@ def export_control_vector(steering: ExportRequest, out: Path, *, force: bool = F
         _write(writer)
     facts = {"schema": 1, "kind": "gguf", **steering.facts(), "architecture": hint, "layers": [1, n_layers - 1]}
     return {"out": str(path), **facts}
+
+
+def vector_hint(config: Any) -> str:
+    """What llama.cpp calls the architecture that a control vector is made for.
+
+    Raises:
+        ModelError: if what is added to the stream after a layer cannot stand for what its sublayers are made to write.
+    """
+    hint = HINTS.get(config.model_type)
+    if hint is None or getattr(config, "num_hidden_layers", 0) < 2:
+        raise ModelError(
+            f"no control vector can be made for {config.model_type}; expected one of {', '.join(HINTS)} with two layers or more"
+        )
+    return hint
 
 
 def export_gguf_model(steering: ExportRequest, out: Path, *, force: bool = False) -> dict[str, Any]:

@@ -145,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         logit_divisor="logits_scaling",
     ),
     Family("phi3", (f"{_MODELS}.phi3.modeling_phi3.Phi3ForCausalLM",), qkv=("self_attn.qkv_proj",), gate_up=_FUSED),
+    Family("glm", (f"{_MODELS}.glm.modeling_glm.GlmForCausalLM",), gate_up=_FUSED),
     Family(
         "glm4",
         (f"{_MODELS}.glm4.modeling_glm4.Glm4ForCausalLM",),
@@ -372,8 +373,7 @@ def shape_of(config: Any, layers: Any, family: Family) -> Shape:
 
 def _sizes(linear: Any, family: Family) -> tuple[int, int]:
     """What a linear map writes and reads; the module says so where quantisation packs its weight."""
-    rows, columns = output_matrix(linear, family).shape if family.transposed else (linear.out_features, linear.in_features)
-    return rows, columns
+    return (linear.nf, linear.nx) if family.transposed else (linear.out_features, linear.in_features)
 
 
 def context_of(config: Any) -> int:

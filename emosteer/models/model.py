@@ -45,6 +45,10 @@ _BRIDGE_NAMES = {
 }
 
 
+#: Why some models have no neurons that can be scored or steered.
+NO_NEURONS = "its MLPs are mixtures of experts, in which other neurons run for every token"
+
+
 class Model:
     """A causal language model whose sites can be read and edited.
 
@@ -209,7 +213,8 @@ class Model:
         try:
             return self.bridge is not None
         except ModelError as error:
-            note(f"{error}; its sites are hooked in the Hugging Face model instead, as proved at load")
+            why = str(error).removesuffix("; this architecture is not supported")
+            note(f"{why}; its sites are hooked in the Hugging Face model instead, as proved at load")
             return False
 
     # ---- parts and weights by name -------------------------------------------------------------------------------
@@ -261,12 +266,7 @@ class Model:
             UsageError: with the reason.
         """
         if not self.family.has_neurons:
-            raise UsageError(f"{asked} asks for neurons, but {self.no_neurons}; use heads alone")
-
-    @property
-    def no_neurons(self) -> str:
-        """Why a model has no neurons that can be scored or steered, for messages."""
-        return f"the MLPs of {self.name} are mixtures of experts, in which other neurons run for every token"
+            raise UsageError(f"{asked} asks for neurons of {self.name}, but {NO_NEURONS}; use heads alone")
 
     def width(self, kind: str) -> int:
         """Size of the last dimension of a site kind."""

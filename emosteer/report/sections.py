@@ -131,13 +131,15 @@ def _units(inputs: Inputs) -> Section:
             return Section("units", title, absent=absent)
         drawn = [score_figures.importance(inputs.circuit.importance, inputs.circuit.emotions, "circuit")]
         return Section("units", title, "", drawn, absent=absent)
+    has_neurons = any(form.neurons.numel() for form in scores.forms.values())
     figures = [
         score_figures.head_map(scores, inputs.circuit),
-        score_figures.neuron_map(scores, inputs.circuit),
+        *([score_figures.neuron_map(scores, inputs.circuit)] if has_neurons else []),
         score_figures.importance(scores.importance, scores.emotions, "scores"),
     ]
     checks = score_figures.checks(scores)
-    return Section("units", title, "", figures, after=[checks] if checks else [])
+    notes = [] if has_neurons else ["This model has no neurons to score: its MLPs are mixtures of experts."]
+    return Section("units", title, "", figures, notes=notes, after=[checks] if checks else [])
 
 
 def _cause(inputs: Inputs) -> Section:

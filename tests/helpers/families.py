@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,48 +42,65 @@ def _gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT2, bos_token_id=1, eos_token_id=2))
 
 
-#: Name of a model -> the row of the architecture table that takes it, and what makes it.
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "llama": ("llama", _of("Llama")),
-    "qwen2": ("qwen2", _of("Qwen2")),
-    "mistral": ("mistral", _of("Mistral", head_dim=8, sliding_window=None)),
-    "qwen3": ("qwen3", _of("Qwen3", head_dim=8)),
-    "smollm3": ("smollm3", _of("SmolLM3", no_rope_layers=[1, 0])),
-    "helium": ("helium", _of("Helium", head_dim=8)),
-    "ernie4.5": ("ernie4.5", _of("Ernie4_5", head_dim=8)),
-    "granite": (
+@dataclass(frozen=True)
+class Case:
+    """A model: the row of the architecture table that takes it, what people know it as, and what makes a random one."""
+
+    row: str
+    known_as: str
+    make: Callable[[], Any]
+
+
+#: By name.
+MODELS: dict[str, Case] = {
+    "llama": Case("llama", "Llama 1 to 3.3, SmolLM 1 and 2, and what is built like them", _of("Llama")),
+    "qwen2": Case("qwen2", "Qwen 2 and 2.5", _of("Qwen2")),
+    "mistral": Case("mistral", "Mistral 7B", _of("Mistral", head_dim=8, sliding_window=None)),
+    "qwen3": Case("qwen3", "Qwen 3, dense", _of("Qwen3", head_dim=8)),
+    "smollm3": Case("smollm3", "SmolLM 3", _of("SmolLM3", no_rope_layers=[1, 0])),
+    "helium": Case("helium", "Helium 1", _of("Helium", head_dim=8)),
+    "ernie4.5": Case("ernie4.5", "Ernie 4.5, dense", _of("Ernie4_5", head_dim=8)),
+    "granite": Case(
         "granite",
+        "Granite 3.x, dense",
         _of("Granite", residual_multiplier=0.4, embedding_multiplier=3.0, attention_multiplier=0.2, logits_scaling=2.0),
     ),
-    "phi3": ("phi3", _of("Phi3")),
-    "glm4": ("glm4", _of("Glm4", head_dim=8)),
-    "gemma": ("gemma", _of("Gemma", head_dim=16)),
-    "gemma2": ("gemma2", _of("Gemma2", **_GEMMA)),
-    "gemma3": ("gemma3", _of("Gemma3Text", "Gemma3ForCausalLM", **_GEMMA, sliding_window=64)),
-    "gemma3, multimodal": ("gemma3, multimodal", _gemma3_with_pictures),
-    "olmo2": ("olmo2", _of("Olmo2")),
-    "olmo3": ("olmo2", _of("Olmo3")),
-    "exaone4": ("exaone4", _of("Exaone4", sliding_window=64, sliding_window_pattern=2)),
-    "nemotron": ("nemotron", _of("Nemotron")),
-    "starcoder2": ("starcoder2", _of("Starcoder2", sliding_window=None)),
-    "stablelm": ("stablelm", _of("StableLm")),
-    "stablelm, parallel": ("stablelm", _of("StableLm", use_parallel_residual=True, use_qkv_bias=True)),
-    "cohere": ("cohere", _of("Cohere", logit_scale=0.5)),
-    "cohere2": ("cohere", _of("Cohere2", logit_scale=0.5, sliding_window=64)),
-    "gpt-neox": ("gpt-neox", _of("GPTNeoX")),
-    "gpt-neox, in turn": ("gpt-neox", _of("GPTNeoX", use_parallel_residual=False)),
-    "gpt2": ("gpt2", _gpt2),
-    "mixtral": ("mixtral", _of("Mixtral", num_local_experts=4)),
-    "qwen3-moe": ("qwen3-moe", _of("Qwen3Moe", num_experts=4, head_dim=8, mlp_only_layers=[0], **_EXPERTS)),
-    "seed-oss": ("like llama", _of("SeedOss", head_dim=8)),
-    "qwen2-moe": ("like mixtral", _of("Qwen2Moe", num_experts=4, shared_expert_intermediate_size=24, **_EXPERTS)),
+    "phi3": Case("phi3", "Phi 3, 3.5, 4 and 4 mini", _of("Phi3")),
+    "glm": Case("glm", "GLM 4 9B (2024), GLM-Edge", _of("Glm", head_dim=8)),
+    "glm4": Case("glm4", "GLM 4 (0414)", _of("Glm4", head_dim=8)),
+    "gemma": Case("gemma", "Gemma 1", _of("Gemma", head_dim=16)),
+    "gemma2": Case("gemma2", "Gemma 2", _of("Gemma2", **_GEMMA)),
+    "gemma3": Case("gemma3", "Gemma 3, 270M and 1B", _of("Gemma3Text", "Gemma3ForCausalLM", **_GEMMA, sliding_window=64)),
+    "gemma3, multimodal": Case("gemma3, multimodal", "Gemma 3, 4B and larger: the text part", _gemma3_with_pictures),
+    "olmo2": Case("olmo2", "OLMo 2", _of("Olmo2")),
+    "olmo3": Case("olmo2", "OLMo 3", _of("Olmo3")),
+    "exaone4": Case("exaone4", "EXAONE 4", _of("Exaone4", sliding_window=64, sliding_window_pattern=2)),
+    "nemotron": Case("nemotron", "Nemotron 3 and 4, Minitron", _of("Nemotron")),
+    "starcoder2": Case("starcoder2", "StarCoder 2", _of("Starcoder2", sliding_window=None)),
+    "stablelm": Case("stablelm", "StableLM 2 1.6B", _of("StableLm")),
+    "stablelm, parallel": Case("stablelm", "StableLM with parallel blocks", _of("StableLm", use_parallel_residual=True, use_qkv_bias=True)),
+    "cohere": Case("cohere", "Command R, Aya 23", _of("Cohere", logit_scale=0.5)),
+    "cohere2": Case("cohere", "Command R7B, Command A", _of("Cohere2", logit_scale=0.5, sliding_window=64)),
+    "gpt-neox": Case("gpt-neox", "Pythia, GPT-NeoX", _of("GPTNeoX", num_key_value_heads=4)),
+    "gpt-neox, in turn": Case(
+        "gpt-neox", "GPT-NeoX without parallel blocks", _of("GPTNeoX", num_key_value_heads=4, use_parallel_residual=False)
+    ),
+    "gpt2": Case("gpt2", "GPT-2", _gpt2),
+    "mixtral": Case("mixtral", "Mixtral", _of("Mixtral", num_local_experts=4)),
+    "qwen3-moe": Case("qwen3-moe", "Qwen 3, experts", _of("Qwen3Moe", num_experts=4, head_dim=8, mlp_only_layers=[0], **_EXPERTS)),
+    "seed-oss": Case("like llama", "Seed-OSS: no row names its class", _of("SeedOss", head_dim=8)),
+    "qwen2-moe": Case(
+        "like mixtral",
+        "Qwen 2, experts: no row names its class",
+        _of("Qwen2Moe", num_experts=4, shared_expert_intermediate_size=24, **_EXPERTS),
+    ),
 }
 
 
 def random_model(name: str) -> Model:
     """A random model whose norms and biases are random too: what leaves one out gives other numbers."""
     torch.manual_seed(0)
-    hf = MODELS[name][1]()
+    hf = MODELS[name].make()
     for key, parameter in hf.named_parameters():
         if "norm" in key or ".ln_" in key or key.endswith("bias"):
             nn.init.normal_(parameter, mean=0.0 if key.endswith("bias") else 0.5, std=0.3)

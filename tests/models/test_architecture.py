@@ -39,7 +39,7 @@ def test_a_description_is_true_of_its_models(name: str) -> None:
     """Loading has proved the sites; here the rest: paths, what differs from Llama, and what a norm multiplies by."""
     model = random_model(name)
     family, config = model.family, model.config
-    assert family.name == MODELS[name][0]
+    assert family.name == MODELS[name].row
     for layer in model.layers:
         parts(layer, (family.attention, family.mlp, *family.qkv, family.w_o, *family.gate_up, *family.pre_norms))
         inside = dict(part(layer, family.attention).named_modules())
@@ -77,7 +77,7 @@ def test_rows_are_told_apart() -> None:
     assert len(set(named)) == len(named)
     assert all(family.classes for family in FAMILIES if family.is_complete), "nobody has read the code of a class that is not named"
     assert not [family.name for family in FAMILIES if family.parallel and (family.residual_factor or family.post_norms)], "see `hooks`"
-    assert {row for row, _ in MODELS.values()} >= {family.name for family in FAMILIES if family.classes}, "every row has a random model"
+    assert {case.row for case in MODELS.values()} >= {family.name for family in FAMILIES if family.classes}, "every row has a random model"
 
 
 @pytest.mark.parametrize(

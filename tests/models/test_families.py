@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from emosteer.api.support import support
+from emosteer.attribution.ablate import ablate
 from emosteer.attribution.gradients import importance_and_effects
+from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.attribution.verification import verify
-from emosteer.base.errors import ModelError
+from emosteer.base.errors import ModelError, UsageError
+from emosteer.circuits.assemble import assemble
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.directions.activations import Sample, read_states, rows_of
-from emosteer.directions.directions import reference_directions, stable_band
+from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
+from emosteer.export.forms import llama_form, read_config
+from emosteer.export.llamacpp import vector_hint
 from emosteer.generation.engines import engine_for
 from emosteer.generation.generate import Decoding, Request, generate
-from emosteer.generation.steering import SteeringPlan, compile_units
+from emosteer.generation.steering import SteeringPlan, compile_units, plan_for
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, KINDS, MLP_OUT, RESID_MID, RESID_POST, Site
+from emosteer.report.sections import _units
 from emosteer.scenarios.scenarios import GroupKey
+from tests import families
 from tests.attribution.test_unit_scores import make_directions, samples
+from tests.conftest import small_data
 from tests.helpers import reference
 from tests.helpers.families import MODELS, random_model
 from tests.helpers.precision import forward_bound
+from tests.models import test_architecture
 
+EMOTIONS = ("anger", "sadness", "happiness")
 PROMPTS = ((1, 7, 9, 12, 30, 41), (1, 8, 20), (1, 50, 33, 21, 17, 60, 44, 13, 3))
 
 
@@ -60,10 +82,10 @@ def test_a_packed_group_reads_what_its_sequences_read_alone(case: Model) -> None
 
 def first_layer(model: Model, sample: Sample) -> Tensor:
     """The stream behind the first layer as transformers gives it, averaged over the positions that are read. Shape [emotion, d_model]."""
-    states = []
+    states, hf = [], copy.deepcopy(model.hf)  # transformers leaves hooks behind in a model that was asked for its states
     for row in rows_of(sample, packed=False):
         with torch.no_grad():
-            hidden = model.hf(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states[1][0]
+            hidden = hf(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states[1][0]
         states.append(hidden[list(row.reads[0])].mean(0))
     return torch.stack(states)
 
@@ -156,3 +178,75 @@ def dose_slope(model: Model, site: Site, v: Tensor, v_ref: Tensor, dose: float =
 
         ends.append((model.read(ids, [last], edits={site: add}, bridge=False)[last][:, -1] * v_ref).sum(-1))
     return (ends[0] - ends[1]) / (2 * dose)
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "cohere", "granite", "gpt2"])
+def test_the_stages_run_on_what_is_not_built_as_llama(name: str, tmp_path: Path) -> None:
+    """Experts, parallel blocks, factors, learned positions: from scenarios to a steered reply, through the files."""
+    model, (groups, bank) = random_model(name), small_data(2, EMOTIONS)
+    directions = extract(model, groups, Settings(EMOTIONS, holdout=0, instruction=""), bank=bank)
+    directions.save(tmp_path / "directions.safetensors")
+    directions = Directions.load(tmp_path / "directions.safetensors")
+    curves = CurveSettings(shares=(0.25,), kinds=("zero",), n_random=1, n_prompts=1, max_new_tokens=2)
+    scores = ablate(model, directions, groups, AblateSettings(2, 1, 12, 1, 5, 2, curves=curves), bank=bank)
+    scores.save(tmp_path / "scores.safetensors")
+    assert {row["unit"] for row in scores.curves} == ({"heads", "neurons"} if model.family.has_neurons else {"heads"})
+    assert {unit[2] for unit in scores.patches["units"]} <= ({"H", "N"} if model.family.has_neurons else {"H"})
+    figures: Any = SimpleNamespace(scores=scores, circuit=None)
+    assert ("neurons" in [figure.id for figure in _units(figures).figures]) == model.family.has_neurons
+    gains = GainSettings(steps=1, groups=1, dtype="float32")
+    circuit = assemble(model, directions, groups, CircuitSettings(n_prompts=1, n_random=1), bank=bank, gain_settings=gains)
+    circuit.save(tmp_path / "circuit.safetensors")
+    vectors = Circuit.load(tmp_path / "circuit.safetensors", model).steering(model)
+    plan = plan_for(vectors, [0, 1], [8.0, 8.0])
+    requests = [Request(str(row), prompt) for row, prompt in enumerate(PROMPTS[:2])]
+    steered, plain = (generate(model, requests, which, Decoding(4, repetition_penalty=1.0)) for which in (plan, None))
+    assert [reply.ids for reply in steered] != [reply.ids for reply in plain]
+    if not model.family.has_neurons:
+        with pytest.raises(UsageError, match="--preset paper asks for neurons"):
+            assemble(model, directions, groups, CircuitSettings(preset="paper"))
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------------------
+
+
+def test_exports_are_possible_or_refused_in_one_line(case: Model, tmp_path: Path) -> None:
+    """As a folder's own config.json says, with the class in it and without."""
+    said = support(case)
+    case.hf.config.save_pretrained(tmp_path)
+    for architectures in ([type(case.hf).__name__], None):
+        config = read_config(tmp_path)
+        config.architectures = architectures
+        for stage, make in (("export checkpoint", lambda it: llama_form(it, "float32")), ("export llama.cpp vector", vector_hint)):
+            if said[stage].works:
+                assert make(config)
+                continue
+            with pytest.raises(ModelError, match="can be made") as caught:
+                make(config)
+            assert "\n" not in str(caught.value)
+    can = {"llama", "qwen2", "mistral"}
+    assert said["export checkpoint"].works == (case.family.name in can) == said["generate, fast"].works
+
+
+def test_neurons_of_experts_are_refused_with_the_reason(case: Model) -> None:
+    if case.family.has_neurons:
+        case.refuse_neurons("--neurons")
+        assert case.shape.d_mlp > 0
+    else:
+        assert case.shape.d_mlp == 0
+        with pytest.raises(UsageError, match="--neurons asks for neurons of .*, but its MLPs are mixtures of experts"):
+            case.refuse_neurons("--neurons")
+
+
+def test_the_page_of_families_is_up_to_date() -> None:
+    assert families.PAGE.read_text("utf-8") == families.page(), "run `make families`"
+
+
+def test_the_page_names_tests_that_run_on_every_model() -> None:
+    names = re.findall(r"`(test_\w+)`", families.PAGE.read_text("utf-8"))
+    assert len(names) >= 10
+    for name in names:
+        assert hasattr(sys.modules[__name__], name) or hasattr(test_architecture, name), name
