@@ -24,7 +24,7 @@ def support(model: Model) -> dict[str, Support]:
     """Stage -> what it can do with this model. Makes and proves the bridge and the fast pass, as the stages would.
 
     "generate, fast" is the forward pass of `generation.lean_forward`, "generate, hooked" the one of transformers; streams are written by
-    the same two. Exports are those of weights that are not quantised.
+    the same two.
     """
     from emosteer.export.forms import llama_form
     from emosteer.export.llamacpp import vector_hint
@@ -36,6 +36,7 @@ def support(model: Model) -> dict[str, Support]:
     scaled = "contributions are exact up to a factor per layer: what a sublayer writes is normed before it is added"
     scale = (scaled,) if model.family.post_norms else ()
     lean = lean_of(model) is not None
+    packed = Support(False, (f"the weights are quantised ({model.quantised}); export from plain ones",)) if model.quantised else None
     return {
         "extract": Support(True, heads),
         "ablate": Support(True, (*heads, *tree, *scale)),
@@ -43,8 +44,8 @@ def support(model: Model) -> dict[str, Support]:
         "generate, fast": Support(lean, () if lean else ("the hooked engine writes instead",)),
         "generate, hooked": Support(True),
         "stream": Support(True),
-        "export checkpoint": _if_made(lambda: llama_form(model.hf.config, "float32")),
-        "export llama.cpp vector": _if_made(lambda: vector_hint(model.hf.config)),
+        "export checkpoint": packed or _if_made(lambda: llama_form(model.hf.config, "float32")),
+        "export llama.cpp vector": packed or _if_made(lambda: vector_hint(model.hf.config)),
     }
 
 

@@ -373,7 +373,7 @@ def shape_of(config: Any, layers: Any, family: Family) -> Shape:
 
 def _sizes(linear: Any, family: Family) -> tuple[int, int]:
     """What a linear map writes and reads; the module says so where quantisation packs its weight."""
-    return (linear.nf, linear.nx) if family.transposed else (linear.out_features, linear.in_features)
+    return (linear.nf, linear.nx) if hasattr(linear, "nf") else (linear.out_features, linear.in_features)
 
 
 def context_of(config: Any) -> int:

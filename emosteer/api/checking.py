@@ -1,0 +1,95 @@
+"""What is known of a model once it is loaded: its family, what was proved, what each stage can do, its template, the memory it takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from emosteer.api.support import Support, support
+from emosteer.directions.settings import Settings
+from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.writing.settings import BATCH_SIZE
+
+if TYPE_CHECKING:
+    from emosteer.models.chat_templates import Template
+    from emosteer.models.model import Model
+
+#: Tokens of a prompt with its reply, and of a step of learning, that memory is reckoned for.
+REPLY_TOKENS, STEP_TOKENS = 192, 640
+#: Strata of an extraction beside its themes, and themes at most (`directions.contrast`).
+STRATA = 20
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a model.
+
+    family: its row (docs/FAMILIES.md); sizes: of `Shape`, by name; proofs: what loading proved; memory: stage -> bytes, by the arithmetic
+    of docs/SCALING.md, the weights included.
+    """
+
+    name: str
+    sha256: str
+    architecture: str
+    family: str
+    parameters: int
+    tensors: int
+    precision: str
+    device: str
+    sizes: dict[str, int]
+    proofs: tuple[str, ...]
+    template: Template
+    stages: dict[str, Support]
+    memory: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return asdict(self)
+
+
+def checked(model: Model) -> Checked:
+    """Asks a loaded model for everything that a user wants to know before the work; proves the bridge and the fast pass on the way."""
+    stages = support(model)
+    weights = dict(model.hf.named_parameters())
+    return Checked(
+        name=model.name,
+        sha256=model.sha256,
+        architecture=type(model.hf).__name__,
+        family=model.family.name,
+        parameters=sum(weight.numel() for weight in weights.values()),
+        tensors=len(weights),
+        precision=model.precision.removeprefix("torch."),
+        device=str(model.device),
+        sizes=asdict(model.shape),
+        proofs=_proofs(model, stages),
+        template=model.template,
+        stages=stages,
+        memory=memory_of(model),
+    )
+
+
+def _proofs(model: Model, stages: dict[str, Support]) -> tuple[str, ...]:
+    """What was proved of this model, in the words of a table."""
+    found = ["every tensor is read, used and finite"]
+    found += [f"the sites of {model.shape.n_layers} layers fire, and the residual stream is the sum of what is written into it"]
+    found += ["output weights write what the layers write", "logits are the model's own", "the final norm's gain is what the gradient says"]
+    found += ["gradients pass the packed weights"] if model.quantised else []
+    found += ["the TransformerBridge has the same states, and the same effect of an edit at every site"] if model.on_bridge else []
+    return (*found, *(["the fast pass writes the same logits"] if stages["generate, fast"].works else []))
+
+
+def memory_of(model: Model) -> dict[str, int]:
+    """About how many bytes a stage takes with the default settings, the weights included (docs/SCALING.md)."""
+    shape, size = model.shape, model.dtype.itemsize
+    weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.hf.parameters()}.values())
+    units, emotions = shape.n_heads * shape.d_head + shape.d_mlp, len(EMOTIONS)
+    per_token = 8 * shape.d_model + 3 * shape.d_mlp + 2 * shape.n_heads * shape.d_head  # one layer's activations
+    statistics = 16 * (STRATA * emotions * 2 * shape.n_layers * shape.d_model + 2 * emotions * shape.n_layers * units)
+    kept = STEP_TOKENS * (shape.n_layers * 2 * per_token * size + shape.d_vocab * (size + 8))  # what a backward pass needs
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * size * REPLY_TOKENS
+    return {
+        "weights": weights,
+        "extract": weights + statistics + Settings.batch_tokens * per_token * size,
+        "circuit": weights + kept + 3 * 4 * emotions * shape.n_layers * shape.n_heads * shape.d_head,
+        f"generate, {BATCH_SIZE} guided replies at once": weights + 2 * BATCH_SIZE * cache,
+    }
