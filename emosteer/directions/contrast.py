@@ -78,40 +78,51 @@ class Contrasts:
     together [stratum, e, f], of 1/|S| where S holds both; three [e, f, h], of 1/|S|^2 where it holds all three.
     """
 
-    def __init__(self, plan: Plan, n_layers: int, d_model: int, z_width: int, d_mlp: int) -> None:
-        """Starts at zero. Memory: strata x emotions x sites x d_model numbers, and two per emotion and unit."""
+    def __init__(self, plan: Plan, n_layers: int, d_model: int, z_width: int, d_mlp: int, device: torch.device | str = "cpu") -> None:
+        """Starts at zero. Memory: strata x emotions x sites x d_model numbers, and two per emotion and unit.
+
+        Args:
+            device: where states come from and are summed; counts are kept in host memory.
+        """
         n, sites = len(plan.emotions), residual_sites(n_layers)
         self.plan, self.sites, self.n_layers = plan, sites, n_layers
         self.sizes = plan, n_layers, d_model, z_width, d_mlp  # what another one of the same shape is made from
         kinds = {Z: z_width, MLP_POST: d_mlp}
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
+        wide = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
         self.sums: dict[str, Tensor] = {
-            "resid": zeros(len(plan.strata), n, len(sites), d_model),
-            "resid_sq": zeros(n, len(sites), d_model),
-            "resid_base": zeros(len(sites), d_model),
-            "resid_rms": zeros(len(sites)),
+            "resid": wide(len(plan.strata), n, len(sites), d_model),
+            "resid_sq": wide(n, len(sites), d_model),
+            "resid_base": wide(len(sites), d_model),
+            "resid_rms": wide(len(sites)),
             "count": zeros(len(plan.strata)),
             "held": zeros(len(plan.strata), n),
             "together": zeros(len(plan.strata), n, n),
             "three": zeros(n, n, n),
             "correct": zeros(2, len(sites), n),
-            **{f"{kind}_sum": zeros(n, n_layers, width) for kind, width in kinds.items()},
-            **{f"{kind}_sq": zeros(n, n_layers, width) for kind, width in kinds.items()},
-            **{f"{kind}_base": zeros(n_layers, width) for kind, width in kinds.items()},
+            **{f"{kind}_sum": wide(n, n_layers, width) for kind, width in kinds.items()},
+            **{f"{kind}_sq": wide(n, n_layers, width) for kind, width in kinds.items()},
+            **{f"{kind}_base": wide(n_layers, width) for kind, width in kinds.items()},
         }
         self.rest = {name: torch.zeros_like(value) for name, value in self.sums.items() if name not in COUNTS}
         self.readers: tuple[Tensor, ...] | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """The sums and what rounding took off them, by name."""
-        return {**self.sums, **{f"rest.{name}": value for name, value in self.rest.items()}}
+        """The sums and what rounding took off them, by name, in host memory."""
+        everything = {**self.sums, **{f"rest.{name}": value for name, value in self.rest.items()}}
+        return {name: value.cpu() for name, value in everything.items()}
+
+    def settle(self) -> None:
+        """Moves all sums to host memory, once nothing more is added."""
+        self.sums = {name: value.cpu() for name, value in self.sums.items()}
+        self.rest = {name: value.cpu() for name, value in self.rest.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""
         for name in self.sums:
-            self.sums[name] = tensors[name].clone()
+            self.sums[name].copy_(tensors[name])
         for name in self.rest:
-            self.rest[name] = tensors[f"rest.{name}"].clone()
+            self.rest[name].copy_(tensors[f"rest.{name}"])
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
         """Adds the `state` of other groups."""
@@ -119,8 +130,9 @@ class Contrasts:
             if name in COUNTS:
                 self.sums[name] += tensors[name]
             else:
-                self._add(name, tensors[name])
-                self._add(name, tensors[f"rest.{name}"])
+                device = self.sums[name].device
+                self._add(name, tensors[name].to(device))
+                self._add(name, tensors[f"rest.{name}"].to(device))
 
     def _add(self, name: str, value: Tensor, index: int | slice = slice(None)) -> None:
         """Adds to a sum and keeps what rounding takes off it."""
@@ -211,12 +223,12 @@ class Contrasts:
         held = torch.zeros(len(mine), 1, len(wanted), dtype=torch.bool)
         for row, i in enumerate(mine):
             held[row, 0, list(samples[i].held)] = True
-        for index, means in enumerate(self.references() if self.readers is None else self.readers):
-            seen = delta[mine]
+        for index, reference in enumerate(self.references() if self.readers is None else self.readers):
+            seen, means = delta[mine], reference.to(delta.device)
             if not held.all():
                 seen = torch.stack([delta[i] + means[list(samples[i].held)].mean(0) for i in mine])
             scores = torch.einsum("gend,fnd->gnef", seen, unit_vectors(means))
-            self.sums["correct"][index] += ((scores.argmax(-1) == wanted) & held).double().sum(0)
+            self.sums["correct"][index] += ((scores.argmax(-1).cpu() == wanted) & held).double().sum(0)
 
     def mean(self, *strata: str) -> Tensor:
         """Mean contrast over the union of strata. Shape [emotion, site, d_model].
@@ -279,7 +291,7 @@ class Contrasts:
         n = len(self.plan.emotions)
         laplacian = self._of("held", strata).diag() - self._of("together", strata)
         # contrasts sum to zero: added to it in their one free direction, count / n^2 fixes that and leaves the rest as it is
-        return torch.linalg.solve(laplacian + count / n**2, total.flatten(1)).view_as(total)
+        return torch.linalg.solve((laplacian + count / n**2).to(total.device), total.flatten(1)).view_as(total)
 
 
 def unlinked(together: Tensor) -> list[int]:
@@ -304,9 +316,9 @@ def _centred(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacks sites' states [group, emotion, width] and takes each group's mean over emotions away.
 
     Returns:
-        Contrasts [group, emotion, site, width] and means [group, site, width], float64 in host memory.
+        Contrasts [group, emotion, site, width] and means [group, site, width], float64, where the states are.
     """
-    stacked = torch.stack(list(states), dim=2).cpu().double()
+    stacked = torch.stack(list(states), dim=2).double()
     base = stacked.mean(1)
     stacked -= base[:, None]
     return stacked, base

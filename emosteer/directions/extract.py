@@ -74,7 +74,7 @@ def extract(
     plan = make_plan([(s.key.scenario, s.theme) for s in samples], settings.emotions, settings.holdout, settings.seed)
     batches, n_fit = _ordered(samples, plan, settings)
     shape = model.shape
-    contrasts = Contrasts(plan, shape.n_layers, shape.d_model, shape.n_heads * shape.d_head, shape.d_mlp)
+    contrasts = Contrasts(plan, shape.n_layers, shape.d_model, shape.n_heads * shape.d_head, shape.d_mlp, model.device)
     share = Share(contrasts, checkpoint, _fingerprint(model, samples, settings, plan), crew)
     share.resume(fresh, batches)
     for todo in (range(n_fit), range(n_fit, len(batches))):
@@ -83,6 +83,7 @@ def extract(
             share.exchange()  # held-out groups are read with the directions of all others, whoever summed those
         _run(model, batches, share, mine, settings, on_batch)
     share.collect(len(batches))
+    contrasts.settle()
     provenance = Provenance(
         model=model.name,
         model_sha256=model.sha256,
