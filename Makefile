@@ -10,7 +10,7 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook families
+.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook families cuda
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
@@ -23,6 +23,7 @@ help:
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
 	@echo "make families     docs/FAMILIES.md again, after a change of the architecture table"
+	@echo "make cuda         on a CUDA machine: every stage against the CPU, tokens/s beside the bandwidth bound, into bench/gpu/; no network"
 	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
 
 $(VENV)/.stamp: pyproject.toml
@@ -78,6 +79,12 @@ notebook: setup
 
 bench: setup
 	$(BIN)/python -m bench $(OPTIONS)
+
+# On a CUDA machine with what is installed there: CUDA_PYTHON is a Python that has this package's dependencies and a CUDA build of torch.
+CUDA_PYTHON ?= python3
+cuda:
+	$(CUDA_PYTHON) -m pytest -m gpu tests/test_cuda.py
+	$(CUDA_PYTHON) -m bench.cuda $(OPTIONS)
 
 # The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
 reproduce: circuits
