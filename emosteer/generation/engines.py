@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emosteer.generation.cuda_graphs import RecordedStep, recorder_for
+from emosteer.generation.hooked_proof import require_cached
 from emosteer.generation.kv_cache import RowCache, cache_name, growing_cache
 from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.prefix_tree import chunks, pack
@@ -50,7 +51,12 @@ def engine_for(model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPla
     lean = lean_of(model) if simple else None
     if lean is not None:
         return LeanEngine(lean, prompts, plan, steps)
-    return HookedEngine(model, prompts, Injector(plan, model.device, model.dtype), row_edits)
+
+    def hooked(prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None = None) -> HookedEngine:
+        return HookedEngine(model, prompts, Injector(plan, model.device, model.dtype), row_edits)
+
+    require_cached(model, lambda trial: hooked(trial, SteeringPlan.none(len(trial))))
+    return hooked(prompts, plan, row_edits)
 
 
 class LeanEngine:
