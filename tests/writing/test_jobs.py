@@ -29,7 +29,7 @@ class Named:
     """What keys ask of a model, with hashes that no machine's random numbers change."""
 
     sha256, template_sha256, dtype, name = "0123abcd", "beef", torch.float32, "named"
-    control_tokens = False
+    control_tokens, precision = False, "torch.float32"
     tokenizer = tiny_tokenizer()
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
