@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.base.files import sha256_file, write_error, write_text
+from emosteer.base.strict_json import loads
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -108,7 +109,7 @@ def remembered_sha256(path: Path, say: Say) -> str:
 
 def _remembered(memory: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        entries = json.loads(memory.read_text("utf-8"))
+        entries = loads(memory.read_text("utf-8"))
         return entries if isinstance(entries, dict) else {}
     return {}
 

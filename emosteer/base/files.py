@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emosteer.base.errors import DataError, EmosteerError
+from emosteer.base.strict_json import Malformed, loads
 
 
 @contextlib.contextmanager
@@ -115,11 +116,9 @@ def parse_jsonl(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
-            ) from error
+            row = loads(line)
+        except Malformed as error:
+            raise DataError(f"{name}:{number}: expected a JSON object, found malformed JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{name}:{number}: expected a JSON object, found a {type(row).__name__}")
         yield number, row

@@ -13,6 +13,7 @@ import typer
 
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.processes import world
+from emosteer.base.strict_json import loads
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import (
@@ -205,7 +206,7 @@ def _engine_options(engine: str, given: Sequence[str] | None, device: str, devic
         if not (equals and name.isidentifier()):
             raise UsageError(f"expected --engine-option NAME=VALUE, such as tensor_parallel_size=4, found '{item}'")
         try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            options[name] = loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             options[name] = value
     return options

@@ -16,6 +16,7 @@ from typing import Any
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog, whole_rows
+from emosteer.base.strict_json import loads
 from emosteer.judges.protocol import LABELS
 from emosteer.scenarios.scenarios import NEUTRAL
 
@@ -158,7 +159,7 @@ def read_labels(path: Path, sheet: Sheet) -> dict[str, HandLabel]:
         raise DataError(f"there is no label yet: {path} does not exist; label texts first, with --by-hand alone")
     rows = whole_rows(path)
     try:  # an editor may have left out the last line break
-        last = json.loads(path.read_bytes().rpartition(b"\n")[2])
+        last = loads(path.read_bytes().rpartition(b"\n")[2])
     except ValueError:
         last = None
     labels = parse_labels([*rows, last] if isinstance(last, dict) else rows, path, sheet)

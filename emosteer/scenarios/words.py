@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from emosteer.base.files import read_text
+from emosteer.base.strict_json import loads
 from emosteer.scenarios.scenarios import data_path
 
 
 @lru_cache
 def lexicon(path: Path | None = None) -> dict[str, Any]:
     """The committed word list: `stems` (an emotion's own name), `names` (with close synonyms), `affect` (other feeling words)."""
-    words: dict[str, Any] = json.loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
+    words: dict[str, Any] = loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
     return words
 
 

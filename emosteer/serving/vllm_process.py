@@ -21,6 +21,7 @@ from typing import IO, Any
 from emosteer.base.cache_folder import cache_dir, writing
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.progress import note
+from emosteer.base.strict_json import loads
 
 #: Names the Python that has vLLM, where it is not this one.
 PYTHON = "EMOSTEER_VLLM_PYTHON"
@@ -80,7 +81,7 @@ def run(python: str, task: Task, what: str) -> Iterator[tuple[int, dict[str, Any
     with os.fdopen(handle, "wb") as sink, _started(python, sink) as process:
         _send(process, task)
         for line in process.stdout or ():
-            answer = json.loads(line)
+            answer = loads(line)
             if "index" in answer:
                 if answer["finish_reason"] not in ("stop", "length"):
                     raise _failed(what, f"a reply ended as '{answer['finish_reason']}'", log)

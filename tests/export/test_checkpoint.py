@@ -27,6 +27,7 @@ from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
 from tests.conftest import SIZES, build, tiny_tokenizer
 from tests.helpers.precision import forward_bound
+from tests.helpers.whole_artefacts import dial
 
 EMOTIONS = ("anger", "sadness")
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41, 22, 5], [1, 8, 20, 15, 33, 5, 60, 2]])
@@ -75,7 +76,7 @@ def random_circuit(hf: Any, sha256: str) -> Circuit:
         d_mlp=config.intermediate_size,
         preset="test",
         instruction="",
-        metrics={"calibration": {"emotions": {"anger": {"strength": [0.0, 1.0, 2.0], "fitted": [0.0, 0.5, 1.0]}}}},
+        metrics={"calibration": dial(EMOTIONS)},
         provenance=Provenance("tiny", sha256, "", "test"),
     )
 

@@ -618,7 +618,7 @@ def test_a_damaged_evaluation_is_refused_in_one_line(tmp_path: Path, text: str, 
 
 def test_values_that_are_not_there_leave_dashes(tmp_path: Path) -> None:
     bare = {"value": None, "low": None, "high": None}
-    rows = [{"method": "circuit", "n": 0, "missing": 9, "good": bare, "ratio": {"value": float("nan")}}]
+    rows = [{"method": "circuit", "n": 0, "missing": 9, "good": bare, "ratio": {"value": None}}]
     root = built(write_all(tmp_path, ("evaluation",), results=rows, frontier=[], comparisons=[], equal_ratio=None, chosen={}), tmp_path)
     assert "Nothing was measured" in figure(root, "outcome").text and root.all("table")[0].all("td")[0].text == "\u2013"
 

@@ -18,6 +18,7 @@ from typing import Any
 from emosteer.base.cache_folder import Say, cache_dir, locked, scratch, silent, writing
 from emosteer.base.errors import EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_file, write_text
+from emosteer.base.strict_json import loads
 
 MANIFEST = "emosteer.json"
 #: 2: of files that were proved to hold every tensor; earlier conversions are made again.
@@ -120,7 +121,7 @@ def _write_manifest(folder: Path, sha256: str, name: str) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a converted folder; None if there is none or it makes no sense."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = loads((folder / MANIFEST).read_text("utf-8"))
         shapes = [(type(size), type(sha256), type(time)) for size, sha256, time in manifest["files"].values()]
         named = isinstance(manifest["name"], str) and isinstance(manifest["gguf_sha256"], str)
         if manifest["schema"] == SCHEMA and named and shapes and set(shapes) == {(int, str, int)}:
