@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emosteer.base import stopping
 from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.base.files import sha256_file, write_error, write_text
 from emosteer.base.strict_json import loads
@@ -38,7 +39,8 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A temporary sibling of `folder`, gone when the block ends (unless renamed)."""
     path = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
-        yield path
+        with stopping.temporary(path):
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -51,12 +53,24 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     if _acquired(lock, say):
-        for left in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(folder)
     try:
         yield
     finally:
         lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left beside the folder: of its own, whose lock is held, and of others that nobody works on."""
+    from filelock import FileLock, Timeout
+
+    for left in folder.parent.glob(".*.part"):
+        name = left.name[1:].rsplit(".", 2)[0]
+        if name == folder.name:
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(folder.parent / f".{name}.lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _acquired(lock: BaseFileLock, say: Say) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from emosteer.base import stopping
 from emosteer.base.cache_folder import cache_dir, writing
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.progress import note
@@ -142,6 +143,7 @@ def _started(python: str, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
 
     watcher = threading.Thread(target=sweep, daemon=True)
     watcher.start()
+    stopping.groups.add(process.pid)
     try:
         yield process
     except BaseException:
@@ -152,6 +154,7 @@ def _started(python: str, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
             process.wait(PATIENCE)
         if process.poll() is None:
             process.kill()
+        stopping.groups.discard(process.pid)
         watcher.join(PATIENCE)
         if process.stdout:
             process.stdout.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from emosteer.base.cache_folder import Say, cache_dir, remembered_sha256, silent
+from emosteer.base.cache_folder import Say, cache_dir, locked, remembered_sha256, silent, writing
 from emosteer.base.errors import ModelError, first_line, suggest
 from emosteer.base.files import write_error
 from emosteer.models.weights import packages
@@ -81,9 +81,9 @@ def gguf_file(reference: str, *, progress: Say | None = None) -> Path | None:
     path = Path(reference).expanduser()
     with _readable(reference):
         if model := _packaged().get(reference.lower()):
-            room = cache_dir() / "downloads"
-            room.mkdir(parents=True, exist_ok=True)
-            return packages.packaged_file(model, room / model.file, progress or silent)
+            place, say = cache_dir() / "downloads" / model.file, progress or silent
+            with writing(place), locked(place, say):
+                return packages.packaged_file(model, place, say)
         if path.is_dir() and not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
             return files[0] if len(files) == 1 else None
