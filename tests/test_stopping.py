@@ -76,7 +76,8 @@ def test_before_and_after_the_command_it_ends_at_once(stop: Stop) -> None:
 )
 def test_what_does_not_end_by_itself_is_ended_and_leaves_nothing(stop: Stop, tmp_path: Path, stuck: str) -> None:
     program = (
-        "    from pathlib import Path\n    from emosteer.base.cache_folder import scratch\n    from emosteer.base.files import atomic_path\n"
+        "    from pathlib import Path\n    from emosteer.base.cache_folder import scratch\n"
+        "    from emosteer.base.files import atomic_path\n"
         f"    with scratch(Path({str(tmp_path / 'folder')!r})) as room, atomic_path(Path({str(tmp_path / 'file')!r})):\n"
         "        (room / 'half').write_text('x')\n" + "    " + stuck.replace("\n", "\n    ")
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from emosteer.base import stopping
 from emosteer.base.errors import EmosteerError, ModelError
 from emosteer.base.files import sha256_file, write_error, write_text
+from emosteer.base.ownership import stranger
 from emosteer.base.strict_json import loads
 
 if TYPE_CHECKING:
@@ -34,6 +35,37 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "emosteer"
 
 
+def make_folder(path: Path) -> Path:
+    """Makes a folder of the cache, and those above it that are missing; others may read but not write, whatever the umask says."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            folder.mkdir(mode=0o755, exist_ok=True)
+    return path
+
+
+def stranger_in_cache(path: Path) -> str | None:
+    """Why what lies at a path of the cache cannot be believed: somebody else could have put it there (`ownership.stranger`). Whoever
+    names a cache folder with $EMOSTEER_CACHE trusts its owner."""
+    folder, chosen = cache_dir(), None
+    if os.environ.get("EMOSTEER_CACHE"):
+        with contextlib.suppress(OSError):
+            chosen = folder.stat().st_uid
+    return stranger(path, chosen)
+
+
+def require_trusted(path: Path) -> None:
+    """Refuses weights in the cache that somebody else could have exchanged.
+
+    Raises:
+        ModelError: naming the place and what to do.
+    """
+    if why := stranger_in_cache(path):
+        raise ModelError(
+            f"the cache cannot be trusted: {why}, so that the weights could be exchanged; run `chmod go-w` there, or set EMOSTEER_CACHE to "
+            "a folder of your own"
+        )
+
+
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A temporary sibling of `folder`, gone when the block ends (unless renamed)."""
@@ -50,7 +82,7 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
     """One process or thread at a time works on `folder`. The kernel drops the lock of a killed process; what it left is swept."""
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     if _acquired(lock, say):
         _sweep(folder)
@@ -106,17 +138,20 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def remembered_sha256(path: Path, say: Say) -> str:
-    """SHA-256 of a file, remembered in the cache by its path, size and modification time. A cache that cannot be written is no error."""
+    """SHA-256 of a file, remembered in the cache by its path, size and modification time. A cache that cannot be written is no error, and
+    one that others can write to is not asked, since what it remembers decides what is trusted."""
     path = path.resolve()
     stat = path.stat()
     memory = cache_dir() / "hashes.json"
-    entry = _remembered(memory).get(str(path))
+    known = {} if stranger_in_cache(memory) else _remembered(memory)
+    entry = known.get(str(path))
     if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns] and isinstance(entry[-1], str):
         return entry[-1]
     if stat.st_size > _LONG_HASH:
         say(f"taking the sha256 of {path.name} ({megabytes(stat.st_size)}, once)")
     sha256 = sha256_file(path)
-    with contextlib.suppress(EmosteerError):  # an entry lost to another writer costs one more reading, nothing else
+    with contextlib.suppress(EmosteerError, OSError):  # an entry lost to another writer costs one more reading, nothing else
+        make_folder(memory.parent)
         write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
     return sha256
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from emosteer.base import stopping
-from emosteer.base.cache_folder import cache_dir, writing
+from emosteer.base.cache_folder import cache_dir, make_folder, writing
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.progress import note
 from emosteer.base.strict_json import loads
@@ -74,7 +74,7 @@ def run(python: str, task: Task, what: str) -> Iterator[tuple[int, dict[str, Any
     """
     room = cache_dir() / "vllm"
     with writing(room):
-        room.mkdir(parents=True, exist_ok=True)
+        make_folder(room)
         handle, name = tempfile.mkstemp(dir=room, prefix=time.strftime("%Y%m%d-%H%M%S-"), suffix=".log")
     log = Path(name)
     note(f"starting vLLM ({what}, {len(task.requests)} replies); its log: {log}")
