@@ -166,12 +166,13 @@ def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], sett
     patched = list(samples[: settings.true_groups])
     local = team.attribution_patching(patched, "patch-some")
     units: list[Unit] = []
-    half = settings.true_units // 2
+    shape = team.model.shape
+    count = min(settings.true_units, shape.n_layers * (shape.n_heads + shape.d_mlp))
+    half = count // 2
     draw = random.Random(f"{settings.seed}/patches")
     emotion = draw.randrange(len(team.directions.emotions))
     units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
-    shape = team.model.shape
-    while len(units) < settings.true_units:
+    while len(units) < count:
         make, size = draw.choice(((Head, shape.n_heads), (Neuron, shape.d_mlp)))
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:

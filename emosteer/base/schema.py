@@ -20,8 +20,6 @@ from emosteer.base.errors import ArtifactError
 
 #: Layers, emotions and neurons of a layer that a file may speak of; well above any model that there is.
 MAX_LAYERS, MAX_EMOTIONS, MAX_WIDTH = 4096, 256, 2**20
-#: The largest strength, either way; text breaks far below.
-MAX_STRENGTH = 1000.0
 _TYPES: Mapping[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "bool": (torch.bool,),
@@ -59,7 +57,6 @@ MISSING: Any = None
 Names = Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=MAX_EMOTIONS), AfterValidator(_names)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Layers = Annotated[list[Layer], Field(max_length=MAX_LAYERS), AfterValidator(_distinct)]
-Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from emosteer.base import schema
 from emosteer.base.artifacts import Artifact
 from emosteer.base.errors import ArtifactError
-from emosteer.base.schema import MISSING, Count, Fields, Layers, Names, Record, Share, Strength, Text
+from emosteer.base.schema import MISSING, Count, Fields, Layers, Names, Record, Share, Text
+from emosteer.circuits.dial import MAX_STRENGTH
 
 #: Name -> type and dimensions of every tensor (`Circuit`).
 TENSORS = {
@@ -23,14 +24,15 @@ TENSORS = {
     "rms": "float n_layers",
     "learned_residual": "float? emotion residual d_model",
 }
-_Strengths = Annotated[list[Annotated[float, Field(ge=0, le=schema.MAX_STRENGTH)]], Field(min_length=1, max_length=10_000)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+_Strengths = Annotated[list[Annotated[float, Field(ge=0, le=MAX_STRENGTH)]], Field(min_length=1, max_length=10_000)]
 _Ratio = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Points(Record):
     """What was measured at some strengths of one emotion: one entry for each, of everything."""
 
-    strength: Annotated[list[Annotated[float, Field(ge=0, le=schema.MAX_STRENGTH)]], Field(max_length=10_000)]
+    strength: Annotated[list[Annotated[float, Field(ge=0, le=MAX_STRENGTH)]], Field(max_length=10_000)]
     judged: list[Share]
     n: list[Count]
     error: list[Annotated[float, Field(ge=0, le=1e6)] | None]
@@ -148,7 +150,7 @@ def check(found: Artifact) -> dict[str, int]:
         raise ArtifactError(f"{path}: expected 'z_delta' as wide as {n_heads} heads of one size, found {sizes['width']}; make it again")
     schema.check_members(fields.residual_layers, n_layers, "residual_layers", path)
     schema.check_members(fields.metrics.band, n_layers, "metrics.band", path)
-    schema.check_within(tensors["strength"], -schema.MAX_STRENGTH, schema.MAX_STRENGTH, "strength", path)
+    schema.check_within(tensors["strength"], -MAX_STRENGTH, MAX_STRENGTH, "strength", path)
     schema.check_within(tensors["rms"], 0, float("inf"), "rms", path)
     for column, (name, size) in enumerate({"emotion": sizes["emotion"], "layer": n_layers, "neuron": fields.d_mlp}.items()):
         schema.check_within(tensors["neuron_index"][:, column], 0, size - 1, f"neuron_index ({name})", path)

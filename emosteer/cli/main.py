@@ -15,6 +15,7 @@ from emosteer.base.errors import EmosteerError, says_out_of_memory
 from emosteer.cli.ablate import ablate
 from emosteer.cli.build import build
 from emosteer.cli.calibrate import calibrate
+from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
@@ -43,18 +44,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(build)
+app.command(cls=CheckedCommand)(build)
 app.add_typer(models, name="models")
-app.command()(extract)
-app.command()(ablate)
-app.command()(circuit)
-app.command()(calibrate)
-app.command()(evaluate)
-app.command()(report)
-app.command()(inspect)
-app.command()(generate)
-app.command()(export)
-app.command()(judge)
+app.command(cls=CheckedCommand)(extract)
+app.command(cls=CheckedCommand)(ablate)
+app.command(cls=CheckedCommand)(circuit)
+app.command(cls=CheckedCommand)(calibrate)
+app.command(cls=CheckedCommand)(evaluate)
+app.command(cls=CheckedCommand)(report)
+app.command(cls=CheckedCommand)(inspect)
+app.command(cls=CheckedCommand)(generate)
+app.command(cls=CheckedCommand)(export)
+app.command(cls=CheckedCommand)(judge)
 
 
 def _version(wanted: bool) -> None:
