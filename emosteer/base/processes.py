@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -215,6 +216,7 @@ class Crew:
                 time.sleep(BEAT)
 
         threading.Thread(target=beat, daemon=True, name="signs of life").start()
+        stopping.install(signal.SIGTERM)
         stopping.on_term(self._why_stopped)
         stopping.quiet(not self.lead)
 

@@ -40,17 +40,22 @@ class _State:
     told = False
     stopping = False
     caught = False
+    watched = False
     silent = False
 
 
-def install() -> None:
-    """Takes both signals over for a command line; called once, before anything else is imported. A signal that is ignored stays so."""
+def install(*numbers: signal.Signals) -> None:
+    """Takes signals over, both where none is named: a command line does so before anything else is imported. One that is ignored stays
+    so, as `nohup` and background jobs of scripts want it."""
     import contextlib
     import threading
 
-    for number in CODES:
+    for number in numbers or CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _received)
+    if _State.watched:
+        return
+    _State.watched = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(ValueError):
