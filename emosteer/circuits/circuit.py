@@ -79,7 +79,7 @@ class Circuit:
         dense = torch.zeros(len(self.emotions), self.z_delta.shape[1], self.d_mlp)
         if len(self.neuron_index):
             e, layer, neuron = self.neuron_index.T
-            dense[e, layer, neuron] = self.neuron_delta
+            dense[e, layer, neuron] = self.neuron_delta.float()
         return dense
 
     def steering(self, model: Model) -> dict[Site, Tensor]:

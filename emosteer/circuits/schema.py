@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -43,6 +44,41 @@ class Points(Record):
     def lengths(self) -> set[int]:
         """How many entries there are; one number where they agree."""
         return {len(values) for values in (self.strength, self.judged, self.n, self.error, self.ratio, self.sound, self.names)}
+
+
+class Checked(Points):
+    """The points of one emotion at several places of the dial, on other prompts."""
+
+    intensity: list[Annotated[float, Field(ge=0, le=100)]]
+
+    def lengths(self) -> set[int]:
+        return super().lengths() | {len(self.intensity)}
+
+
+class Tested(Record):
+    """What a check was made on."""
+
+    n_groups: Count
+
+
+class Check(Record):
+    """What `calibrate --check` writes (`calibration-check.json`)."""
+
+    kind: Literal["calibration-check"]
+    emotions: dict[Text, Checked]
+    test: Tested
+
+
+def check_of_dial(raw: object, path: Path) -> None:
+    """Refuses a check of the dial that is malformed.
+
+    Raises:
+        ArtifactError: naming file, field, what was expected and what was found.
+    """
+    found = schema.check_fields(Check, raw, path)
+    for emotion, row in found.emotions.items():
+        if len(row.lengths()) > 1:
+            raise ArtifactError(f"{path}: expected the lists of 'emotions.{emotion}' to be equally long, found them unequal; make it again")
 
 
 class Broke(Points):
