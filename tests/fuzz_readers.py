@@ -1,4 +1,6 @@
-"""Everything that is read from a file, given files that were broken on purpose: `python tests/fuzz_readers.py [--seeds 0:10000] [--only NAME]`.
+"""Everything that is read from a file, given files that were broken on purpose.
+
+`python tests/fuzz_readers.py [--seeds 0:10000] [--only NAME]`, or `make fuzz`.
 
 A case is a whole file of one kind with one to three changes of its values, text or bytes. A reader may take it or refuse it by an
 `EmosteerError` of one line; anything else that leaves it, more than `PATIENCE` seconds, or an artefact that is taken and then holds a
@@ -62,7 +64,7 @@ from emosteer.scenarios.scenarios import read_bank, read_scenarios
 from tests.helpers import report_setup, whole_artefacts
 from tests.helpers.tiny_project import write_tiny_project
 
-PATIENCE = 10
+PATIENCE = 30
 #: Values that no field expects.
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 7, 99, 2**31, 2**63, 10**30, 10**299, -(10**18), 0.5, -0.5, 1e30, 1e-300, -1e308, "", " ", "text", "NaN",

@@ -83,6 +83,9 @@ def check(found: Artifact) -> dict[str, int]:
     for form in fields.forms:
         wanted |= {f"{form}.heads": "float emotion n_layers n_heads", f"{form}.neurons": "float emotion n_layers d_mlp"}
     sizes = schema.check_tensors(found.tensors, wanted, {"emotion": len(fields.emotions)}, path)
+    verified = fields.verification.model_fields_set
+    if verified & {"heads", "neurons"} and "prompts" not in verified:
+        raise ArtifactError(f"{path} lacks 'verification.prompts'; make it again")
     schema.check_members(fields.band, sizes["n_layers"], "band", path)
     if isinstance(fields.patches, Patches):
         lengths = {len(fields.patches.units), len(fields.patches.estimate), len(fields.patches.truth)}

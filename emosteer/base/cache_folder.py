@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emosteer.base import stopping
+from emosteer.base import files, stopping
 from emosteer.base.errors import EmosteerError, ModelError
-from emosteer.base.files import sha256_file, write_error, write_text
+from emosteer.base.files import claim, sha256_file, write_error, write_text
 from emosteer.base.ownership import stranger
 from emosteer.base.strict_json import loads
 
@@ -68,13 +70,37 @@ def require_trusted(path: Path) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of `folder`, gone when the block ends (unless renamed)."""
+    """A temporary sibling of `folder`, gone when the block ends (unless renamed). Those of killed processes are cleared first."""
+    _clear_abandoned(folder)
     path = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
-        with stopping.temporary(path):
+        with stopping.temporary(path), _held(path):
             yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder while the block runs; False where somebody else has it, or folders cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield claim(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Removes what killed processes left of `scratch`: whoever is alive holds a lock on its own."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * 8}.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > files.FRESH:
+                with _held(left) as abandoned:
+                    shutil.rmtree(left, ignore_errors=True) if abandoned else None
 
 
 @contextlib.contextmanager

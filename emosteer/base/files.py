@@ -39,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         temporary = Path(name)
         with os.fdopen(handle, "rb"), stopping.temporary(temporary):
-            _claim(handle)
+            claim(handle)
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -53,8 +53,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _claim(handle: int) -> bool:
-    """Locks an open file as long as it stays open; False where somebody else has it, or there are no locks."""
+def claim(handle: int) -> bool:
+    """Locks an open file or folder as long as it stays open; False where somebody else has it, or there are no locks."""
     try:
         import fcntl  # not on every system
 
@@ -66,10 +66,10 @@ def _claim(handle: int) -> bool:
 
 def _sweep(path: Path) -> None:
     """Removes what killed processes left of earlier writings of the same file: whoever is alive holds a lock on its own."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):  # as tempfile names them
         with contextlib.suppress(OSError), left.open("rb") as file:
             # one that was made a moment ago may not be locked yet
-            if time.time() - os.fstat(file.fileno()).st_mtime > FRESH and _claim(file.fileno()):
+            if time.time() - os.fstat(file.fileno()).st_mtime > FRESH and claim(file.fileno()):
                 left.unlink()
 
 

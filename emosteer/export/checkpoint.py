@@ -218,8 +218,6 @@ def new_folder(out: Path, need: int) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if left := sorted(out.parent.glob(f".{out.name}.*.part")):
-        note(f"{left[0]} is left from an export that was killed; delete it if none is running now")
     free = shutil.disk_usage(out.parent).free
     if free < need:
         raise EmosteerError(f"cannot write {out}: it takes {megabytes(need)}, the disk has {megabytes(free)}; free some space")

@@ -138,7 +138,7 @@ def parse_labels(rows: Sequence[Mapping[str, Any]], path: Path, sheet: Sheet) ->
     for number, row in enumerate(rows, 1):
         label, answers, reader = row.get("label"), row.get("answers"), row.get("reader")
         if label not in HAND_LABELS or not isinstance(row.get("text_sha256"), str):
-            problem = f"a row with {', '.join(row) or 'no field'}" if "label" not in row else f"the label {json.dumps(label)}"
+            problem = f"a row with {', '.join(row)[:60] or 'no field'}" if "label" not in row else f"the label {json.dumps(label)[:60]}"
             raise DataError(f"{path}, row {number}: expected a text_sha256 and a label of {', '.join(HAND_LABELS)}, found {problem}")
         if not isinstance(answers, (bool, type(None))) or not isinstance(reader, (str, type(None))):
             raise DataError(f"{path}, row {number}: expected answers to be true or false and reader to be a text; correct the row")

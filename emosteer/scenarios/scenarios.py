@@ -169,7 +169,7 @@ def read_bank(path: Path | str) -> Bank:
         scenario, emotion, text = (text_field(row.get(k), k, where) for k in ("skeleton_id", "emotion", "text"))
         valence = "" if row.get("valence") is None else text_field(row["valence"], "valence", where)
         if valence and valence not in VALENCES:
-            raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
+            raise DataError(f"{where}: unknown valence '{valence[:40]}'{suggest(valence[:40], VALENCES)}; expected {', '.join(VALENCES)}")
         replies = bank.setdefault(GroupKey(scenario, valence), {})
         if emotion in replies:
             raise DataError(f"{where}: {scenario}/{valence} already has a reply for '{emotion}'; one reply per group and emotion")
