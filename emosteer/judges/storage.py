@@ -62,6 +62,6 @@ def load_adapter(path: Path, name: str) -> Adapter:
 def _checked(path: Path) -> artifacts.Artifact:
     artifact = artifacts.load(path, KIND)
     if artifact.fields.get("encoder") != ENCODER:
-        raise ArtifactError(f"{path} reads the encoder {artifact.fields.get('encoder')}, expected {ENCODER}; run `make judge`")
+        raise ArtifactError(f"{path} reads the encoder {str(artifact.fields.get('encoder'))[:60]}, expected {ENCODER}; run `make judge`")
     schema.check(artifact)
     return artifact
