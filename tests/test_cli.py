@@ -389,6 +389,7 @@ BAD = [
     (["generate", "x", "-m", "./tiny"], 2, "--emotion is missing"),
     (["generate", "x", "-e", "anger", "--strength", "much"], 2, "'--strength'"),
     (["generate", "x", "-e", "anger", "--strength", "nan", "-m", "./tiny"], 2, "--strength"),
+    (["report", "--model", ""], 2, "expected the name of a model in --model, found ''"),
     (["generate", "x", "-e", "anger", "--strength", "inf", "-m", "./tiny"], 2, "--strength"),
     (["generate", "x", "-e", "anger", "--method", "circut", "-m", "./tiny"], 2, "did you mean 'circuit'"),
     (["generate", "x", "-e", "anger", "-m", "smolm2-135m"], 1, "did you mean"),

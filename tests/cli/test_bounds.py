@@ -20,11 +20,12 @@ from emosteer.evaluation.bootstrap import Draws, torch_seed
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.generation.decoding import Decoding
 
+ROOT: Any = get_command(cli.app)
+
 
 def numbers(kind: type) -> Iterator[tuple[str, Any]]:
     """(command, option) of every option that takes a number of this kind."""
-    root: Any = get_command(cli.app)
-    commands = dict(root.commands) | {f"models {name}": command for name, command in root.commands["models"].commands.items()}
+    commands = dict(ROOT.commands) | {f"models {name}": command for name, command in ROOT.commands["models"].commands.items()}
     for name, command in commands.items():
         hints = typing.get_type_hints(command.callback) if command.callback else {}
         for option in command.params:
@@ -42,7 +43,7 @@ INTEGERS, FLOATS = list(numbers(int)), list(numbers(float))
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The line with which a command line is refused as wrong."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
+        cli.guarded(lambda: ROOT.main(list(arguments), prog_name="emosteer", standalone_mode=False))  # as `main`, which builds it anew
     line = capsys.readouterr().err
     assert ended.value.code == 2 and line.count("\n") == 1, line
     return line
