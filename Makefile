@@ -10,12 +10,13 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-everywhere check format clean circuits judge evaluate report reproduce bench notebook families cuda
+.PHONY: help setup demo test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families cuda
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
+	@echo "make fuzz         broken files for every reader, nonsense for every option, kills at random moments (about half an hour)"
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
 	@echo "make judge        fit the judges again from data/judge/ and PUBLIC=FOLDER (bit for bit on one machine) and print their card"
@@ -43,6 +44,11 @@ test: setup
 # Three levels of instructions x one and two threads; three random orders. Stops at the first that fails, whose settings it has printed.
 test-everywhere: setup
 	$(BIN)/python tests/everywhere.py
+
+fuzz: setup
+	$(BIN)/python tests/fuzz_readers.py
+	$(BIN)/python tests/fuzz_options.py
+	$(BIN)/python tests/kills.py
 
 check: setup
 	$(BIN)/ruff format --check emosteer tests bench

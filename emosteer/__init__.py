@@ -7,9 +7,10 @@
 docs/API.md describes every name. Importing this package is instant: what a name needs (torch above all) is imported when the name is used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+#: typing takes longer to import than this package, and until it is imported nothing guards a command against Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
     from emosteer.api.loading import load
@@ -68,10 +69,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'emosteer' has no attribute '{name}'; docs/API.md lists {', '.join(__all__)}")
+    from importlib import import_module
+
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -1,6 +1,6 @@
 """``python -m emosteer``: the same entry point as the console script."""
 
-from emosteer.cli.main import main
+from emosteer.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -43,7 +43,7 @@ LIGHT = (
     *("calibration.settings", "evaluation.settings", "writing.settings", "generation.decoding", "judges.registry", "judges.by_hand"),
     "judges.by_hand_scores",
 )
-LIGHT_BUT = ("base.artifacts", "base.pieces", "cli.print_artifacts")
+LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

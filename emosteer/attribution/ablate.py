@@ -185,15 +185,16 @@ class _Team:
 def _patches(team: _Team, estimates: UnitScores, samples: Sequence[Sample], settings: AblateSettings) -> dict[str, Any]:
     """Really patches the best units of one emotion per group set and a random sample, and compares with the estimate on the same groups."""
     units: list[Unit] = []
-    half = settings.true_units // 2
+    shape = team.model.shape
+    count = min(settings.true_units, shape.n_layers * (shape.n_heads + shape.d_mlp))
+    half = count // 2
     draw = random.Random(f"{settings.seed}/patches")
     emotion = draw.randrange(len(team.directions.emotions))
     patched = [sample for sample in samples if emotion in sample.held][: settings.true_groups]
     local = team.attribution_patching(patched, "patch-some")
     units += top_units(estimates.heads[emotion], half // 2, Head) + top_units(estimates.neurons[emotion], half - half // 2, Neuron)
-    shape = team.model.shape
     kinds = [(make, size) for make, size in ((Head, shape.n_heads), (Neuron, shape.d_mlp)) if size]
-    while len(units) < min(settings.true_units, shape.n_layers * (shape.n_heads + shape.d_mlp)):
+    while len(units) < count:
         make, size = draw.choice(kinds)
         unit = make(draw.randrange(shape.n_layers), draw.randrange(size))
         if unit not in units:

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from emosteer.attribution import schema
 from emosteer.attribution.unit_scores import UnitScores
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
-from emosteer.base.errors import ArtifactError
 
 KIND = "scores"
 SCORE_FORMS = ("contrast", "raw", "patch", "effect")
@@ -58,11 +58,17 @@ class Scores:
         Raises:
             ArtifactError: if it is not one.
         """
-        artifact = artifacts.load(path, KIND)
-        f, t = artifact.fields, artifact.tensors
-        try:
-            forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
-            emotions, band = tuple(f["emotions"]), tuple(f["band"])
-            return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], artifact.provenance)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} lacks a part of the scores ({error}); make it again") from error
+        return cls.from_artifact(artifacts.load(path, KIND))
+
+    @classmethod
+    def from_artifact(cls, found: artifacts.Artifact) -> Scores:
+        """Makes the value from a loaded artefact of kind "scores".
+
+        Raises:
+            ArtifactError: if a part is missing, nonsense, or does not fit the others.
+        """
+        schema.check(found)
+        f, t = found.fields, found.tensors
+        forms = {name: UnitScores(t[f"{name}.heads"], t[f"{name}.neurons"]) for name in f["forms"]}
+        emotions, band = tuple(f["emotions"]), tuple(f["band"])
+        return cls(emotions, forms, t["importance"], band, f["verification"], f["patches"], f["curves"], found.provenance)

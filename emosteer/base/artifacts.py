@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 from emosteer import __version__
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import atomic_path, sha256_file
+from emosteer.base.schema import Fields, Text, check_fields
+from emosteer.base.strict_json import Malformed, loads
 
 #: Raised by one whenever a reader of the previous schema would misread a file.
 SCHEMA_VERSION = 1
@@ -37,16 +40,17 @@ class Provenance:
     in files of versions that did not keep it.
     """
 
-    model: str
-    model_sha256: str
-    template_sha256: str
-    method: str
+    model: Text
+    model_sha256: Text
+    template_sha256: Text
+    method: Text
     params: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    data: dict[str, str] = field(default_factory=dict)
-    parents: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    command: str | None = None
+    seed: Annotated[int, Field(strict=True)] = 0
+    data: dict[Text, Text] = field(default_factory=dict)
+    parents: dict[Text, Text] = field(default_factory=dict)
+    versions: dict[Text, Text] = field(default_factory=dict)
+    command: Text | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def record(self) -> dict[str, Any]:
         """As it stands in a file: no key for a command that is not known."""
@@ -55,6 +59,15 @@ class Provenance:
     def origin(self) -> dict[str, Any]:
         """What keys of kept progress are made from: how a thing was made counts, not with which versions or how the command was put."""
         return {name: value for name, value in asdict(self).items() if name != "command"} | {"versions": None}
+
+
+class Header(Fields):
+    """What the JSON header of every artefact holds; `fields` are checked by the schema of the kind."""
+
+    schema_: Annotated[str, Field(alias="schema", pattern=r"^emosteer/[a-z -]+$")]
+    schema_version: int
+    fields: dict[str, Any]
+    provenance: Provenance
 
 
 class Identified(Protocol):
@@ -110,7 +123,7 @@ def load_fields(path: Path, kind: str) -> dict[str, Any] | None:
     """The plain fields of an artefact without its tensors; None where it is missing, damaged or of another kind."""
     try:
         with safe_open(Path(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+            header = loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
     except (SafetensorError, OSError, ValueError):
         return None
     fields = header.get("fields") if isinstance(header, dict) and header.get("schema") == f"emosteer/{kind}" else None
@@ -151,15 +164,11 @@ def load(path: Path, kind: str | None = None) -> Artifact:
 
 def _checked(path: Path, text: str, tensors: dict[str, Tensor], kind: str | None) -> Artifact:
     try:
-        header = json.loads(text)
-        schema, version = header["schema"], header["schema_version"]
-        provenance = Provenance(**header["provenance"])
-        fields = header["fields"]
-        if not isinstance(fields, dict):
-            raise TypeError(f"'fields' is a {type(fields).__name__}")
-    except (ValueError, KeyError, TypeError) as error:
+        header = loads(text)
+    except Malformed as error:
         raise ArtifactError(f"{path} has a malformed emosteer header ({error}); make it again") from error
-    made_kind = str(schema).removeprefix("emosteer/")
+    found = check_fields(Header, header, path, "a malformed emosteer header")
+    made_kind, version, fields, provenance = found.schema_.removeprefix("emosteer/"), found.schema_version, found.fields, found.provenance
     if kind is not None and made_kind != kind:
         raise ArtifactError(f"expected an artefact of kind '{kind}', found '{made_kind}' in {path}")
     if version != SCHEMA_VERSION:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emosteer.base import files, stopping
 from emosteer.base.errors import EmosteerError, ModelError
-from emosteer.base.files import sha256_file, write_error, write_text
+from emosteer.base.files import claim, sha256_file, write_error, write_text
+from emosteer.base.ownership import stranger
+from emosteer.base.strict_json import loads
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -32,14 +37,70 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "emosteer"
 
 
+def make_folder(path: Path) -> Path:
+    """Makes a folder of the cache, and those above it that are missing; others may read but not write, whatever the umask says."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            folder.mkdir(mode=0o755, exist_ok=True)
+    return path
+
+
+def stranger_in_cache(path: Path) -> str | None:
+    """Why what lies at a path of the cache cannot be believed: somebody else could have put it there (`ownership.stranger`). Whoever
+    names a cache folder with $EMOSTEER_CACHE trusts its owner."""
+    folder, chosen = cache_dir(), None
+    if os.environ.get("EMOSTEER_CACHE"):
+        with contextlib.suppress(OSError):
+            chosen = folder.stat().st_uid
+    return stranger(path, chosen)
+
+
+def require_trusted(path: Path) -> None:
+    """Refuses weights in the cache that somebody else could have exchanged.
+
+    Raises:
+        ModelError: naming the place and what to do.
+    """
+    if why := stranger_in_cache(path):
+        raise ModelError(
+            f"the cache cannot be trusted: {why}, so that the weights could be exchanged; run `chmod go-w` there, or set EMOSTEER_CACHE to "
+            "a folder of your own"
+        )
+
+
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of `folder`, gone when the block ends (unless renamed)."""
+    """A temporary sibling of `folder`, gone when the block ends (unless renamed). Those of killed processes are cleared first."""
+    _clear_abandoned(folder)
     path = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
-        yield path
+        with stopping.temporary(path), _held(path):
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder while the block runs; False where somebody else has it, or folders cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield claim(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Removes what killed processes left of `scratch`: whoever is alive holds a lock on its own."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * 8}.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > files.FRESH:
+                with _held(left) as abandoned:
+                    shutil.rmtree(left, ignore_errors=True) if abandoned else None
 
 
 @contextlib.contextmanager
@@ -47,15 +108,27 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
     """One process or thread at a time works on `folder`. The kernel drops the lock of a killed process; what it left is swept."""
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     if _acquired(lock, say):
-        for left in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(folder)
     try:
         yield
     finally:
         lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left beside the folder: of its own, whose lock is held, and of others that nobody works on."""
+    from filelock import FileLock, Timeout
+
+    for left in folder.parent.glob(".*.part"):
+        name = left.name[1:].rsplit(".", 2)[0]
+        if name == folder.name:
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(folder.parent / f".{name}.lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _acquired(lock: BaseFileLock, say: Say) -> bool:
@@ -91,24 +164,27 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def remembered_sha256(path: Path, say: Say) -> str:
-    """SHA-256 of a file, remembered in the cache by its path, size and modification time. A cache that cannot be written is no error."""
+    """SHA-256 of a file, remembered in the cache by its path, size and modification time. A cache that cannot be written is no error, and
+    one that others can write to is not asked, since what it remembers decides what is trusted."""
     path = path.resolve()
     stat = path.stat()
     memory = cache_dir() / "hashes.json"
-    entry = _remembered(memory).get(str(path))
+    known = {} if stranger_in_cache(memory) else _remembered(memory)
+    entry = known.get(str(path))
     if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns] and isinstance(entry[-1], str):
         return entry[-1]
     if stat.st_size > _LONG_HASH:
         say(f"taking the sha256 of {path.name} ({megabytes(stat.st_size)}, once)")
     sha256 = sha256_file(path)
-    with contextlib.suppress(EmosteerError):  # an entry lost to another writer costs one more reading, nothing else
+    with contextlib.suppress(EmosteerError, OSError):  # an entry lost to another writer costs one more reading, nothing else
+        make_folder(memory.parent)
         write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
     return sha256
 
 
 def _remembered(memory: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        entries = json.loads(memory.read_text("utf-8"))
+        entries = loads(memory.read_text("utf-8"))
         return entries if isinstance(entries, dict) else {}
     return {}
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emosteer.base import stopping
 from emosteer.base.errors import DataError, EmosteerError
+from emosteer.base.strict_json import Malformed, loads
+
+#: Seconds during which a temporary file counts as somebody's, locked or not.
+FRESH = 60.0
+#: Bytes that a text file may have: more would not fit into memory a few times over.
+MAX_TEXT = 2**30
 
 
 @contextlib.contextmanager
@@ -26,20 +35,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
         temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        with os.fdopen(handle, "rb"), stopping.temporary(temporary):
+            claim(handle)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            temporary = None
     except OSError as error:
         raise write_error(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def claim(handle: int) -> bool:
+    """Locks an open file or folder as long as it stays open; False where somebody else has it, or there are no locks."""
+    try:
+        import fcntl  # not on every system
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes left of earlier writings of the same file: whoever is alive holds a lock on its own."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):  # as tempfile names them
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            # one that was made a moment ago may not be locked yet
+            if time.time() - os.fstat(file.fileno()).st_mtime > FRESH and claim(file.fileno()):
+                left.unlink()
 
 
 def write_error(path: Path, error: OSError) -> EmosteerError:
@@ -78,9 +109,12 @@ def read_text(path: Path, what: str = "file") -> str:
     if path.is_dir():
         raise DataError(f"expected a {what}, found the directory {path}; name the file inside it")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:  # a pipe is welcome; its end is not in sight
+            data = file.read(MAX_TEXT + 1)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > MAX_TEXT:
+        raise DataError(f"expected {what} {path} to be at most {MAX_TEXT // 2**20} MiB, found more; split it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,11 +149,9 @@ def parse_jsonl(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: expected a JSON object, found malformed JSON ({error.msg} at column {error.colno})"
-            ) from error
+            row = loads(line)
+        except Malformed as error:
+            raise DataError(f"{name}:{number}: expected a JSON object, found malformed JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{name}:{number}: expected a JSON object, found a {type(row).__name__}")
         yield number, row

@@ -12,6 +12,7 @@ from typing import Any
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.base.files import parse_jsonl, read_jsonl, write_error
+from emosteer.base.strict_json import loads
 
 
 class JsonlLog:
@@ -120,7 +121,7 @@ def _mend(path: Path, start: bytes) -> None:
     if not tail.strip() or not _only_rows(data[:at]):  # a file that is not ours is left alone; reading it reports the line
         return
     try:
-        whole = isinstance(json.loads(tail), dict)
+        whole = isinstance(loads(tail), dict)
     except ValueError:
         if tail.startswith(start) or start.startswith(tail):
             os.truncate(path, at)
@@ -133,6 +134,6 @@ def _mend(path: Path, start: bytes) -> None:
 def _only_rows(data: bytes) -> bool:
     """Whether every line is a JSON object."""
     try:
-        return all(isinstance(json.loads(line), dict) for line in data.split(b"\n") if line.strip())
+        return all(isinstance(loads(line), dict) for line in data.split(b"\n") if line.strip())
     except ValueError:
         return False

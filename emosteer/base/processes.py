@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from emosteer.base import stopping
 from emosteer.base.errors import EmosteerError, UsageError
 
 #: Commands that can be run by several processes.
@@ -31,12 +32,6 @@ Item = TypeVar("Item")
 
 class ShareDone(Exception):
     """This process has done its share; the rest is process 0's."""
-
-
-class Stopped(EmosteerError):
-    """The run was told to end, most often because another of its processes died."""
-
-    exit_code = 143  # as the shell gives for SIGTERM
 
 
 def _number(name: str, default: int) -> int:
@@ -221,11 +216,12 @@ class Crew:
                 time.sleep(BEAT)
 
         threading.Thread(target=beat, daemon=True, name="signs of life").start()
-        signal.signal(signal.SIGTERM, self._stopped)
+        stopping.install(signal.SIGTERM)
+        stopping.on_term(self._why_stopped)
+        stopping.quiet(not self.lead)
 
-    def _stopped(self, *_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise Stopped(
+    def _why_stopped(self) -> str:
+        return (
             "stopped by torchrun, most likely because another process of this run died; "
             f"{self.kept()}; the same command goes on, with as many processes as you like"
         )

@@ -69,6 +69,10 @@ def _share_error(share: float, point: StrengthPoint) -> float:
     return math.sqrt(share * (1 - share) / len(point.judged))
 
 
+#: Strengths of the grid, and halvings between two of them: more would tell apart what no judge can.
+MAX_POINTS, MAX_HALVINGS = 100, 20
+
+
 @dataclass(frozen=True)
 class CalibrateSettings:
     """top: strongest tried, as a multiple of the circuit's default strength; points: of the grid, 0 included; refine: halvings between
@@ -88,8 +92,8 @@ class CalibrateSettings:
             check_intensity(self.default_intensity, "--default-intensity")
         checks = (
             (0 < self.top < float("inf"), f"--top must be above 0, found {self.top}"),
-            (self.points >= 2, f"--points must be at least 2, found {self.points}"),
-            (self.refine >= 0, f"--refine must be at least 0, found {self.refine}"),
+            (2 <= self.points <= MAX_POINTS, f"--points must lie between 2 and {MAX_POINTS}, found {self.points}"),
+            (0 <= self.refine <= MAX_HALVINGS, f"--refine must lie between 0 and {MAX_HALVINGS}, found {self.refine}"),
             (1 <= self.ratio < float("inf"), f"--ratio must be at least 1, found {self.ratio}"),
         )
         for fine, message in checks:

@@ -13,6 +13,8 @@ from torch import Tensor
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Identified, Provenance
 from emosteer.base.errors import ArtifactError
+from emosteer.base.schema import check_sizes
+from emosteer.circuits import schema
 from emosteer.circuits.dial import check_intensity, strength_for
 from emosteer.circuits.methods import METHODS, Part, source_of
 from emosteer.circuits.settings import learned_of
@@ -76,7 +78,7 @@ class Circuit:
         dense = torch.zeros(len(self.emotions), self.z_delta.shape[1], self.d_mlp)
         if len(self.neuron_index):
             e, layer, neuron = self.neuron_index.T
-            dense[e, layer, neuron] = self.neuron_delta
+            dense[e, layer, neuron] = self.neuron_delta.float()
         return dense
 
     def steering(self, model: Model) -> dict[Site, Tensor]:
@@ -193,26 +195,29 @@ class Circuit:
             ArtifactError: if it is not a circuit, is damaged, or is another model's.
         """
         found = artifacts.load(path, KIND)
-        if model is not None:
-            artifacts.require_model(found.provenance, model.sha256, model.name, path)
-        return cls.from_artifact(found)
+        if model is None:
+            return cls.from_artifact(found)
+        artifacts.require_model(found.provenance, model.sha256, model.name, path)
+        sizes = schema.check(found)
+        if isinstance(model, Model):
+            check_sizes(sizes, {**vars(model.shape), "width": model.shape.n_heads * model.shape.d_head}, model.name, path)
+        return cls._of(found)
 
     @classmethod
     def from_artifact(cls, found: artifacts.Artifact) -> Circuit:
-        """Makes the value from a loaded artefact of kind "circuit"."""
-        fields = dict(found.fields)
-        try:
-            return cls(
-                **{
-                    **fields,
-                    **found.tensors,
-                    "emotions": tuple(fields["emotions"]),
-                    "residual_layers": tuple(fields["residual_layers"]),
-                    "provenance": found.provenance,
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{found.path} lacks a part of a circuit ({error}); make it again") from error
+        """Makes the value from a loaded artefact of kind "circuit".
+
+        Raises:
+            ArtifactError: if a part is missing, nonsense, or does not fit the others.
+        """
+        schema.check(found)
+        return cls._of(found)
+
+    @classmethod
+    def _of(cls, found: artifacts.Artifact) -> Circuit:
+        fields = found.fields
+        tuples = {name: tuple(fields[name]) for name in ("emotions", "residual_layers")}
+        return cls(**{**fields, **tuples, **found.tensors, "provenance": found.provenance})
 
 
 def lacking(part: Part) -> ArtifactError:

@@ -12,6 +12,9 @@ DEAD_ZONE = 0.05
 #: The last share of the whole rise counts as reached: where a judge is as good as sure, more strength only spoils the text.
 SATURATED = 0.02
 
+#: The largest strength, either way, that can be asked for or stored; text breaks far below.
+MAX_STRENGTH = 1000.0
+
 
 def check_intensity(value: float, name: str = "--intensity") -> float:
     """Refuses what is no intensity.

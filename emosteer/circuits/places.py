@@ -33,6 +33,7 @@ def require_directions(model: Model, given: Path | None, places: Places) -> tupl
         )
     found = Directions.load(path)
     artifacts.require_model(found.provenance, model.sha256, model.name, path)
+    found.require_sizes(model.shape, model.name, path)
     return found, path
 
 

@@ -14,6 +14,8 @@ PRESETS = ("auto", "paper")
 READ_IN = ("auto", "bfloat16", "float32")
 #: What is learned of every head: its whole output, or one number that scales its contrast.
 LEARNED = ("outputs", "gains")
+#: Steps that learning may take; a hundred are usual.
+MAX_STEPS = 10_000
 RANKINGS = ("contrast", "raw", "effect")
 
 
@@ -83,8 +85,10 @@ class GainSettings:
             raise UsageError(f"expected a rate above 0, found {self.output_rate}")
         if self.dtype not in READ_IN:
             raise UsageError(f"unknown dtype '{self.dtype}'{suggest(self.dtype, READ_IN)}; expected {', '.join(READ_IN)}")
-        if self.steps < 0 or not 0 < self.keep <= 1:
-            raise UsageError(f"expected --gain-steps of at least 0 and --keep above 0 and up to 1, found {self.steps} and {self.keep}")
+        if not 0 <= self.steps <= MAX_STEPS or not 0 < self.keep <= 1:
+            raise UsageError(
+                f"expected --gain-steps from 0 to {MAX_STEPS} and --keep above 0 and up to 1, found {self.steps} and {self.keep}"
+            )
 
 
 @dataclass(frozen=True)

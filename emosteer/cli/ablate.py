@@ -10,6 +10,7 @@ import typer
 
 from emosteer.attribution.settings import ABLATIONS, ENHANCE, AblateSettings, CurveSettings
 from emosteer.base.errors import UsageError
+from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
@@ -24,9 +25,11 @@ from emosteer.cli.options import (
     RootOption,
     ScenariosOption,
     SeedOption,
-    finite,
     listed,
 )
+
+#: Points of a curve.
+MAX_SHARES = 100
 
 
 def ablate(
@@ -37,21 +40,25 @@ def ablate(
     replies: Annotated[Path | None, typer.Option(help="The bank that the directions were made with.", metavar="FILE")] = None,
     out: OutOption = None,
     curves: Annotated[bool, typer.Option(help="Measure ablation and enhancement curves.")] = True,
-    shares: Annotated[str, typer.Option(help="Shares of heads on the curves.")] = listed(CurveSettings.shares),
+    shares: Annotated[str, typer.Option(help="Shares of heads on the curves, at most 100.")] = listed(CurveSettings.shares),
     kinds: Annotated[str, typer.Option(help="zero, mean, resample, enhance.")] = listed(CurveSettings.kinds),
-    randoms: Annotated[int, typer.Option(min=0, help="Random sets of equal size per point.")] = CurveSettings.n_random,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per point and emotion.")] = CurveSettings.n_prompts,
-    strength: Annotated[float, typer.Option(help="Multiplier of the enhancement curves.")] = CurveSettings.strength,
+    randoms: Annotated[int, typer.Option(min=0, max=1000, help="Random sets of equal size per point.")] = CurveSettings.n_random,
+    prompts: Annotated[int, typer.Option(min=1, max=10_000, help="Prompts per point and emotion.")] = CurveSettings.n_prompts,
+    strength: Annotated[
+        float, typer.Option(min=-MAX_STRENGTH, max=MAX_STRENGTH, help="Multiplier of the enhancement curves.")
+    ] = CurveSettings.strength,
     neuron_shares: Annotated[str, typer.Option(help="Shares of neurons on the curves; '' for none.")] = listed(CurveSettings.neuron_shares),
-    patch_groups: Annotated[int, typer.Option(min=0, help="Groups for attribution patching.")] = AblateSettings.patch_groups,
-    true_units: Annotated[int, typer.Option(min=0, help="Units patched for real, half of them random.")] = AblateSettings.true_units,
+    patch_groups: Annotated[int, typer.Option(min=0, max=100_000, help="Groups for attribution patching.")] = AblateSettings.patch_groups,
+    true_units: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Units patched for real, half of them random.")
+    ] = AblateSettings.true_units,
     verify_prompts: Annotated[
-        int, typer.Option(min=0, help="Prompts for the check of contributions against real ablation.")
+        int, typer.Option(min=0, max=1000, help="Prompts for the check of contributions against real ablation.")
     ] = AblateSettings.verify_prompts,
     verify_neurons: Annotated[
-        int, typer.Option(min=0, help="Random neurons in that check (every head is in it).")
+        int, typer.Option(min=0, max=1_000_000, help="Random neurons in that check (every head is in it).")
     ] = AblateSettings.verify_neurons,
-    top: Annotated[int, typer.Option(min=1, help="Units to print per emotion.")] = 5,
+    top: Annotated[int, typer.Option(min=1, max=10_000, help="Units to print per emotion.")] = 5,
     seed: SeedOption = AblateSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -64,7 +71,6 @@ def ablate(
     for name in chosen:
         if name not in (*ABLATIONS, ENHANCE):
             raise UsageError(f"unknown kind '{name}'; expected {', '.join((*ABLATIONS, ENHANCE))}")
-    finite(strength, "--strength")
     settings = CurveSettings(
         _shares(shares, "--shares"), _shares(neuron_shares, "--neuron-shares"), chosen, randoms, prompts, strength, seed=seed
     )
@@ -104,6 +110,8 @@ def _shares(text: str, name: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError(f"expected {name} to be numbers with commas, found '{text}'") from error
+    if len(found) > MAX_SHARES:
+        raise UsageError(f"expected at most {MAX_SHARES} numbers in {name}, found {len(found)}")
     if any(not 0 < share <= 1 for share in found):
         raise UsageError(f"expected {name} to lie above 0 and up to 1, found '{text}'")
     return found

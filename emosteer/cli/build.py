@@ -48,14 +48,14 @@ def build(
     out: Annotated[Path | None, typer.Option(help="Directory for --split, file for --author.", show_default=False)] = None,
     author: Annotated[bool, typer.Option("--author", help="Have a language model write scenarios; goes on where --out ends.")] = False,
     domain: Annotated[str | None, typer.Option(help='What to write about: "night-shift nursing".', show_default=False)] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Scenarios that --out is to hold in the end.")] = 40,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=100_000, help="Scenarios that --out is to hold in the end.")] = 40,
     themes: Annotated[str | None, typer.Option(help="Themes a,b,c that share the scenarios equally.", show_default=False)] = None,
     base_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="Its model's name; without --base-url a local model.", show_default=False)] = None,
     api_key_env: Annotated[str, typer.Option(help="The environment variable that holds the key.")] = KEY_ENV,
-    attempts: Annotated[int, typer.Option(min=1, help="Answers per scenario before it is given up.")] = 4,
+    attempts: Annotated[int, typer.Option(min=1, max=100, help="Answers per scenario before it is given up.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the author's sampling.")] = 0.9,
     seed: Annotated[int, typer.Option(help="Fixes the split, and the author's order of themes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every problem.")] = False,

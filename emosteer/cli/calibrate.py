@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from emosteer.base.errors import ArtifactError, UsageError
-from emosteer.calibration.settings import GROUPS, CalibrateSettings, Guard
+from emosteer.calibration.settings import GROUPS, MAX_HALVINGS, MAX_POINTS, CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, followed_by, with_command
@@ -24,7 +24,7 @@ from emosteer.cli.options import (
     PanelOption,
     RootOption,
 )
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import parse_kinds
 from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
@@ -49,8 +49,10 @@ def calibrate(
             help="Prompt file; the shipped development prompts, or for --check the test sets.", metavar="FILE", show_default=False
         ),
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Prompts to write to, evenly of all kinds.")] = GROUPS,
-    skip: Annotated[int, typer.Option(min=0, help="With --check: leave out as many test prompts of each kind, those read before.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, max=1_000_000, help="Prompts to write to, evenly of all kinds.")] = GROUPS,
+    skip: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="With --check: leave out as many test prompts of each kind, those read before.")
+    ] = 0,
     kinds: KindsOption = "all",
     judge: PanelOption = PANEL,
     base_url: Annotated[
@@ -58,22 +60,24 @@ def calibrate(
     ] = None,
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
-    top: Annotated[float, typer.Option(help="Strongest tried, in default strengths of the circuit.")] = CalibrateSettings.top,
-    points: Annotated[int, typer.Option(min=2, help="Strengths tried up to there, 0 included.")] = CalibrateSettings.points,
-    refine: Annotated[int, typer.Option(min=0, help="Halvings to find the cap between two of them.")] = CalibrateSettings.refine,
+    top: Annotated[float, typer.Option(max=100, help="Strongest tried, in default strengths of the circuit.")] = CalibrateSettings.top,
+    points: Annotated[int, typer.Option(min=2, max=MAX_POINTS, help="Strengths tried up to there, 0 included.")] = CalibrateSettings.points,
+    refine: Annotated[
+        int, typer.Option(min=0, max=MAX_HALVINGS, help="Halvings to find the cap between two of them.")
+    ] = CalibrateSettings.refine,
     ratio: Annotated[
-        float, typer.Option(help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")
+        float, typer.Option(max=1000, help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")
     ] = CalibrateSettings.ratio,
-    each_ratio: Annotated[float, typer.Option(help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
-    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
-    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
+    each_ratio: Annotated[float, typer.Option(min=1, max=1000, help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
+    sound: Annotated[float, typer.Option(min=0, max=1, help="Cap: lowest share of sound replies.")] = Guard.sound,
+    names: Annotated[float, typer.Option(min=0, max=1, help="Cap: highest share of replies that name the emotion.")] = Guard.names,
     default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = cast(
         float, CalibrateSettings.default_intensity
     ),
     most_good: Annotated[bool, typer.Option("--most-good", help="Set them to where most replies are good instead.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    max_new_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
     guidance: GuidanceOption = GUIDANCE,
-    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = BATCH_SIZE,
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from emosteer.base.errors import UsageError
+from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.places import ARTIFACTS
-from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.settings import MAX_STEPS, CircuitSettings, GainSettings
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -24,7 +25,6 @@ from emosteer.cli.options import (
     RootOption,
     ScenariosOption,
     SeedOption,
-    finite,
 )
 from emosteer.scenarios.emotions import emotion_key
 
@@ -46,11 +46,11 @@ def circuit(
         str, typer.Option(help="What is learned of each head on the reply bank: its outputs, or gains that scale its contrast.")
     ] = GainSettings.learn,
     gain_steps: Annotated[
-        int, typer.Option(min=0, help="Steps of learning what each head adds, on the reply bank; 0 ranks heads instead.")
+        int, typer.Option(min=0, max=MAX_STEPS, help="Steps of learning what each head adds, on the reply bank; 0 ranks heads instead.")
     ] = GainSettings.steps,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
     content: Annotated[
-        float, typer.Option(help="Weight of keeping to the prompt while learning; half as long again where it is not 0.")
+        float, typer.Option(max=1000, help="Weight of keeping to the prompt while learning; half as long again where it is not 0.")
     ] = GainSettings.content,
     learn_residual: Annotated[
         bool | None,
@@ -76,16 +76,14 @@ def circuit(
     as_json: JsonOption = False,
 ) -> None:
     """Assemble the circuits and measure how faithful they are."""
-    settings = CircuitSettings(preset, ranking, finite(heads, "--heads"), finite(neurons, "--neurons"), share, seed=seed)
+    settings = CircuitSettings(preset, ranking, heads, neurons, share, seed=seed)
     wanted = _strengths(strength)
     from emosteer.api.stages import assemble
     from emosteer.circuits.places import Places
     from emosteer.cli.print_artifacts import circuit_summary, print_circuit
     from emosteer.models.model import Model
 
-    gains = GainSettings(
-        gain_steps, keep=finite(keep, "--keep") or 0.0, content=finite(content, "--content") or 0.0, seed=seed, learn=learn
-    )  # what is wrong with it is said before loading
+    gains = GainSettings(gain_steps, keep=keep, content=content, seed=seed, learn=learn)  # what is wrong with it is said before loading
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     made = assemble(
         loaded,
@@ -124,7 +122,8 @@ def _strengths(text: str | None) -> dict[str, float] | None:
             value = float(number)
         except ValueError as error:
             raise UsageError(f"expected --strength to be a number or anger=6,fear=5,..., found '{text}'") from error
-        finite(value, "--strength")
+        if not abs(value) <= MAX_STRENGTH:
+            raise UsageError(f"expected --strength between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}, found {number.strip()}")
         if (key := emotion_key(name)) in found:
             raise UsageError(f"--strength gives {key or 'all emotions'} two strengths: '{text}'")
         found[key] = value

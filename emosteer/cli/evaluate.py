@@ -25,11 +25,10 @@ from emosteer.cli.options import (
     PanelOption,
     RootOption,
     SeedOption,
-    finite,
     listed,
 )
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import parse_kinds
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
@@ -53,17 +52,19 @@ def evaluate(
         Path | None, typer.Option(help="Prompt file to test on; the shipped test sets if not given.", metavar="FILE", show_default=False)
     ] = None,
     groups: Annotated[
-        int | None, typer.Option(min=0, help=f"Test prompts, evenly of all kinds, {GROUPS} if not given; 0 is all.", show_default=False)
+        int | None,
+        typer.Option(min=0, max=1_000_000, help=f"Test prompts, evenly of all kinds, {GROUPS} if not given; 0 is all.", show_default=False),
     ] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out as many test prompts of each kind: those read before.")] = 0,
+    skip: Annotated[int, typer.Option(min=0, max=1_000_000, help="Leave out as many test prompts of each kind: those read before.")] = 0,
     dev_groups: Annotated[
-        int | None, typer.Option(min=1, help=f"Prompts that strengths are chosen on, {DEV_GROUPS} if not given.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=1_000_000, help=f"Prompts that strengths are chosen on, {DEV_GROUPS} if not given.", show_default=False),
     ] = None,
     doses: Annotated[
         str | None,
         typer.Option(help=f"Strengths tried, in default strengths; {DOSES} if not given.", show_default=False, metavar="A,B,..."),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Highest perplexity ratio that a chosen strength may have.")] = Budget.ratio,
+    budget: Annotated[float, typer.Option(max=1000, help="Highest perplexity ratio that a chosen strength may have.")] = Budget.ratio,
     methods: Annotated[
         str | None, typer.Option(help="Who takes part, with commas; everybody if not given.", show_default=False, metavar="A,B,...")
     ] = None,
@@ -73,13 +74,13 @@ def evaluate(
     key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
     fast: Annotated[bool, typer.Option("--fast", help="A quick look: few prompts, three strengths.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
+    max_new_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    temperature: Annotated[float, typer.Option(max=100, help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
+    repetition_penalty: Annotated[float, typer.Option(max=100, help="1 is none.")] = Decoding.repetition_penalty,
     guidance: GuidanceOption = GUIDANCE,
     seed: SeedOption = EvaluationSettings.seed,
-    batch_size: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for results and cache; artifacts/MODEL/evaluation/.", metavar="DIR")
     ] = None,
@@ -91,10 +92,10 @@ def evaluate(
 ) -> None:
     """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed, guidance)
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance)
     from emosteer.api.contest import Splits, contest_of, hold, with_directions, with_parts_of
 
-    settings = _settings(methods, sizes["doses"], sizes["dev_groups"], finite(budget, "--budget") or 0.0, seed)
+    settings = _settings(methods, sizes["doses"], sizes["dev_groups"], budget, seed)
     splits = Splits.of(scenarios, sizes["groups"], skip, sizes["dev_groups"], parse_kinds(kinds))
     from emosteer.base.files import sha256_file
     from emosteer.base.jsonl import KeyedLog

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import UsageError, suggest
+from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line
-from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption, finite, one_of
+from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption, one_of
 from emosteer.scenarios.scenarios import parse_emotions
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ def export(
     intensity: Annotated[
         float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Multiplier; the circuit's own default if not given.", show_default=False)] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=-MAX_STRENGTH, max=MAX_STRENGTH, help="Multiplier; the circuit's own default if not given.", show_default=False),
+    ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of a checkpoint: auto (as the model has it), float32, bfloat16 or float16.")
@@ -52,7 +56,6 @@ def export(
         raise UsageError(f"unknown dtype '{dtype}'{suggest(dtype, PRECISIONS)}; expected {', '.join(PRECISIONS)}")
     if to != "checkpoint" and dtype != "auto":
         raise UsageError(f"--dtype has no meaning with --to {to}; it belongs to --to checkpoint")
-    strength = finite(strength, "--strength")
     one_of(intensity, strength)
     limit = parse_size(shard_size)
     steering = _steering(model, emotion, intensity, strength, circuit, root, command_line(context))

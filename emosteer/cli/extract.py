@@ -53,7 +53,12 @@ def extract(
     limit: LimitOption = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Tokens per forward pass; {Settings.batch_tokens} on a CPU, {GPU_TOKENS} on a GPU.", show_default=False),
+        typer.Option(
+            min=1,
+            max=10_000_000,
+            help=f"Tokens per forward pass; {Settings.batch_tokens} on a CPU, {GPU_TOKENS} on a GPU.",
+            show_default=False,
+        ),
     ] = None,
     packed: Annotated[bool, typer.Option(help="Compute each group's shared prompt once.")] = Settings.packed,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,

@@ -13,6 +13,8 @@ import typer
 
 from emosteer.base.errors import DataError, UsageError, suggest
 from emosteer.base.processes import world
+from emosteer.base.strict_json import loads
+from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import (
@@ -23,10 +25,9 @@ from emosteer.cli.options import (
     ModelOption,
     RootOption,
     SeedOption,
-    finite,
     one_of,
 )
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompt_sets import KINDS, parse_prompt
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
@@ -52,7 +53,10 @@ def generate(
     model: ModelOption = DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="circuit, residual, learned-residual, prompt (just asks) or none (unsteered).")] = CIRCUIT,
     strength: Annotated[
-        float | None, typer.Option(help="Multiplier; the circuit's own default per emotion if not given.", show_default=False)
+        float | None,
+        typer.Option(
+            min=-MAX_STRENGTH, max=MAX_STRENGTH, help="Multiplier; the circuit's own default per emotion if not given.", show_default=False
+        ),
     ] = None,
     intensity: Annotated[
         float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
@@ -70,13 +74,14 @@ def generate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one reply a line; a rerun goes on.", metavar="FILE.jsonl")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
+    max_new_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    temperature: Annotated[float, typer.Option(max=100, help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
+    repetition_penalty: Annotated[float, typer.Option(max=100, help="1 is none.")] = Decoding.repetition_penalty,
     guidance: Annotated[
         float | None,
         typer.Option(
+            max=100,
             help=f"How far replies lean towards the prompt, away from what would be said to nothing: {GUIDANCE:g} if not given; 1 is none, "
             "faster, and all that vLLM has.",
             show_default=False,
@@ -88,7 +93,8 @@ def generate(
     ] = False,
     seed: SeedOption = Decoding.seed,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help=f"Replies written at once; {BATCH_SIZE}, or with vLLM what it can.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=100_000, help=f"Replies written at once; {BATCH_SIZE}, or with vLLM what it can.", show_default=False),
     ] = None,
     engine: Annotated[str, typer.Option(help="builtin, or vllm for large jobs (docs/VLLM.md).")] = "builtin",
     engine_option: Annotated[
@@ -107,7 +113,6 @@ def generate(
     chosen = METHODS[method]
     if chosen.kind is not Kind.UNSTEERED and emotion is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
-    strength = finite(strength, "--strength")
     if not chosen.steers and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
     _check_intensity(intensity, strength, method)
@@ -117,7 +122,7 @@ def generate(
     _check_processes(text, source, out, auto, engine)
     inputs = _inputs(text, source)
 
-    decoding = Decoding(max_new_tokens, finite(temperature, "--temperature") or 0.0, top_p, repetition_penalty, seed, leaning)
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning)
     from emosteer.base.processes import join
     from emosteer.circuits.places import require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
@@ -209,7 +214,7 @@ def _engine_options(engine: str, given: Sequence[str] | None, device: str, devic
         if not (equals and name.isidentifier()):
             raise UsageError(f"expected --engine-option NAME=VALUE, such as tensor_parallel_size=4, found '{item}'")
         try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            options[name] = loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             options[name] = value
     return options

@@ -66,7 +66,8 @@ def judge(
         typer.Option(help="Compare with another reader's labels.", metavar="LABELS.jsonl", show_default=False, rich_help_panel=HAND),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Read this many, evenly over the targets.", show_default=False, rich_help_panel=HAND)
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Read this many, evenly over the targets.", show_default=False, rich_help_panel=HAND),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The order and the draw follow from it.", rich_help_panel=HAND)] = 0,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the prompt above the reply.", rich_help_panel=HAND)] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -9,11 +10,12 @@ from typing import Annotated
 import typer
 
 from emosteer import __version__
-from emosteer.base import processes
+from emosteer.base import processes, stopping
 from emosteer.base.errors import EmosteerError, says_out_of_memory
 from emosteer.cli.ablate import ablate
 from emosteer.cli.build import build
 from emosteer.cli.calibrate import calibrate
+from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
@@ -29,6 +31,10 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
+#: Commands that keep what they have finished, and what is said of it when they are stopped.
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge")
+KEPT = "what was finished is kept, the same command goes on from there"
+NOT_KEPT = "nothing was left half written, the same command starts again"
 
 app = typer.Typer(
     name="emosteer",
@@ -38,18 +44,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(build)
+app.command(cls=CheckedCommand)(build)
 app.add_typer(models, name="models")
-app.command()(extract)
-app.command()(ablate)
-app.command()(circuit)
-app.command()(calibrate)
-app.command()(evaluate)
-app.command()(report)
-app.command()(inspect)
-app.command()(generate)
-app.command()(export)
-app.command()(judge)
+app.command(cls=CheckedCommand)(extract)
+app.command(cls=CheckedCommand)(ablate)
+app.command(cls=CheckedCommand)(circuit)
+app.command(cls=CheckedCommand)(calibrate)
+app.command(cls=CheckedCommand)(evaluate)
+app.command(cls=CheckedCommand)(report)
+app.command(cls=CheckedCommand)(inspect)
+app.command(cls=CheckedCommand)(generate)
+app.command(cls=CheckedCommand)(export)
+app.command(cls=CheckedCommand)(judge)
 
 
 def _version(wanted: bool) -> None:
@@ -65,6 +71,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Find emotion circuits in language models and write with them."""
+    stopping.promise(KEPT if context.invoked_subcommand in GOES_ON else NOT_KEPT)
     processes.refuse(context.invoked_subcommand)
 
 
@@ -80,7 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
 def guarded(run: Callable[[], object], debug: bool = False) -> None:
     """Runs something and turns whatever goes wrong into one line and an exit code; with `debug`, errors are raised."""
     try:
-        status = run()
+        with stopping.caught():
+            status = run()
     except EmosteerError as error:
         if debug:
             raise
@@ -97,7 +105,9 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        _interrupted()
+        _stopped(signal.SIGINT)
+    except stopping.Terminated:
+        _stopped(signal.SIGTERM)
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads any more, as with `| head`
         sys.exit(0)
@@ -107,12 +117,13 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         _fail(_unforeseen(error), 1)
     else:
         if status == INTERRUPTED:
-            _interrupted()
+            _stopped(signal.SIGINT)
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _interrupted() -> None:
-    _fail("interrupted; what was finished is kept, the same command goes on from there", INTERRUPTED)
+def _stopped(number: int) -> None:
+    stopping.told()
+    _fail(stopping.line(number), stopping.CODES[signal.Signals(number)])
 
 
 def _unforeseen(error: Exception) -> str:
@@ -128,6 +139,6 @@ def _unforeseen(error: Exception) -> str:
 def _fail(message: str, code: int) -> None:
     """One line. Of several processes only the first says what goes for all: a wrong command line, or the end of the run."""
     rank = processes.rank()
-    if not rank or code not in (2, processes.Stopped.exit_code):
+    if not rank or code not in (2, stopping.CODES[signal.SIGTERM]):
         typer.echo(f"emosteer: {message}" if not rank else f"emosteer, process {rank}: {message}", err=True)
     sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -44,25 +43,14 @@ KindsOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float,
-    typer.Option(help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none, and faster."),
+    typer.Option(max=100, help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none, and faster."),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use this many scenario-events, evenly spread.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, max=1_000_000, help="Use this many scenario-events, evenly spread.")]
 
 
 def listed(values: Iterable[float | str]) -> str:
     """Several values as one option takes them: with commas, numbers as short as can be."""
     return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
-
-
-def finite(value: float | None, name: str) -> float | None:
-    """Refuses nan and infinity, which Python reads as numbers.
-
-    Raises:
-        UsageError: for a value that is not a finite number.
-    """
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"expected {name} to be a finite number, found {value}")
-    return value
 
 
 def one_of(intensity: float | None, strength: float | None) -> None:

@@ -201,12 +201,14 @@ def print_circuit(summary: Summary) -> None:
     """The tables of `circuit`."""
     print(f"{summary['model']}: {summary['method']} -> {summary['file']}")
     names = ("heads", "neurons", "faithfulness", "left", "without_weakest", "random_mean", "random_max")
-    rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in summary["emotions"].items()]
-    print("shares of the effect of all heads (and neurons, if it has any): the circuit, everything else, random circuits")
-    print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
-    overlap = summary["overlap"]
-    print("overlap of units (Jaccard)")
-    print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
+    measured, overlap = summary.get("emotions", {}), summary.get("overlap", {})
+    if measured:
+        rows = [(emotion, *(row[name] for name in names), summary["strength"][emotion]) for emotion, row in measured.items()]
+        print("shares of the effect of all heads (and neurons, if it has any): the circuit, everything else, random circuits")
+        print_table(("emotion", "heads", "neurons", "circuit", "left", "no weakest", "random", "(max)", "strength"), rows)
+    if overlap:
+        print("overlap of units (Jaccard)")
+        print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
     print_replies(summary.get("gains", {}).get("learned_from", {}))
     print(_learned(summary))
     if "tuning" in summary:
@@ -286,7 +288,7 @@ def artifact_summary(found: Artifact) -> Summary:
         value = Circuit.from_artifact(found)
         summary["content"] = circuit_summary(value)
     elif found.kind == "scores":
-        value = Scores.load(found.path)
+        value = Scores.from_artifact(found)
         summary["content"] = scores_summary(value)
     else:
         return summary

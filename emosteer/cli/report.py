@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import DEFAULT_MODEL, JsonOption, ModelOption, RootOption
 
@@ -65,4 +66,6 @@ def _places(reference: str, root: Path) -> Places:
     path = Path(reference)
     names += [reference, path.name] + ([path.stem] if path.suffix == ".gguf" else [])
     found = [Places.of(name, root) for name in names if name]
+    if not found:
+        raise UsageError(f"expected the name of a model in --model, found '{reference}'")
     return next((places for places in found if places.folder.is_dir()), found[0])

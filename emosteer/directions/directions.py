@@ -12,8 +12,11 @@ from torch import Tensor
 
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
-from emosteer.base.errors import ArtifactError, DegenerateDirection
+from emosteer.base.errors import DegenerateDirection
+from emosteer.base.schema import check_sizes
+from emosteer.directions import schema
 from emosteer.directions.contrast import HALVES, HELDOUT, SHUFFLED, Contrasts, unit_vectors
+from emosteer.models.architecture import Shape
 from emosteer.models.sites import MLP_POST, RESID_POST, Site, Z, parse_site
 from emosteer.scenarios.emotions import find_emotion
 
@@ -88,6 +91,16 @@ class Directions:
         """
         return self.emotions.index(find_emotion(emotion, self.emotions, "this file holds"))
 
+    def require_sizes(self, shape: Shape, model_name: str, path: Path) -> None:
+        """Refuses directions of other sizes than the model's, whatever their file says of the weights.
+
+        Raises:
+            ArtifactError: naming the first size that differs.
+        """
+        found = {"n_layers": self.n_layers, "d_model": self.vectors.shape[-1], "d_mlp": self.mlp.mean.shape[-1]}
+        wanted = {**vars(shape), "width": shape.n_heads * shape.d_head}
+        check_sizes({**found, "width": self.z.mean.shape[-1]}, wanted, model_name, path)
+
     def at(self, kind: str) -> Tensor:
         """Directions of one residual kind. Shape [emotion, layer, d_model]."""
         return self.vectors[:, [i for i, site in enumerate(self.sites) if site.kind == kind]]
@@ -126,15 +139,9 @@ class Directions:
         """Makes the value from a loaded artefact of kind "directions".
 
         Raises:
-            ArtifactError: if a part is missing.
+            ArtifactError: if a part is missing, nonsense, or does not fit the others.
         """
-        try:
-            return cls._from_parts(artifact)
-        except KeyError as error:
-            raise ArtifactError(f"{artifact.path} lacks {error}; make it again") from error
-
-    @classmethod
-    def _from_parts(cls, artifact: artifacts.Artifact) -> Directions:
+        schema.check(artifact)
         fields, tensors = artifact.fields, artifact.tensors
         names = Evidence.__dataclass_fields__
         evidence = Evidence(**{n: tensors[f"evidence.{n}"] for n in names}) if "evidence.halves" in tensors else None

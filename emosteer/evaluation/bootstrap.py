@@ -13,9 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emosteer.generation.generate import seed_of
+
 N_DRAWS = 2000
 #: Up to this many scenario-events that differ, real-valued differences are tested by all 2^n sign flips; above, by drawn ones.
 EXACT_UP_TO, N_FLIPS = 13, 20_000
+
+
+def torch_seed(seed: int) -> int:
+    """A seed that torch takes: the seed itself, or a hash of one that is too large."""
+    return seed if -(2**63) <= seed < 2**63 else seed_of(seed, "torch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +34,7 @@ class Draws:
     @classmethod
     def make(cls, n_groups: int, n_draws: int = N_DRAWS, seed: int = 0) -> Draws:
         """Draws that depend on the numbers and the seed alone: give the same to every method, and differences are paired."""
-        picks = torch.randint(n_groups, (n_draws, n_groups), generator=torch.Generator().manual_seed(seed))
+        picks = torch.randint(n_groups, (n_draws, n_groups), generator=torch.Generator().manual_seed(torch_seed(seed)))
         counts = torch.zeros(n_draws, n_groups, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
         return cls(torch.cat([torch.ones(1, n_groups, dtype=torch.float64), counts]))
 
@@ -94,7 +101,7 @@ def sign_flip_p(differences: Tensor, seed: int = 0) -> float:
     if len(sums) <= EXACT_UP_TO:
         signs = 1 - 2 * (torch.arange(2 ** len(sums))[:, None] >> torch.arange(len(sums)) & 1).double()
         return float(_as_far(signs, sums).double().mean())
-    signs = 1 - 2 * torch.randint(2, (N_FLIPS, len(sums)), generator=torch.Generator().manual_seed(seed)).double()
+    signs = 1 - 2 * torch.randint(2, (N_FLIPS, len(sums)), generator=torch.Generator().manual_seed(torch_seed(seed))).double()
     return float((_as_far(signs, sums).sum() + 1) / (N_FLIPS + 1))
 
 

@@ -23,6 +23,10 @@ class Budget:
     each_sound: float = 0.60
 
 
+#: Strengths that may be tried for each method, and the largest, in default strengths.
+MAX_DOSES, MAX_DOSE = 100, 100.0
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """methods: who takes part; doses: strengths tried on the development split, as multiples of the method's default; control_groups:
@@ -44,5 +48,9 @@ class EvaluationSettings:
             raise UsageError(f"every ratio refers to the unsteered replies; add {NONE} to --methods")
         if not self.doses or not all(0 < dose < math.inf for dose in self.doses):
             raise UsageError("expected --doses to be numbers above 0")
+        if len(self.doses) > MAX_DOSES or max(self.doses) > MAX_DOSE:
+            raise UsageError(
+                f"expected at most {MAX_DOSES} --doses of at most {MAX_DOSE:g}, found {len(self.doses)} up to {max(self.doses):g}"
+            )
         if not self.budget.ratio > 0:
             raise UsageError(f"expected --budget above 0, found {self.budget.ratio}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from emosteer.base.cache_folder import cache_dir, locked, writing
 from emosteer.base.files import sha256_file, sha256_text, slug
 from emosteer.base.progress import note
+from emosteer.base.strict_json import loads
 from emosteer.export.checkpoint import FACTS, export_checkpoint
 from emosteer.export.vectors import ExportRequest
 
@@ -45,7 +46,7 @@ def cached_checkpoint(steering: ExportRequest, precision: str) -> Path:
 def _whole(folder: Path) -> bool:
     """Whether an export is there with all its weights, judged by their size."""
     try:
-        facts = json.loads((folder / FACTS).read_text("utf-8"))
+        facts = loads((folder / FACTS).read_text("utf-8"))
         return sum(file.stat().st_size for file in folder.glob("*.safetensors")) >= int(facts["bytes"])
     except (OSError, ValueError, KeyError):
         return False

@@ -23,6 +23,7 @@ from emosteer.base.cache_folder import megabytes, scratch
 from emosteer.base.errors import EmosteerError, ModelError, UsageError
 from emosteer.base.files import write_error
 from emosteer.base.progress import bar, note
+from emosteer.base.strict_json import loads
 from emosteer.export.card import card
 from emosteer.export.forms import ARCHITECTURES, llama_form, read_config
 from emosteer.export.tensors import CODES, PRECISIONS, Planned, Stored, pieces, shards, stored_tensors, write_shard
@@ -217,8 +218,6 @@ def new_folder(out: Path, need: int) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if left := sorted(out.parent.glob(f".{out.name}.*.part")):
-        note(f"{left[0]} is left from an export that was killed; delete it if none is running now")
     free = shutil.disk_usage(out.parent).free
     if free < need:
         raise EmosteerError(f"cannot write {out}: it takes {megabytes(need)}, the disk has {megabytes(free)}; free some space")
@@ -260,7 +259,7 @@ def copy_plain_files(source: Path, target: Path, config: Any) -> None:
     from transformers import AutoTokenizer
 
     settings = target / "tokenizer_config.json"
-    tokenizer_config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    tokenizer_config = loads(settings.read_text("utf-8")) if settings.is_file() else {}
     name = type(AutoTokenizer.from_pretrained(source, local_files_only=True)).__name__
     if name == "TokenizersBackend":  # the general class, which transformers 4 knows by another name
         name = tokenizer_config.get("tokenizer_class") or "PreTrainedTokenizerFast"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emosteer.base.errors import ModelError
+from emosteer.base.strict_json import loads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        return [folder / name for name in sorted(set(loads(index.read_text("utf-8"))["weight_map"].values()))]
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -81,7 +82,7 @@ def _header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         try:
             if length > size - 8:
                 raise ValueError("cut short")
-            header = json.loads(opened.read(length))
+            header = loads(opened.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
             if 8 + length + end > size:
                 raise ValueError("cut short")

@@ -10,6 +10,10 @@ from emosteer.base.errors import UsageError
 GUIDANCE = 1.5
 
 
+#: The longest reply that can be asked for, in tokens.
+MAX_TOKENS = 100_000
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen; the same for every method compared.
@@ -29,6 +33,7 @@ class Decoding:
     def __post_init__(self) -> None:
         checks = (
             (self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, found {self.max_new_tokens}"),
+            (self.max_new_tokens <= MAX_TOKENS, f"--max-new-tokens must be at most {MAX_TOKENS}, found {self.max_new_tokens}"),
             (0 <= self.temperature < float("inf"), f"--temperature must be a number of at least 0, found {self.temperature}"),
             (0 < self.top_p <= 1, f"--top-p must lie between 0 and 1, found {self.top_p}"),
             (1 <= self.guidance < float("inf"), f"--guidance must be a number of at least 1, found {self.guidance}"),

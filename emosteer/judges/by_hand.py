@@ -16,6 +16,7 @@ from typing import Any
 from emosteer.base.errors import DataError, UsageError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog, whole_rows
+from emosteer.base.strict_json import loads
 from emosteer.judges.protocol import LABELS
 from emosteer.scenarios.emotions import NEUTRAL, emotion_key
 
@@ -137,7 +138,7 @@ def parse_labels(rows: Sequence[Mapping[str, Any]], path: Path, sheet: Sheet) ->
     for number, row in enumerate(rows, 1):
         label, answers, reader = row.get("label"), row.get("answers"), row.get("reader")
         if label not in HAND_LABELS or not isinstance(row.get("text_sha256"), str):
-            problem = f"a row with {', '.join(row) or 'no field'}" if "label" not in row else f"the label {json.dumps(label)}"
+            problem = f"a row with {', '.join(row)[:60] or 'no field'}" if "label" not in row else f"the label {json.dumps(label)[:60]}"
             raise DataError(f"{path}, row {number}: expected a text_sha256 and a label of {', '.join(HAND_LABELS)}, found {problem}")
         if not isinstance(answers, (bool, type(None))) or not isinstance(reader, (str, type(None))):
             raise DataError(f"{path}, row {number}: expected answers to be true or false and reader to be a text; correct the row")
@@ -158,7 +159,7 @@ def read_labels(path: Path, sheet: Sheet) -> dict[str, HandLabel]:
         raise DataError(f"there is no label yet: {path} does not exist; label texts first, with --by-hand alone")
     rows = whole_rows(path)
     try:  # an editor may have left out the last line break
-        last = json.loads(path.read_bytes().rpartition(b"\n")[2])
+        last = loads(path.read_bytes().rpartition(b"\n")[2])
     except ValueError:
         last = None
     labels = parse_labels([*rows, last] if isinstance(last, dict) else rows, path, sheet)

@@ -9,6 +9,7 @@ from typing import Any
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
+from emosteer.judges import schema
 from emosteer.judges.adapters import Adapter
 from emosteer.judges.embedded import ENCODER, KIND, LinearHead
 
@@ -38,13 +39,10 @@ def load_heads(path: Path) -> dict[str, LinearHead]:
         ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
     """
     artifact = _checked(path)
-    try:
-        return {
-            name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in _HEAD))
-            for name, labels in artifact.fields["labels"].items()
-        }
-    except (KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path} lacks a part of a judge ({error}); run `make judge`") from error
+    return {
+        name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in _HEAD))
+        for name, labels in artifact.fields["labels"].items()
+    }
 
 
 def load_adapter(path: Path, name: str) -> Adapter:
@@ -64,5 +62,6 @@ def load_adapter(path: Path, name: str) -> Adapter:
 def _checked(path: Path) -> artifacts.Artifact:
     artifact = artifacts.load(path, KIND)
     if artifact.fields.get("encoder") != ENCODER:
-        raise ArtifactError(f"{path} reads the encoder {artifact.fields.get('encoder')}, expected {ENCODER}; run `make judge`")
+        raise ArtifactError(f"{path} reads the encoder {str(artifact.fields.get('encoder'))[:60]}, expected {ENCODER}; run `make judge`")
+    schema.check(artifact)
     return artifact

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from emosteer.attribution.scores import Scores
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import read_jsonl, read_text, sha256_file
+from emosteer.base.strict_json import loads
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places, packaged_circuit
+from emosteer.circuits.schema import check_of_dial
 from emosteer.directions.directions import Directions
 from emosteer.report import commands
 from emosteer.report.figures import Absent
@@ -146,13 +147,14 @@ def _read_check(path: Path) -> dict[str, Any]:
         ArtifactError: if it is none.
     """
     try:
-        check = json.loads(read_text(path, "check of the calibration"))
+        check = loads(read_text(path, "check of the calibration"))
     except ValueError as error:
         raise ArtifactError(f"expected {path} to be JSON, found {error}; make it again with `emosteer calibrate --check`") from error
-    if not isinstance(check, dict) or check.get("kind") != "calibration-check" or not isinstance(check.get("emotions"), dict):
+    if not isinstance(check, dict) or check.get("kind") != "calibration-check":
         raise ArtifactError(
             f"expected {path} to be a calibration check, found something else; make it again with `emosteer calibrate --check`"
         )
+    check_of_dial(check, path)
     return check
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import read_text
+from emosteer.base.strict_json import loads
 from emosteer.circuits.methods import CIRCUIT
 from emosteer.report.wording import Interval, finite, ordered
 
@@ -39,7 +39,7 @@ class Measured:
         """
         again = "; make it again with `emosteer evaluate`"
         try:
-            raw = json.loads(read_text(path, "evaluation"))
+            raw = loads(read_text(path, "evaluation"))
         except ValueError as error:
             raise ArtifactError(f"expected {path} to be JSON, found {error}{again}") from error
         if not isinstance(raw, dict) or raw.get("kind") != "evaluation":

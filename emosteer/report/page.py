@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from emosteer import __version__
-from emosteer.base.errors import EmosteerError
+from emosteer.base.errors import ArtifactError, EmosteerError, first_line
 from emosteer.base.files import write_text
 from emosteer.circuits.places import Places
 from emosteer.report.disputes import disputes
@@ -54,10 +54,25 @@ def build_report(places: Places, out: Path, model: str | None = None) -> Built:
         ArtifactError: if an artefact is damaged or there is none. EmosteerError: if the page cannot be written.
     """
     inputs = read_inputs(places, model)
-    text, shown = render(inputs)
+    text, shown = drawn(inputs, places.folder)
     write_text(out, text)
     missing = [item.what if item.why == Absent.why else f"{item.what} ({item.why})" for item in inputs.absent]
     return Built(out, len(text.encode()), missing, inputs.warnings, shown.shown, shown.total)
+
+
+def drawn(inputs: Inputs, folder: Path) -> tuple[str, Browser]:
+    """The page's text, or a refusal of what cannot be drawn: an evaluation has more parts than its reader checks.
+
+    Raises:
+        ArtifactError: if a part is not what it must be. EmosteerError: as for `render`.
+    """
+    try:
+        return render(inputs)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(
+            f"the report cannot be drawn: a part of what lies in {folder} is malformed ({type(error).__name__}: {first_line(error)}); "
+            "--debug shows where, then make that artefact again"
+        ) from error
 
 
 def render(inputs: Inputs) -> tuple[str, Browser]:
@@ -99,12 +114,17 @@ def _environment() -> jinja2.Environment:
 
 def _page(environment: jinja2.Environment, fixed: Mapping[str, Any], shown: Browser) -> str:
     style, script = (_HERE / "style.css").read_text(encoding="utf-8"), (_HERE / "filters.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return clean(
         environment.get_template("template.html").render(
-            **fixed, browser=shown, style=Markup(style), script=Markup(script), script_sha256=Markup(digest)
+            **fixed, browser=shown, style=Markup(style), script=Markup(script), **_digests(style=style, script=script)
         )
     )
+
+
+def _digests(**texts: str) -> dict[str, Markup]:
+    """What the page's policy lets through, each by the hash of its text: a style or a script that came with a name or a reply has none."""
+    hashes = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+    return {f"{name}_sha256": Markup(base64.b64encode(digest).decode()) for name, digest in hashes.items()}
 
 
 def _json(value: Any, **_: Any) -> str:

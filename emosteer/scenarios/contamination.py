@@ -8,7 +8,6 @@ Monroe, Colaresi and Quinn 2008, "Fightin' Words"), and the share of an emotion'
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from functools import lru_cache
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import read_text
+from emosteer.base.strict_json import loads
 from emosteer.scenarios.scenarios import Bank, data_path
 from emosteer.scenarios.scripts import is_unspaced, words
 from emosteer.scenarios.splits import stable_share
@@ -74,7 +74,7 @@ class Contamination:
 @lru_cache
 def word_list(name: str) -> frozenset[str]:
     """The words of a committed list: "function_words", which have no subject, or "evaluative_words", which judge it."""
-    lists: dict[str, str] = json.loads(read_text(data_path(f"{name}.json"), "word list"))
+    lists: dict[str, str] = loads(read_text(data_path(f"{name}.json"), "word list"))
     return frozenset(word for words in lists.values() for word in words.split())
 
 

@@ -179,7 +179,7 @@ def read_bank(path: Path | str) -> Bank:
         text = text_field(row.get(name), name, where)
         valence = "" if row.get("valence") is None else text_field(row["valence"], "valence", where).lower()
         if valence and valence not in VALENCES:
-            raise DataError(f"{where}: unknown valence '{valence}'{suggest(valence, VALENCES)}; expected {', '.join(VALENCES)}")
+            raise DataError(f"{where}: unknown valence '{valence[:40]}'{suggest(valence[:40], VALENCES)}; expected {', '.join(VALENCES)}")
         key = GroupKey(scenario, valence)
         replies = bank.setdefault(key, {})
         if emotion in replies:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emosteer.base.files import read_text
+from emosteer.base.strict_json import loads
 from emosteer.scenarios.emotions import emotion_key
 from emosteer.scenarios.scenarios import data_path
 from emosteer.scenarios.scripts import is_unspaced, marks, spaced_out
@@ -19,7 +19,7 @@ from emosteer.scenarios.scripts import is_unspaced, marks, spaced_out
 @lru_cache
 def lexicon(path: Path | None = None) -> dict[str, Any]:
     """The committed word list: `stems` (an emotion's own name), `names` (with close synonyms), `affect` (other feeling words)."""
-    words: dict[str, Any] = json.loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
+    words: dict[str, Any] = loads(read_text(path or data_path("emotion_words.json"), "emotion word list"))
     return words
 
 

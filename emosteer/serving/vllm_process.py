@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from emosteer.base.cache_folder import cache_dir, writing
+from emosteer.base import stopping
+from emosteer.base.cache_folder import cache_dir, make_folder, writing
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.progress import note
+from emosteer.base.strict_json import loads
 
 #: Names the Python that has vLLM, where it is not this one.
 PYTHON = "EMOSTEER_VLLM_PYTHON"
@@ -72,7 +74,7 @@ def run(python: str, task: Task, what: str) -> Iterator[tuple[int, dict[str, Any
     """
     room = cache_dir() / "vllm"
     with writing(room):
-        room.mkdir(parents=True, exist_ok=True)
+        make_folder(room)
         handle, name = tempfile.mkstemp(dir=room, prefix=time.strftime("%Y%m%d-%H%M%S-"), suffix=".log")
     log = Path(name)
     note(f"starting vLLM ({what}, {len(task.requests)} replies); its log: {log}")
@@ -80,7 +82,7 @@ def run(python: str, task: Task, what: str) -> Iterator[tuple[int, dict[str, Any
     with os.fdopen(handle, "wb") as sink, _started(python, sink) as process:
         _send(process, task)
         for line in process.stdout or ():
-            answer = json.loads(line)
+            answer = loads(line)
             if "index" in answer:
                 if answer["finish_reason"] not in ("stop", "length"):
                     raise _failed(what, f"a reply ended as '{answer['finish_reason']}'", log)
@@ -141,6 +143,7 @@ def _started(python: str, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
 
     watcher = threading.Thread(target=sweep, daemon=True)
     watcher.start()
+    stopping.groups.add(process.pid)
     try:
         yield process
     except BaseException:
@@ -151,6 +154,7 @@ def _started(python: str, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
             process.wait(PATIENCE)
         if process.poll() is None:
             process.kill()
+        stopping.groups.discard(process.pid)
         watcher.join(PATIENCE)
         if process.stdout:
             process.stdout.close()

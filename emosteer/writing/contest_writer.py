@@ -18,6 +18,7 @@ from emosteer.base.files import read_text, sha256_text, write_text
 from emosteer.base.jsonl import KeyedLog, whole_rows
 from emosteer.base.processes import ALONE, Crew, parts
 from emosteer.base.progress import bar, note
+from emosteer.base.strict_json import loads
 from emosteer.circuits.methods import METHODS, NONE
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
@@ -199,7 +200,7 @@ def _write_work(path: Path, cells: Sequence[Cell], wanted: Sequence[list[int]]) 
 
 
 def _read_work(path: Path) -> tuple[list[Cell], list[list[int]]]:
-    found = json.loads(read_text(path, "list of replies to write"))
+    found = loads(read_text(path, "list of replies to write"))
     cells = [
         Cell(Group(GroupKey(*key), theme, text, kind, tuple(Message(*turn) for turn in earlier)), emotion, *how)
         for key, theme, text, kind, earlier, emotion, *how in found["cells"]

@@ -436,6 +436,13 @@ def test_the_truth_in_the_patches_is_real(case: Case, made: Scores) -> None:
     assert found["correlation_random"] == pytest.approx(torch.corrcoef(pair[:, 6:])[0, 1].item(), abs=1e-5)
 
 
+def test_no_more_units_are_patched_than_there_are(case: Case) -> None:
+    """Asked for ten thousand, every unit of the tiny model is patched once, and the draw ends."""
+    few = replace(SMALL, patch_groups=1, true_groups=1, true_units=10_000, verify_prompts=0)
+    units = ablate(case.model, case.directions, case.groups, few, bank=case.bank).patches["units"]
+    assert len(units) == len(set(units)) == 3 * (4 + 48)
+
+
 def test_scores_come_back_as_they_were_saved(made: Scores, tmp_path: Path) -> None:
     made.save(tmp_path / "s.safetensors")
     back = Scores.load(tmp_path / "s.safetensors")

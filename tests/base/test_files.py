@@ -89,7 +89,7 @@ def test_missing_files_folders_and_unreadable_files_say_what_was_wanted(tmp_path
     with pytest.raises(DataError, match="expected a reply bank, found the directory .*name the file inside it"):
         read_text(tmp_path, "reply bank")
     (tmp_path / "x").write_text("x")
-    monkeypatch.setattr(Path, "read_bytes", failing(errno.EACCES))
+    monkeypatch.setattr(Path, "open", failing(errno.EACCES))
     with pytest.raises(DataError, match="cannot read .*x: Permission denied"):
         read_text(tmp_path / "x")
 

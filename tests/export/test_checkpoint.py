@@ -27,6 +27,7 @@ from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
 from tests.conftest import SIZES, build, tiny_tokenizer
 from tests.helpers.precision import forward_bound
+from tests.helpers.whole_artefacts import dial
 
 EMOTIONS = ("anger", "sadness")
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41, 22, 5], [1, 8, 20, 15, 33, 5, 60, 2]])
@@ -75,7 +76,7 @@ def random_circuit(hf: Any, sha256: str) -> Circuit:
         d_mlp=config.intermediate_size,
         preset="test",
         instruction="",
-        metrics={"calibration": {"emotions": {"anger": {"strength": [0.0, 1.0, 2.0], "fitted": [0.0, 0.5, 1.0]}}}},
+        metrics={"calibration": dial(EMOTIONS)},
         provenance=Provenance("tiny", sha256, "", "test"),
     )
 
@@ -430,7 +431,7 @@ def test_bad_requests_are_one_line(folders: Any, tmp_path: Path, run: Any) -> No
         ("--emotion", "joy"): (2, "unknown emotion 'joy'"),
         ("--emotion", "all"): (2, "expected one emotion, found 2"),
         ("--emotion", "anger", "--to", "gguff"): (2, "did you mean 'gguf'"),
-        ("--emotion", "anger", "--strength", "nan"): (2, "finite"),
+        ("--emotion", "anger", "--strength", "nan"): (2, "--strength"),
         ("--emotion", "anger", "--strength", "1", "--intensity", "5"): (2, "found both"),
         ("--emotion", "anger", "--intensity", "101"): (2, "intensity"),
         ("--emotion", "anger", "--dtype", "int8"): (2, "unknown dtype"),

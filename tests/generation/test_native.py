@@ -204,7 +204,7 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     assert build.library.__wrapped__() is not None and "compiling" in capsys.readouterr().err
     monkeypatch.setattr(build, "build", lambda *args: pytest.fail("it is there"))
     assert build.library.__wrapped__() is not None and not capsys.readouterr().err
-    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
+    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".sha256", ".so"]
 
 
 @pytest.mark.parametrize("compiler", ["#!/bin/sh\necho step.cpp:1: error: no such luck >&2; exit 1\n", "not a program"])
@@ -234,3 +234,42 @@ def test_no_compiler_and_the_switch_are_no_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "_processor", lambda: "fpu sse2")
     assert build.library.__wrapped__() is None
     assert not (tmp_path / "native").exists()
+
+
+# ---- whose the library is -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a stand-in for the library would be kept: what is built is a copy of the real one."""
+    (real,) = [Path(found._name) for found in [build.library()] if found is not None]
+    made = tmp_path / "cache" / "step-0.so"
+
+    def copy(path: Path, compiler: str) -> None:
+        build.make_folder(path.parent)
+        path.write_bytes(real.read_bytes())
+        build.write_text(path.with_suffix(".sha256"), build.sha256_file(path))
+
+    monkeypatch.setattr(build, "build", copy)
+    return made
+
+
+def test_a_library_is_loaded_only_if_its_bytes_are_those_that_were_compiled(place: Path) -> None:
+    assert build._load(place, "c++") is not None
+    whole = place.read_bytes()
+    place.unlink()  # not overwritten: the loaded one is mapped from it
+    place.write_bytes(whole[:-1] + b"x")
+    assert build._load(place, "c++") is not None and place.read_bytes() == whole, "compiled again, not loaded"
+    place.with_suffix(".sha256").unlink()
+    place.unlink()
+    place.write_bytes(whole + b"more")
+    assert build._load(place, "c++") is not None and place.read_bytes() == whole
+
+
+def test_a_library_that_others_could_exchange_is_not_loaded_and_none_is_compiled_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.parent.mkdir()
+    place.parent.chmod(0o777)
+    assert build._load(place, "c++") is None and not list(place.parent.iterdir())
+    assert "the compiled writing step is left out" in (said := capsys.readouterr().err) and "written by others" in said

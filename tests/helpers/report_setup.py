@@ -121,7 +121,8 @@ def scores(parent: str, seed: int = 1) -> Scores:
     def form() -> UnitScores:
         return UnitScores(torch.randn(6, LAYERS, HEADS, generator=make), torch.randn(6, LAYERS, D_MLP, generator=make))
 
-    check = {"units": 12, "median_relative_error": 1e-6, "share_within_1e-4": 1.0, "max_relative_error": 1e-5}
+    errors = {"median_relative_error": 1e-6, "max_relative_error": 1e-5, "max_error_to_largest": 1e-6}
+    check = {"units": 12, "share_within_1e-4": 1.0, **errors}
     patches = {"emotion": "fear", "units": ["L1H0"], "estimate": [1.0], "truth": [1.0], "correlation": 0.9, "correlation_random": 0.8}
     return Scores(
         emotions=EMOTIONS,
@@ -148,8 +149,10 @@ def calibration() -> dict[str, Any]:
         judged = [0.1, 0.2 + 0.02 * n, 0.45, 0.7, 0.82]
         held = dial_points([0.0, 1.5, 3.0, 4.5, 6.0], judged, [1.0, 1.01, 1.04, 1.1, 1.18])
         curves[emotion] = {**held, "fitted": judged, "broke": dial_points([9.0, 7.5], [0.7, 0.8], [1.9, 1.31])}
+        curves[emotion]["broke"]["why"] = [["ratio"], ["sound"]]
     cap = {"ratio": 1.2, "sound": 0.95, "names": 0.05}
-    return {"judge": "toy judge", "groups": 24, "rule": "an invented rule", "cap": cap, "default_intensity": 75.0, "emotions": curves}
+    facts = {"judge": "toy judge", "groups": 24, "rule": "an invented rule", "cap": cap, "default_intensity": 75.0}
+    return {**facts, "before": dict.fromkeys(EMOTIONS, 3.0), "emotions": curves}
 
 
 def dial_check() -> dict[str, Any]:
@@ -165,7 +168,16 @@ def circuit(parent: str, seed: int = 2, *, neurons: bool = True, calibrated: boo
     heads = torch.rand(6, LAYERS, HEADS, generator=make) > 0.5
     heads[:, 0, 0] = True
     index = [[e, layer, 3 + e] for e in range(6) for layer in (1, 3)] if neurons else []
-    row = {"faithfulness": 1.02, "left": -0.1, "random_mean": 0.2, "random_max": 0.3, "without_weakest": 0.9, "whole_effect": 12.0}
+    row = {
+        "heads": 9,
+        "neurons": 2,
+        "faithfulness": 1.02,
+        "left": -0.1,
+        "random_mean": 0.2,
+        "random_max": 0.3,
+        "without_weakest": 0.9,
+        "whole_effect": 12.0,
+    }
     metrics: dict[str, Any] = {"band": [2, 3], "emotions": dict.fromkeys(EMOTIONS, row)}
     return Circuit(
         emotions=EMOTIONS,

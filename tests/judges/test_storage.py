@@ -67,11 +67,11 @@ def test_files_that_are_no_judge_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="reads the encoder minilm-l12, expected all-minilm-l6-v2; run `make judge`"):
         load_heads(rewritten("encoder", encoder="minilm-l12"))
     for lost in ("emotion.bias", "soundness.mean", "labels"):
-        with pytest.raises(ArtifactError, match="lacks a part of a judge .*run `make judge`"):
+        with pytest.raises(ArtifactError, match=f"lacks '{lost}'"):
             load_heads(rewritten("part", lost=lost))
     with pytest.raises(ArtifactError, match="reads the encoder None"):
         load_heads(rewritten("part", lost="encoder"))
-    with pytest.raises(ArtifactError, match="lacks a part of a judge"):
+    with pytest.raises(ArtifactError, match="expected 'labels' to be a valid dictionary, found list"):
         load_heads(rewritten("labels", labels=["emotion"]))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="damaged"):
@@ -89,11 +89,11 @@ def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="reads the encoder minilm-l12, expected all-minilm-l6-v2"):
         load_adapter(path, "tuned")
     artifacts.save(path, KIND, whole.fields, {n: v for n, v in whole.tensors.items() if n != "tuned:weight"}, PROVENANCE)
-    with pytest.raises(ArtifactError, match="lacks 'weight'"):
+    with pytest.raises(ArtifactError, match="lacks 'tuned:weight'"):
         load_adapter(path, "tuned")
     # files of earlier versions hold heads alone
     fields = {name: value for name, value in whole.fields.items() if name != "adapters"}
-    artifacts.save(path, KIND, fields, dict(whole.tensors), PROVENANCE)
+    artifacts.save(path, KIND, fields, {name: value for name, value in whole.tensors.items() if ":" not in name}, PROVENANCE)
     assert load_heads(path).keys() == {"emotion", "soundness"}
     with pytest.raises(ArtifactError, match="holds no judge 'tuned'"):
         load_adapter(path, "tuned")

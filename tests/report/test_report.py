@@ -431,7 +431,12 @@ def test_the_policy_allows_this_script_and_nothing_else(whole: Node) -> None:
     policy = next(meta.attributes["content"] for meta in whole.all("meta") if "http-equiv" in meta.attributes)
     code = [node for node in whole.all("script") if node.attributes.get("type") != "application/json"]
     assert len(code) == 1 and "default-src 'none'" in policy and "script-src 'sha256-" in policy
-    assert re.search("sha256-([^']+)'", policy)[1] == base64.b64encode(hashlib.sha256(code[0].text.encode()).digest()).decode()  # type: ignore[index]
+    (style,) = whole.all("style")
+    for name, text in (("script-src", code[0].text), ("style-src-elem", style.text)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name} 'sha256-{digest}';" in policy, name
+    for name in ("script-src", "default-src", "style-src-elem"):
+        assert "unsafe" not in policy.partition(f"{name} ")[2].partition(";")[0]
 
 
 # ---- replies -----------------------------------------------------------------------------------------------------------------
@@ -457,6 +462,17 @@ def test_hostile_names_in_the_evaluation_stay_text(tmp_path: Path) -> None:
     root = built(places, tmp_path)
     assert len(root.all("script")) == 1 and bad.lower() in figure(root, "by-kind").text.lower()
     assert all(bad in figure(root, name).text for name in ("frontier", "outcome", "judges"))
+
+
+def test_hostile_names_of_model_and_emotions_stay_text(tmp_path: Path) -> None:
+    """They come out of files that somebody else may have made."""
+    bad = "<img src=x onerror=alert(1)>'\"</title><script>alert(2)</script>"
+    text = json.dumps(evaluation()).replace('"anger"', json.dumps(bad))
+    places = write_all(tmp_path, ("evaluation",), **{**json.loads(text), "model": bad})
+    root = built(places, tmp_path)
+    assert len([node for node in root.all("script") if node.attributes.get("type") != "application/json"]) == 1 and not root.all("img")
+    assert bad in root.all("title")[0].text and bad in root.all("h1")[0].text and bad.lower() in root.text.lower()
+    assert not [node for node in root.walk() if any(name.startswith("on") for name in node.attributes)]
 
 
 def test_all_methods_of_evenly_chosen_prompts_fit_the_budget() -> None:
@@ -618,7 +634,7 @@ def test_a_damaged_evaluation_is_refused_in_one_line(tmp_path: Path, text: str, 
 
 def test_values_that_are_not_there_leave_dashes(tmp_path: Path) -> None:
     bare = {"value": None, "low": None, "high": None}
-    rows = [{"method": "circuit", "n": 0, "missing": 9, "good": bare, "ratio": {"value": float("nan")}}]
+    rows = [{"method": "circuit", "n": 0, "missing": 9, "good": bare, "ratio": {"value": None}}]
     root = built(write_all(tmp_path, ("evaluation",), results=rows, frontier=[], comparisons=[], equal_ratio=None, chosen={}), tmp_path)
     assert "Nothing was measured" in figure(root, "outcome").text and root.all("table")[0].all("td")[0].text == "\u2013"
 

@@ -14,7 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from emosteer.base.cache_folder import cache_dir
+from emosteer.base.cache_folder import cache_dir, make_folder
+from emosteer.base.errors import EmosteerError
+from emosteer.base.files import sha256_file, write_text
+from emosteer.base.ownership import stranger
 from emosteer.base.progress import note
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -40,16 +43,23 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(path: Path, compiler: str) -> ctypes.CDLL | None:
-    """What failed once is not tried again for the same source, compiler and processor: a note stays beside where the library would be."""
+    """What failed once is not tried again for the same source, compiler and processor: a note stays beside where the library would be.
+
+    A library is code, so it is loaded only from a folder that nobody but the user (and root) can write to, and only if its bytes are those
+    that were compiled: others are compiled again.
+    """
+    if why := stranger(path):
+        note(f"the compiled writing step is left out: {why}; torch's own is slower. Set EMOSTEER_CACHE to a folder that is yours alone")
+        return None
     failed = path.with_suffix(".failed")
     if failed.exists():
         return None
     try:
-        if not path.exists():
+        if not _is_whole(path):
             note("compiling the writing step for this processor (once)")
             build(path, compiler)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, EmosteerError, subprocess.SubprocessError) as error:
         reason = _reason(error)
         note(f"the writing step cannot be compiled ({reason}); torch's own is used, which is slower. {SWITCH}=0 says so without trying")
         with contextlib.suppress(OSError):
@@ -57,17 +67,27 @@ def _load(path: Path, compiler: str) -> ctypes.CDLL | None:
         return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there, as it was compiled."""
+    with contextlib.suppress(OSError):
+        return path.with_suffix(".sha256").read_text(encoding="ascii", errors="replace").strip() == sha256_file(path)
+    return False
+
+
 def build(path: Path, compiler: str, more: tuple[str, ...] = ()) -> None:
     """Compiles to `path`, whole or not at all: of two processes that compile at once, the last one's file stays.
 
     Raises:
-        OSError, subprocess.SubprocessError: if that cannot be done.
+        OSError, EmosteerError, subprocess.SubprocessError: if that cannot be done.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [compiler, *FLAGS, *more, str(SOURCE), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        made.chmod(0o755)  # whatever the umask lets others do
+        path.unlink(missing_ok=True)
+        write_text(path.with_suffix(".sha256"), sha256_file(made) + "\n")
         made.replace(path)
 
 

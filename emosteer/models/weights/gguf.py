@@ -15,9 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from emosteer.base.cache_folder import Say, cache_dir, locked, scratch, silent, writing
+from emosteer.base.cache_folder import (
+    Say,
+    cache_dir,
+    locked,
+    remembered_sha256,
+    require_trusted,
+    scratch,
+    silent,
+    stranger_in_cache,
+    writing,
+)
 from emosteer.base.errors import EmosteerError, ModelError, first_line
 from emosteer.base.files import sha256_file, write_text
+from emosteer.base.strict_json import loads
 
 MANIFEST = "emosteer.json"
 #: 2: of files that were proved to hold every tensor; earlier conversions are made again.
@@ -27,6 +38,7 @@ SCHEMA = 2
 def converted(find: Callable[[Path], Path], sha256: str, name: str, say: Say) -> Path:
     """The converted folder of a GGUF file; `find(folder)` gives the file itself and is called only if it must be converted."""
     folder = cache_dir() / "converted" / sha256[:16]
+    require_trusted(folder)
     if not _is_whole(folder, sha256, silent):
         with writing(folder), locked(folder, say):
             if not _is_whole(folder, sha256, say):  # another process may have done it meanwhile
@@ -120,7 +132,7 @@ def _write_manifest(folder: Path, sha256: str, name: str) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a converted folder; None if there is none or it makes no sense."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = loads((folder / MANIFEST).read_text("utf-8"))
         shapes = [(type(size), type(sha256), type(time)) for size, sha256, time in manifest["files"].values()]
         named = isinstance(manifest["name"], str) and isinstance(manifest["gguf_sha256"], str)
         if manifest["schema"] == SCHEMA and named and shapes and set(shapes) == {(int, str, int)}:
@@ -162,3 +174,20 @@ def damage(folder: Path, manifest: dict[str, Any]) -> str | None:
         with contextlib.suppress(EmosteerError):
             write_text(folder / MANIFEST, json.dumps({**manifest, "files": {**files, **times}}, indent=1))
     return None
+
+
+def ours(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that is known to be a conversion: one in the cache, or the same bytes as one there. A manifest elsewhere
+    came with the folder, and says of itself whatever its maker liked."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    inside = cache_dir() / "converted" / manifest["gguf_sha256"][:16]
+    if folder.resolve() == inside.resolve():
+        require_trusted(folder)
+        return manifest if damage(folder, manifest) is None else None
+    kept = read_manifest(inside)
+    if kept is None or stranger_in_cache(inside) or kept["gguf_sha256"] != manifest["gguf_sha256"] or damage(inside, kept):
+        return None
+    same = all((folder / name).is_file() and remembered_sha256(folder / name, silent) == sha for name, (_, sha, _) in kept["files"].items())
+    return manifest if same else None

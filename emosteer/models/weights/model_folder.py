@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from emosteer.base.cache_folder import Say, remembered_sha256
+from emosteer.base.strict_json import loads
 
 
 def gap(folder: Path) -> str | None:
@@ -16,7 +16,7 @@ def gap(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            shards = set(loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{index.name} is damaged"
         if missing := sorted(name for name in shards if not (folder / name).is_file()):

@@ -14,7 +14,18 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from emosteer.base.cache_folder import Say, cache_dir, locked, megabytes, remembered_sha256, scratch, silent, writing
+from emosteer.base.cache_folder import (
+    Say,
+    cache_dir,
+    locked,
+    make_folder,
+    megabytes,
+    remembered_sha256,
+    require_trusted,
+    scratch,
+    silent,
+    writing,
+)
 from emosteer.base.errors import ModelError
 from emosteer.base.files import sha256_file
 from emosteer.models.weights.model_folder import gap
@@ -85,7 +96,7 @@ def packaged_file(item: Packaged, folder: Path, say: Say) -> Path:
     if not kept.is_file() or remembered_sha256(kept, say) != item.sha256:
         with scratch(folder) as room:
             file = _download(item, room, say)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(kept.parent)
             os.replace(file, kept)
     return kept
 
@@ -98,6 +109,7 @@ def packaged_folder(item: Packaged, say: Say) -> Path:
             raise ModelError(f"{file.parent} of {item.requirement} cannot be used: {lack}; run `{item.command('--force-reinstall')}`")
         return file.parent
     kept = cache_dir() / "encoders" / item.sha256[:16]
+    require_trusted(kept)
     if not _is_kept(kept, item, silent):
         with writing(kept), locked(kept, say):
             if not _is_kept(kept, item, say):  # another process may have fetched it meanwhile

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from emosteer.base.cache_folder import Say, cache_dir, remembered_sha256, silent
+from emosteer.base.cache_folder import Say, cache_dir, locked, remembered_sha256, require_trusted, silent, writing
 from emosteer.base.errors import ModelError, first_line, suggest
 from emosteer.base.files import write_error
 from emosteer.models.weights import packages
-from emosteer.models.weights.gguf import MANIFEST, converted, damage, manifests, read_manifest
+from emosteer.models.weights.gguf import MANIFEST, converted, damage, manifests, ours
 from emosteer.models.weights.model_folder import folder_sha256, gap
 from emosteer.models.weights.packages import ENCODERS, PACKAGED, Packaged
 
@@ -81,9 +81,9 @@ def gguf_file(reference: str, *, progress: Say | None = None) -> Path | None:
     path = Path(reference).expanduser()
     with _readable(reference):
         if model := _packaged().get(reference.lower()):
-            room = cache_dir() / "downloads"
-            room.mkdir(parents=True, exist_ok=True)
-            return packages.packaged_file(model, room / model.file, progress or silent)
+            place, say = cache_dir() / "downloads" / model.file, progress or silent
+            with writing(place), locked(place, say):
+                return packages.packaged_file(model, place, say)
         if path.is_dir() and not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
             return files[0] if len(files) == 1 else None
@@ -161,6 +161,7 @@ def _from_name(reference: str, names: list[str]) -> Weights:
     matches = [(folder, manifest) for folder, manifest in manifests() if manifest["name"] == reference]
     if len(matches) == 1:
         folder, manifest = matches[0]
+        require_trusted(folder)
         if fault := damage(folder, manifest):
             raise ModelError(f"the converted {reference} is damaged ({fault}); give the path of its GGUF file to convert it again")
         return Weights(reference, folder, manifest["gguf_sha256"], "gguf")
@@ -181,8 +182,7 @@ def _from_folder(path: Path, say: Say) -> Weights:
             return _from_gguf(files[0], say)
         hint = f"it holds {len(files)} GGUF files: name one of them" if files else f"give {MODEL_FORMS}"
         raise ModelError(f"expected a model folder with config.json, found none in {path}; {hint}")
-    manifest = read_manifest(path)
-    if manifest and not damage(path, manifest):  # one of our own conversions: the same weights, so the same hash
+    if manifest := ours(path):  # the same weights, so the same hash
         return Weights(manifest["name"], path, manifest["gguf_sha256"], "gguf")
     if lack := gap(path):
         raise ModelError(f"model folder {path} cannot be used: {lack}")

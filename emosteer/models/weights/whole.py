@@ -7,13 +7,13 @@ with a model is never run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from emosteer.base.errors import ModelError, first_line, says_out_of_memory
 from emosteer.base.progress import note
+from emosteer.base.strict_json import loads
 
 #: Names of tensors that a message shows.
 SHOWN = 3
@@ -76,7 +76,7 @@ def packed_by(folder: Path, name: str) -> str | None:
     if not path.is_file():  # a GGUF file, whose numbers are unpacked when it is converted
         return None
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"cannot load {name}: {path} cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):

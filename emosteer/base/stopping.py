@@ -1,0 +1,169 @@
+"""Ctrl-C and SIGTERM: one line and an exit code, within two seconds, from the first instant of a command to its last.
+
+What runs is told by an exception, so that blocks end as they do after any error. Some cases end the process at once instead: a command
+that has not begun, or is over; an import in progress, since libraries catch the exception there and import what was half imported a second
+time; a second signal; and work that has not ended after `GRACE` seconds, because it computes outside Python or waits for a server. What is
+unfinished then (temporary files and folders, processes that were started) is cleared away first. Imports as little as can be: before this
+module nothing guards the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False  # typing itself takes longer to import than everything here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import FrameType
+
+#: Seconds from the signal to the end that is forced.
+GRACE = 1.5
+#: Exit codes, as shells give them.
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+#: What a stopped command says of its work until `promise` says better.
+_NOTHING = "nothing was begun"
+#: Temporary files and folders that exist now, and the leaders of process groups that run for us.
+unfinished: set[str] = set()
+groups: set[int] = set()
+
+
+class Terminated(BaseException):
+    """The process was told to end (SIGTERM). Like KeyboardInterrupt it passes every handler of errors."""
+
+
+class _State:
+    kept = _NOTHING
+    term: Callable[[], str] | None = None
+    told = False
+    stopping = False
+    caught = False
+    watched = False
+    silent = False
+
+
+def install(*numbers: signal.Signals) -> None:
+    """Takes signals over, both where none is named: a command line does so before anything else is imported. One that is ignored stays
+    so, as `nohup` and background jobs of scripts want it."""
+    import contextlib
+    import threading
+
+    for number in numbers or CODES:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _received)
+    if _State.watched:
+        return
+    _State.watched = True
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), daemon=True, name="end of the command").start()
+
+
+def finished() -> None:
+    """The command is over: from here a signal ends the process as it would any other."""
+    for number in CODES:
+        if signal.getsignal(number) is _received:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def promise(kept: str) -> None:
+    """What the one line is to say of the work that is kept."""
+    _State.kept = kept
+
+
+def on_term(message: Callable[[], str]) -> None:
+    """What SIGTERM says, where somebody knows why it comes (torchrun, when another process died)."""
+    _State.term = message
+
+
+def line(number: int) -> str:
+    """What is said of a signal."""
+    if number == signal.SIGTERM and _State.term is not None:
+        return _State.term()
+    return f"{'interrupted' if number == signal.SIGINT else 'stopped'}; {_State.kept}"
+
+
+def told() -> None:
+    """The line stands on the screen: the end that is forced says nothing more."""
+    _State.told = True
+
+
+def quiet(silent: bool) -> None:
+    """Of several processes only one says that the command was stopped."""
+    _State.silent = silent
+
+
+def _received(number: int, frame: FrameType | None) -> None:
+    if _State.stopping or not _State.caught or _importing(frame):
+        _end(number)
+    _State.stopping = True
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the main thread is inside an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _watch(reading: int) -> None:
+    """Waits for a signal, gives the main thread its time, and then ends the process. Runs while the main thread computes."""
+    import time
+
+    while (number := os.read(reading, 1)[0]) not in CODES:
+        pass
+    time.sleep(GRACE)
+    _end(number)
+
+
+def _end(number: int) -> None:
+    import contextlib
+
+    for group in list(groups):
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+    for path in list(unfinished):
+        _remove(path)
+    text = b"\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else b""  # a progress bar had hidden the cursor
+    text += b"" if _State.told or _State.silent else f"emosteer: {line(number)}\n".encode()
+    with contextlib.suppress(OSError):
+        os.write(2, text)
+    os._exit(CODES[signal.Signals(number)])
+
+
+def _remove(path: str) -> None:
+    import contextlib
+    import shutil
+
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else os.unlink(path)
+
+
+class caught:
+    """A block that catches what a signal raises; outside of such blocks a signal ends the process at once."""
+
+    def __enter__(self) -> None:
+        _State.caught = True
+
+    def __exit__(self, *_: object) -> None:
+        _State.caught = False
+
+
+class temporary:
+    """A block during which a temporary file or folder exists: it is cleared away if the process is ended inside."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def __enter__(self) -> None:
+        unfinished.add(self._path)
+
+    def __exit__(self, *_: object) -> None:
+        unfinished.discard(self._path)
