@@ -23,6 +23,7 @@ from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
 from emosteer.cli.models import models
 from emosteer.cli.report import report
+from emosteer.cli.serve import serve
 
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -50,6 +51,7 @@ app.command()(inspect)
 app.command()(generate)
 app.command()(export)
 app.command()(judge)
+app.command()(serve)
 
 
 def _version(wanted: bool) -> None:

@@ -179,18 +179,20 @@ def _course_plan(jobs: Sequence[Job], circuit: Circuit, vectors: Mapping[Site, T
     Raises:
         UsageError: for an arc that is to act at all positions.
     """
-    rows = []
-    for job in jobs:
-        if job.course is not None:
-            rows.append(job.course)
-            continue
-        steers = METHODS[job.method].steers and job.strength
-        rows.append((tuple(job.strength or 0.0 if steers and name == job.emotion else 0.0 for name in circuit.emotions),))
+    rows = [strengths_of(job, circuit) for job in jobs]
     longest = max(map(len, rows))
     if longest > 1 and positions != "reply":
         raise UsageError("an arc changes from token to token of the reply and cannot act at all positions; leave --positions out")
     weights = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
     return replace(SteeringPlan.over(Course(vectors, weights)), positions=positions)
+
+
+def strengths_of(job: Job, circuit: Circuit) -> tuple[tuple[float, ...], ...]:
+    """The strength of each of the circuit's emotions at each token, as long as it changes: [token][emotion]."""
+    if job.course is not None:
+        return job.course
+    steers = METHODS[job.method].steers and job.strength
+    return (tuple(job.strength or 0.0 if steers and name == job.emotion else 0.0 for name in circuit.emotions),)
 
 
 def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:
