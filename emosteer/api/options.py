@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from emosteer.attribution.settings import CurveSettings
     from emosteer.calibration.settings import Guard
+    from emosteer.circuits.arcs import Arc
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -41,7 +42,7 @@ class FeelingOptions(TypedDict, total=False):
     """Mixtures, arcs, and what changes over turns (see `SteeredModel.generate`)."""
 
     mix: str | Mapping[str, float] | None
-    arc: str | None
+    arc: str | Arc | None
     arc_tokens: int | None
     fade: float | None
     personality: str | Mapping[str, float] | None

@@ -218,7 +218,8 @@ class SteeredModel:
     ) -> list[Job] | None:
         """One job per conversation that feels a mixture or an arc, or whose feelings change over turns; None where nothing of it is
         asked for."""
-        from emosteer.writing.feelings import Feeling, judge_reader
+        from emosteer.judges.reader import Reader
+        from emosteer.writing.feelings import Feeling
         from emosteer.writing.jobs import felt_job
 
         feeling = Feeling.of(
@@ -232,7 +233,7 @@ class SteeredModel:
         intensities = per_row("intensity", options.get("intensity"), len(rows))
         check_amounts(method, [], intensities)
         feeling.tell_weakened()
-        read, jobs = judge_reader(), []
+        read, jobs = Reader().shares, []
         for name, messages, emotion, intensity in zip(names, rows, emotions, intensities, strict=True):
             felt = feeling.starting(() if emotion is None else (emotion,), intensity)[0]
             circuit = self._circuit_for(method, *(felt.arc.emotions if felt.arc is not None else ()))

@@ -218,10 +218,10 @@ def _feeling(feeling: Feeling | None, strength: float | None, method: str, engin
 
 
 def _felt_jobs(inputs: Sequence[Input], feelings: Sequence[Feeling], circuit: Circuit, tokens: int) -> list[Job]:
-    from emosteer.writing.feelings import judge_reader
+    from emosteer.judges.reader import Reader
     from emosteer.writing.jobs import felt_job
 
-    read = judge_reader()
+    read = Reader().shares
     jobs = []
     for each in inputs:
         said = (*each.group.earlier, *each.earlier, Message("user", each.group.text))

@@ -14,6 +14,7 @@ from emosteer.base.errors import EmosteerError, says_out_of_memory
 from emosteer.cli.ablate import ablate
 from emosteer.cli.build import build
 from emosteer.cli.calibrate import calibrate
+from emosteer.cli.chat import chat
 from emosteer.cli.circuit import circuit
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
@@ -51,6 +52,7 @@ app.command()(inspect)
 app.command()(generate)
 app.command()(export)
 app.command()(judge)
+app.command()(chat)
 app.command()(serve)
 
 

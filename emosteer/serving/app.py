@@ -19,13 +19,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emosteer.base.progress import note
+from emosteer.judges.reader import Reader
 from emosteer.serving.answers import Answer
 from emosteer.serving.asking import Served, Wanted, chat_asks, completion_asks
 from emosteer.serving.describing import described, models_of
 from emosteer.serving.errors import RequestError
 from emosteer.serving.guard import HEADERS, check_request, read_body
 from emosteer.serving.metrics import Metrics
-from emosteer.serving.readings import Reading, reading_of
+from emosteer.serving.readings import reading_of
 from emosteer.serving.requests import ChatRequest, CompletionRequest, ReadingRequest, parse
 from emosteer.serving.settings import ServeSettings
 from emosteer.serving.writer_thread import Part, WriterThread, Writing
@@ -37,8 +38,8 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 class Server:
     """What the routes share."""
 
-    def __init__(self, served: Served, writer: WriterThread, reading: Reading, metrics: Metrics, settings: ServeSettings) -> None:
-        self.served, self.writer, self.reading, self.metrics, self.settings = served, writer, reading, metrics, settings
+    def __init__(self, served: Served, writer: WriterThread, reader: Reader, metrics: Metrics, settings: ServeSettings) -> None:
+        self.served, self.writer, self.reader, self.metrics, self.settings = served, writer, reader, metrics, settings
 
     # ---- completions -----------------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Server:
     async def readings(self, request: Request) -> Response:
         """POST /v1/readings"""
         wanted = parse(ReadingRequest, await read_body(request, self.settings))
-        work = reading_of(self.served, self.reading, wanted)
+        work = reading_of(self.served, self.reader, wanted)
         return JSONResponse(await asyncio.wrap_future(self.writer.call(work)))
 
     async def health(self, request: Request) -> Response:
@@ -223,9 +224,9 @@ class _Frame:
         await self.app(scope, receive, framed)
 
 
-def make_app(served: Served, writer: WriterThread, reading: Reading, metrics: Metrics, settings: ServeSettings) -> Starlette:
+def make_app(served: Served, writer: WriterThread, reader: Reader, metrics: Metrics, settings: ServeSettings) -> Starlette:
     """The application. It starts the writer, and stops it when it ends."""
-    server = Server(served, writer, reading, metrics, settings)
+    server = Server(served, writer, reader, metrics, settings)
 
     def page(name: str, kind: str) -> Handler:
         async def send(request: Request) -> Response:

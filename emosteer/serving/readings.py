@@ -10,37 +10,13 @@ from typing import Any
 import torch
 
 from emosteer.base.errors import EmosteerError, first_line
-from emosteer.judges.protocol import EmotionJudge, SoundnessJudge
+from emosteer.judges.reader import Reader
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Site
 from emosteer.scenarios.prompts import INSTRUCTION, plain
 from emosteer.serving.asking import Served, said
 from emosteer.serving.errors import RequestError
 from emosteer.serving.requests import ReadingRequest
-
-
-class Reading:
-    """A judge and the check of soundness, loaded when they are first asked."""
-
-    def __init__(self, judge: str) -> None:
-        """judge: a specification, as `emosteer judge --judge` takes it."""
-        self.spec = judge
-        self._loaded: tuple[EmotionJudge, SoundnessJudge] | None = None
-
-    def judges(self) -> tuple[EmotionJudge, SoundnessJudge]:
-        """Both."""
-        if self._loaded is None:
-            from emosteer.judges.registry import judge_of, make_judges
-            from emosteer.judges.soundness import SoundnessCheck
-
-            panel = make_judges(self.spec)
-            encoder = next((one.encoder for one in panel if hasattr(one, "encoder")), None)
-            self._loaded = judge_of(panel), SoundnessCheck.load(encoder=encoder)
-        return self._loaded
-
-    def shares(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """How much of every emotion each text expresses."""
-        return [dict(opinion.probabilities or {}) for opinion in self.judges()[0].opinions(list(texts))]
 
 
 @dataclass(frozen=True)
@@ -87,7 +63,7 @@ def pieces_of(model: Model, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def reading_of(served: Served, reading: Reading, wanted: ReadingRequest) -> Callable[[], dict[str, Any]]:
+def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callable[[], dict[str, Any]]:
     """The work that a request to /v1/readings asks for, to be done where the model is free.
 
     Raises:
@@ -110,7 +86,7 @@ def reading_of(served: Served, reading: Reading, wanted: ReadingRequest) -> Call
         tokens = read_tokens(served, prompt, reply)
         found: dict[str, Any] = {"judge": None, "sound": None, "problem": None}
         try:
-            judge, check = reading.judges()
+            judge, check = reader.judges()
             opinion, sound = judge.opinions([wanted.reply])[0], check.check([wanted.reply])[0]
             found["judge"] = {"name": judge.name, "label": opinion.emotion(), "probabilities": opinion.probabilities}
             found["sound"] = sound.sound

@@ -13,22 +13,22 @@ from emosteer.base.errors import EmosteerError
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import Part
+from emosteer.judges.reader import Reader
 from emosteer.models.model import Model
 from emosteer.serving.app import make_app
 from emosteer.serving.asking import Served
 from emosteer.serving.metrics import Metrics
-from emosteer.serving.readings import Reading
 from emosteer.serving.settings import ServeSettings
 from emosteer.serving.writer_thread import WriterThread
 
 
-def application(model: Model, circuit: Circuit, settings: ServeSettings, reading: Reading | None = None) -> tuple[Any, WriterThread]:
+def application(model: Model, circuit: Circuit, settings: ServeSettings, reader: Reader | None = None) -> tuple[Any, WriterThread]:
     """The application of a server, and who writes for it."""
-    reader, metrics = reading or Reading(settings.judge), Metrics()
+    reads, metrics = reader or Reader(settings.judge), Metrics()
     longest = max(1, min(settings.max_tokens, model.shape.context - 1))
-    served = Served(model, circuit, model.name, longest, reader.shares)
+    served = Served(model, circuit, model.name, longest, reads.shares)
     writer = WriterThread(model, circuit.added(Part.UNITS, model), settings, metrics)
-    return make_app(served, writer, reader, metrics, settings), writer
+    return make_app(served, writer, reads, metrics, settings), writer
 
 
 def serve(model: Model, circuit: Circuit, settings: ServeSettings, ready: Callable[[str], None]) -> None:

@@ -31,7 +31,7 @@ class Feeling:
     def of(
         cls,
         mix: Mapping[str, float] | str | None = None,
-        arc: str | None = None,
+        arc: str | Arc | None = None,
         arc_tokens: int | None = None,
         half_life: float | None = None,
         personality: Mapping[str, float] | str | None = None,
@@ -47,7 +47,7 @@ class Feeling:
             raise UsageError("the number of tokens that an arc takes has no meaning without an arc")
         wanted: Arc | None = None
         if arc is not None:
-            wanted = Arc.parse(arc, ARC_TOKENS if arc_tokens is None else arc_tokens)
+            wanted = arc if isinstance(arc, Arc) else Arc.parse(arc, ARC_TOKENS if arc_tokens is None else arc_tokens)
         elif mix is not None:
             wanted = Arc((Mixture.parse(mix) if isinstance(mix, str) else Mixture.of(mix),))
         who = None
@@ -103,18 +103,3 @@ class Feeling:
         for turn, shares in enumerate(read(said)):
             mood = (mood.faded(1, self.half_life or HALF_LIFE) if turn else mood).moved(shares, self.personality)
         return Arc((mood.mixture(emotions),))
-
-
-def judge_reader(name: str = "embedded") -> Reader:
-    """A judge as a reader of turns. It is loaded when it is first asked."""
-    from emosteer.judges.registry import make_judges
-
-    judges: list[object] = []
-
-    def read(texts: Sequence[str]) -> list[Mapping[str, float]]:
-        if not judges:
-            judges.extend(make_judges(name))
-        opinions = judges[0].opinions(list(texts))  # type: ignore[attr-defined]
-        return [opinion.probabilities or {} for opinion in opinions]
-
-    return read

@@ -13,7 +13,7 @@ import uvicorn
 
 from emosteer.api.steered_model import SteeredModel
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
-from emosteer.serving.readings import Reading
+from emosteer.judges.reader import Reader
 from emosteer.serving.run import application, listen
 from emosteer.serving.settings import ServeSettings
 from emosteer.serving.writer_thread import WriterThread
@@ -31,9 +31,9 @@ class WordJudge:
         return [Soundness(True, (), 0.0) for _ in texts]
 
 
-def word_reading() -> Reading:
-    """A reading by that judge."""
-    reading = Reading("words")
+def word_reading() -> Reader:
+    """A reader by that judge."""
+    reading = Reader("words")
     judge = WordJudge()
     reading._loaded = judge, judge
     return reading
