@@ -65,16 +65,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 #: Options that no settings class holds: where things are, and what a command alone decides.
 ALONE = {
     *("model", "device", "dtype", "emotions", "curves", "tune"),
-    *(
-        "ablate.top",
-        "calibrate.groups",
-        "calibrate.kinds",
-        "evaluate.kinds",
-        "generate.method",
-        "generate.engine",
-        "serve.engine",
-        "judge.field",
-    ),
+    *("ablate.top", "calibrate.groups", "calibrate.kinds", "evaluate.kinds", "generate.method", "generate.engine", "judge.field"),
+    *("chat.system", "serve.engine"),
 }
 
 
