@@ -3,8 +3,8 @@
     python bench/serving.py                        # 500 requests, 64 at a time, a tenth hangs up; then 2,000 short ones for the memory
     python bench/serving.py --requests 100 --memory-requests 0
 
-Writes the same requests offline first (`generate` in batches of the server's size), then starts `emosteer serve`, sends them, and prints one
-JSON object: how many texts are the offline ones, tokens per second of both, time to first token, rows and memory afterwards.
+Writes the same requests offline first (`generate`, in batches as large as the server's), then starts `emosteer serve` and sends them.
+Prints one JSON object: how many texts are the offline ones, tokens per second of both, time to first token, rows and memory afterwards.
 """
 
 from __future__ import annotations

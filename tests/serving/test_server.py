@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +21,9 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 
 from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
+from emosteer.cli import main as cli  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
-from emosteer.serving.run import listen  # noqa: E402
+from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
 from tests.helpers.dialled import dialled_model  # noqa: E402
@@ -491,7 +495,7 @@ def test_a_reading_tells_surprise_and_state_token_by_token(served: Running, stee
     n = len(request.ids)
     with torch.no_grad():
         logprobs = steered.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
-        states = steered.model.read(torch.tensor([ids]), [Site(1, RESID_POST)])[Site(1, RESID_POST)][0]
+        states = steered.model.read(torch.tensor([ids]), [Site(1, RESID_POST)], bridge=False)[Site(1, RESID_POST)][0]
     assert steered.circuit is not None
     for place, token in enumerate(found["tokens"]):
         assert token["surprise"] == pytest.approx(-logprobs[n + place - 1, ids[n + place]].item(), abs=1e-4)
@@ -508,3 +512,42 @@ def test_what_the_circuit_knows_is_told(served: Running, steered: SteeredModel) 
     assert steered.circuit is not None
     assert found["emotions"][0]["dial"]["50"] == steered.circuit.strength_at("anger", 50)
     assert len(found["emotions"][0]["heads"]) == int(steered.circuit.heads[0].sum())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_once_running_replies_are_finished(
+    steered: SteeredModel, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    found: list[Any] = []
+
+    def call(address: str) -> None:
+        body = {"model": NAME, "messages": CHAT, "max_tokens": 150, "stream": True}
+        with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(os.getpid(), number)
+            found.extend(line for line in lines if line)
+
+    def ready(address: str) -> None:
+        caller.append(threading.Thread(target=call, args=(address,)))
+        caller[0].start()
+
+    caller: list[threading.Thread] = []
+    assert steered.circuit is not None
+    before = signal.getsignal(number)
+    serve(steered.model, steered.circuit, ServeSettings(port=0), ready)
+    caller[0].join(10)
+    assert found[-1] == "data: [DONE]" and '"finish_reason": "length"' in found[-2]
+    assert signal.getsignal(number) is before and "stopped" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys: pytest.CaptureFixture[str], served: Running) -> None:
+    for arguments, message in (
+        (["--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines; give an API key"),
+        (["--engine", "vllm"], "docs/SERVING.md says how vLLM serves exported circuits"),
+        (["--max-batch", "0"], "--max-batch must lie between 1 and 1024"),
+        (["--port", served.url.rpartition(":")[2]], "try another --port"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["serve", "--model", "/nowhere", *arguments])
+        assert end.value.code in (1, 2) and message in capsys.readouterr().err
