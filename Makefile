@@ -10,10 +10,11 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families cuda
+.PHONY: help setup demo serve test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families cuda
 
 help:
 	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
+	@echo "make serve        the server and its playground at http://127.0.0.1:8017/"
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
 	@echo "make fuzz         broken files for every reader, nonsense for every option, kills at random moments (about half an hour)"
@@ -37,6 +38,9 @@ setup: $(VENV)/.stamp
 
 demo: setup
 	$(BIN)/python -m emosteer.cli.demo
+
+serve: setup
+	$(BIN)/emosteer serve --model $(MODEL) $(OPTIONS)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -5,12 +5,13 @@ A type checker and an editor know the names from here; tests/test_api.py holds t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from emosteer.attribution.settings import CurveSettings
     from emosteer.calibration.settings import Guard
+    from emosteer.circuits.arcs import Arc
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -37,7 +38,17 @@ class SteeringOptions(TypedDict, total=False):
     positions: str
 
 
-class WritingOptions(SteeringOptions, DecodingOptions, total=False):
+class FeelingOptions(TypedDict, total=False):
+    """Mixtures, arcs, and what changes over turns (see `SteeredModel.generate`)."""
+
+    mix: str | Mapping[str, float] | None
+    arc: str | Arc | None
+    arc_tokens: int | None
+    fade: float | None
+    personality: str | Mapping[str, float] | None
+
+
+class WritingOptions(SteeringOptions, FeelingOptions, DecodingOptions, total=False):
     """How replies are written (see `SteeredModel.generate`)."""
 
     instruction: str

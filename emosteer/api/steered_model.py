@@ -92,7 +92,13 @@ class SteeredModel:
             emotion: one for all, or one per prompt; None writes unsteered.
             strength: multiplier of the steering, one or one per prompt; the circuit's default for the emotion if neither this nor
                 `intensity` is given.
-            intensity: 0 (unsteered) to 100 (as strong as the text bears); needs a calibrated circuit.
+            intensity: 0 (unsteered) to 100 (as strong as the text bears), below 0, to -100, less of the emotion; needs a calibrated
+                circuit.
+            mix: a mixture instead of an emotion, {"sadness": 40, "anger": 20} or "sadness:40 + anger:20"; arc: mixtures over the reply,
+                "fear:80 -> happiness:60", within `arc_tokens` tokens (`circuits.arcs`). They hold for all prompts. What is more than
+                the text bears together is weakened, with a note on stderr.
+            fade: replies of a conversation after which half of what was felt at its begin is left; personality: traits
+                ({"extraversion": 0.5}), with which the mood follows what a judge reads in the user's turns (`circuits.moods`).
             method: "circuit" (the default), "residual", "learned-residual", "prompt" (just asks) or "none".
             instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
@@ -175,7 +181,9 @@ class SteeredModel:
         rows = conversations(prompts)
         emotions = [emotion] * len(rows) if emotion is None or isinstance(emotion, str) else list(emotion)
         names = ["text"] if is_single(prompts) else [f"line-{number}" for number in range(1, len(rows) + 1)]
-        jobs, writer = self._jobs(names, rows, emotions, options), self._writer(options)
+        writer = self._writer(options)
+        felt = self._felt_jobs(names, rows, emotions, options, writer.decoding.max_new_tokens)
+        jobs = self._jobs(names, rows, emotions, options) if felt is None else felt
         return _Work(writer, jobs, writer.requests(jobs))
 
     def _jobs(
@@ -196,9 +204,42 @@ class SteeredModel:
             if emotion is None or method == NONE:
                 jobs += jobs_for(name, group, (NONE,), NONE, None, None, {}, earlier)
                 continue
-            circuit, emotion = self._circuit_for(method, emotion)
+            circuit, (emotion,) = self._circuit_for(method, emotion)
             dialled = {emotion: circuit.strength_at(emotion, intensity)} if circuit is not None and intensity is not None else {}
             jobs += jobs_for(name, group, (emotion,), method, strength, circuit, dialled, earlier)
+        return jobs
+
+    def _felt_jobs(
+        self,
+        names: Sequence[str],
+        rows: Sequence[tuple[Message, ...]],
+        emotions: Sequence[str | None],
+        options: WritingOptions,
+        tokens: int,
+    ) -> list[Job] | None:
+        """One job per conversation that feels a mixture or an arc, or whose feelings change over turns; None where nothing of it is
+        asked for."""
+        from emosteer.judges.reader import Reader
+        from emosteer.writing.feelings import Feeling
+        from emosteer.writing.jobs import felt_job
+
+        feeling = Feeling.of(
+            *(options.get(name) for name in ("mix", "arc", "arc_tokens", "fade", "personality"))  # type: ignore[arg-type]
+        )
+        if feeling is None:
+            return None
+        method = self._method(options)
+        if method != CIRCUIT or options.get("strength") is not None:
+            raise UsageError(f"mix, arc, fade and personality belong to the method '{CIRCUIT}', and go by intensities, not by strengths")
+        intensities = per_row("intensity", options.get("intensity"), len(rows))
+        check_amounts(method, [], intensities)
+        feeling.tell_weakened()
+        read, jobs = Reader().shares, []
+        for name, messages, emotion, intensity in zip(names, rows, emotions, intensities, strict=True):
+            felt = feeling.starting(() if emotion is None else (emotion,), intensity)[0]
+            circuit, _ = self._circuit_for(method, *(felt.arc.emotions if felt.arc is not None else ()))
+            assert circuit is not None
+            jobs.append(felt_job(name, messages, felt.now(messages, circuit.emotions, read), circuit, tokens))
         return jobs
 
     def _method(self, options: SteeringOptions) -> str:
@@ -209,17 +250,17 @@ class SteeredModel:
             raise UsageError(f"expected positions to be reply or all, found '{options['positions']}'")
         return method
 
-    def _circuit_for(self, method: str, emotion: str) -> tuple[Circuit | None, str]:
-        """The circuit, where the method needs one, once it is sure that it knows the emotion; and the emotion in its one spelling."""
+    def _circuit_for(self, method: str, *emotions: str) -> tuple[Circuit | None, tuple[str, ...]]:
+        """The circuit, where the method needs one, once it is sure that it knows the emotions; and these in their one spelling."""
         if METHODS[method].asks:
-            return None, emotion_name(emotion)
+            return None, tuple(map(emotion_name, emotions))
         if self.circuit is None:
             name = self.model.reference
             raise ArtifactError(
                 f"there is no circuit for {self.model.name} yet; have it made with emosteer.load({name!r}, auto=True), or name one with "
                 f"circuit=, or use method='prompt'"
             )
-        known = self.circuit.emotions[self.circuit.index(emotion)]
+        known = tuple(self.circuit.emotions[self.circuit.index(emotion)] for emotion in emotions)
         part = METHODS[method].vectors
         if part is not None:
             self.circuit.require(part)
@@ -320,4 +361,4 @@ def check_amounts(method: str, strengths: Sequence[float | None], intensities: S
     if dialled and not METHODS[method].dial:
         raise UsageError(f"an intensity has no meaning with the method '{method}'; it belongs to '{CIRCUIT}'")
     for intensity in dialled:
-        check_intensity(intensity, "intensity")
+        check_intensity(intensity, "intensity", signed=True)

@@ -15,7 +15,7 @@ from emosteer.base.artifacts import Identified, Provenance
 from emosteer.base.errors import ArtifactError
 from emosteer.base.schema import check_sizes
 from emosteer.circuits import schema
-from emosteer.circuits.dial import check_intensity, strength_for
+from emosteer.circuits.dial import LESS, check_intensity, strength_for
 from emosteer.circuits.methods import METHODS, Part, source_of
 from emosteer.circuits.settings import learned_of
 from emosteer.generation.steering import compile_units, residual_vectors
@@ -154,14 +154,17 @@ class Circuit:
         return "calibration" in self.metrics
 
     def strength_at(self, emotion: str, intensity: float) -> float:
-        """The strength that gives an intensity of 0 (unsteered) to 100 (as strong as the text bears), as calibrated.
+        """The strength that gives an intensity of 0 (unsteered) to 100 (as strong as the text bears), as calibrated; a negative one asks
+        for less of the emotion, by a negative strength (`circuits.dial.LESS`).
 
         Raises:
-            UsageError: for an unknown emotion or an intensity outside 0 to 100. ArtifactError: if the circuit is not calibrated, or no
+            UsageError: for an unknown emotion or an intensity outside -100 to 100. ArtifactError: if the circuit is not calibrated, or no
                 strength was found that the text bears.
         """
         emotion = self.emotions[self.index(emotion)]
-        check_intensity(intensity)
+        check_intensity(intensity, signed=True)
+        if intensity < 0:
+            return -self.strength_at(emotion, -intensity * LESS)
         if not self.calibrated:
             raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")
         curve = self.metrics["calibration"]["emotions"][emotion]

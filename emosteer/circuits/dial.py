@@ -11,19 +11,29 @@ from emosteer.base.errors import UsageError
 DEAD_ZONE = 0.05
 #: The last share of the whole rise counts as reached: where a judge is as good as sure, more strength only spoils the text.
 SATURATED = 0.02
+#: A negative intensity takes the strength of this share of it, with the sign turned: on prompts that ask for the emotion half of the dial
+#: takes it away, and more of it spoils the text (docs/SERVING.md).
+LESS = 0.5
+#: The intensities of a mixture add up: 50 and 50 are read, and spoil the text, like one of 100 (docs/SERVING.md), so that their sum has
+#: the dial's end, too.
+MOST_TOGETHER = 100.0
 
 #: The largest strength, either way, that can be asked for or stored; text breaks far below.
 MAX_STRENGTH = 1000.0
 
 
-def check_intensity(value: float, name: str = "--intensity") -> float:
+def check_intensity(value: float, name: str = "--intensity", *, signed: bool = False) -> float:
     """Refuses what is no intensity.
 
+    Args:
+        signed: whether it may be negative, which asks for less of an emotion.
+
     Raises:
-        UsageError: unless it lies between 0 and 100.
+        UsageError: unless it lies between 0, or -100 where it is signed, and 100.
     """
-    if not 0 <= value <= 100:
-        raise UsageError(f"expected {name} between 0 and 100, found {value:g}")
+    least = -100 if signed else 0
+    if not least <= value <= 100:
+        raise UsageError(f"expected {name} between {least} and 100, found {value:g}")
     return value
 
 

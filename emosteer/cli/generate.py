@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emosteer.base.errors import DataError, UsageError, suggest
+from emosteer.base.errors import UsageError, suggest
 from emosteer.base.processes import world
 from emosteer.base.strict_json import loads
+from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -28,11 +28,9 @@ from emosteer.cli.options import (
     one_of,
 )
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
-from emosteer.scenarios.conversations import parse_messages
-from emosteer.scenarios.prompt_sets import KINDS, parse_prompt
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
-from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, Group, GroupKey, Message, parse_emotions, parse_scenario, text_field
-from emosteer.scenarios.scripts import joined
+from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
+from emosteer.writing.feelings import Feeling
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -59,7 +57,38 @@ def generate(
         ),
     ] = None,
     intensity: Annotated[
-        float | None, typer.Option(help="0 (unsteered) to 100 (as strong as the text bears); needs `calibrate`.", show_default=False)
+        float | None,
+        typer.Option(
+            help="0 (unsteered) to 100 (as strong as the text bears); below 0, to -100, less of the emotion; needs `calibrate`.",
+            show_default=False,
+        ),
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Emotions with their intensities, such as 'sadness:40 + anger:20'.", metavar="MIXTURE", show_default=False),
+    ] = None,
+    arc: Annotated[
+        str | None,
+        typer.Option(help="Mixtures over the reply, such as 'fear:80 -> happiness:60'.", metavar="ARC", show_default=False),
+    ] = None,
+    arc_tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens from the arc's begin to its end: {ARC_TOKENS} if not given.", show_default=False)
+    ] = None,
+    fade: Annotated[
+        float | None,
+        typer.Option(
+            help="In conversations: replies after which half of the intensity that it began with is left.",
+            metavar="REPLIES",
+            show_default=False,
+        ),
+    ] = None,
+    personality: Annotated[
+        str | None,
+        typer.Option(
+            help="The mood follows what a judge reads in the user's turns: neutral, or traits such as 'extraversion:0.5, stability:-1'.",
+            metavar="TRAITS",
+            show_default=False,
+        ),
     ] = None,
     positions: Annotated[
         str | None,
@@ -111,7 +140,8 @@ def generate(
     if method not in GENERATE:
         raise UsageError(f"unknown method '{method}'{suggest(method, GENERATE)}; expected {', '.join(GENERATE)}")
     chosen = METHODS[method]
-    if chosen.kind is not Kind.UNSTEERED and emotion is None:
+    feeling = _feeling(Feeling.of(mix, arc, arc_tokens, fade, personality), strength, method, engine)
+    if chosen.kind is not Kind.UNSTEERED and emotion is None and feeling is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     if not chosen.steers and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
@@ -120,7 +150,7 @@ def generate(
     leaning = _guidance(guidance, engine)
     options = _engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
-    inputs = _inputs(text, source)
+    inputs = inputs_of(text, source)
 
     decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning)
     from emosteer.base.processes import join
@@ -138,12 +168,16 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     if found and chosen.vectors is not None:
         found[0].require(chosen.vectors)
-    if found and intensity is not None:
+    if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None
     known = steers.emotions if steers else EMOTIONS
-    closed = steers is not None
-    wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else parse_emotions(emotion or "", known, closed=closed)
+    names = () if emotion is None else parse_emotions(emotion, known, closed=steers is not None)
+    if feeling is not None and found:
+        jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
+        author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
+        return _write(author, jobs, out, found[1], fresh, as_json, crew)
+    wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
@@ -168,6 +202,40 @@ def _check_intensity(intensity: float | None, strength: float | None, method: st
         dials = " or ".join(name for name in GENERATE if METHODS[name].dial)
         raise UsageError(f"--intensity has no meaning with --method {method}; it belongs to --method {dials}")
     one_of(intensity, strength)
+
+
+def _feeling(feeling: Feeling | None, strength: float | None, method: str, engine: str) -> Feeling | None:
+    """A mixture, an arc, or what changes over turns, once it is sure that it can be had.
+
+    Raises:
+        UsageError: with another method than the circuit, with a strength, or with vLLM.
+    """
+    if feeling is None:
+        return None
+    if method != CIRCUIT:
+        raise UsageError(
+            f"--mix, --arc, --fade and --personality have no meaning with --method {method}; they belong to --method {CIRCUIT}"
+        )
+    if strength is not None:
+        raise UsageError("--mix, --arc, --fade and --personality go by intensities; leave --strength out")
+    if engine != "builtin":
+        raise UsageError("vLLM writes one emotion at one strength; leave --mix, --arc, --fade and --personality out, or the engine")
+    feeling.tell_weakened()
+    return feeling
+
+
+def _felt_jobs(inputs: Sequence[Input], feelings: Sequence[Feeling], circuit: Circuit, tokens: int) -> list[Job]:
+    from emosteer.judges.reader import Reader
+    from emosteer.writing.jobs import felt_job
+
+    read = Reader().shares
+    jobs = []
+    for each in inputs:
+        said = (*each.group.earlier, *each.earlier, Message("user", each.group.text))
+        for feeling in feelings:
+            now = feeling.now(said, circuit.emotions, read)
+            jobs.append(felt_job(each.id, said, now, circuit, tokens, each.group.key))
+    return jobs
 
 
 def _positions(given: str | None, engine: str) -> str:
@@ -263,73 +331,6 @@ def _author(
     from emosteer.serving.vllm_writer import VllmWriter
 
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What is to be answered. group: a scenario-event or prompt, or a text under an empty key; earlier: what was said before it."""
-
-    id: str
-    group: Group
-    earlier: tuple[Message, ...] = ()
-
-    @classmethod
-    def of(cls, name: str, text: str, earlier: tuple[Message, ...] = ()) -> _Input:
-        """A text of the user's own."""
-        return cls(name, Group(GroupKey("", ""), "", text), earlier)
-
-
-def _inputs(text: str | None, source: Path | None) -> list[_Input]:
-    """Everything to be answered.
-
-    Raises:
-        UsageError: if there is nothing, or both a text and a file. DataError: naming file and line, for a malformed file.
-    """
-    if source is not None:
-        if text is not None:
-            raise UsageError("expected a text or --input, found both")
-        return _read_inputs(source)
-    if text is None or text == "-":
-        if text is None and sys.stdin.isatty():
-            raise UsageError("expected a text to answer, --input FILE.jsonl, or text on stdin")
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise DataError("stdin is not UTF-8 text; convert it first") from error
-    if not text.strip():
-        raise UsageError("the text to answer is empty")
-    return [_Input.of("text", text.strip())]
-
-
-def _read_inputs(source: Path) -> list[_Input]:
-    from emosteer.base.files import read_jsonl
-
-    inputs: list[_Input] = []
-    for number, row in read_jsonl(source, "input file"):
-        where = f"{source}:{number}"
-        if "event" in row or "scenario" in row:
-            scenario = parse_scenario(row, where)
-            for valence in VALENCES:
-                key = GroupKey(scenario.id, valence)
-                inputs.append(_Input(str(key), Group(key, scenario.theme, joined(scenario.text, scenario.events[valence]))))
-            continue
-        name = str(row.get("id", f"line-{number}"))
-        if "text" in row and "messages" in row:
-            raise DataError(f"{where}: expected a 'text' or 'messages', found both")
-        if "messages" in row and row.get("kind") in KINDS and "id" in row:  # a prompt file's: its reply belongs to it
-            inputs.append(_Input(name, parse_prompt(row, where)))
-        elif "messages" in row:
-            *earlier, last = parse_messages(row["messages"], where)
-            inputs.append(_Input.of(name, last.content, tuple(earlier)))
-        elif "text" in row:
-            inputs.append(_Input.of(name, text_field(row["text"], "text", where)))
-        else:
-            raise DataError(f"{where}: expected a SEV scenario (skeleton_id, scenario, event) or an object with a 'text' or 'messages'")
-    names = [each.id for each in inputs]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{source}: the id '{twice}' is there twice; ids must be unique")
-    return inputs
 
 
 def _write(

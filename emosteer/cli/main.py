@@ -15,6 +15,7 @@ from emosteer.base.errors import EmosteerError, says_out_of_memory
 from emosteer.cli.ablate import ablate
 from emosteer.cli.build import build
 from emosteer.cli.calibrate import calibrate
+from emosteer.cli.chat import chat
 from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
 from emosteer.cli.evaluate import evaluate
@@ -25,6 +26,7 @@ from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
 from emosteer.cli.models import models
 from emosteer.cli.report import report
+from emosteer.cli.serve import serve
 
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -56,6 +58,8 @@ app.command(cls=CheckedCommand)(inspect)
 app.command(cls=CheckedCommand)(generate)
 app.command(cls=CheckedCommand)(export)
 app.command(cls=CheckedCommand)(judge)
+app.command(cls=CheckedCommand)(chat)
+app.command(cls=CheckedCommand)(serve)
 
 
 def _version(wanted: bool) -> None:

@@ -54,7 +54,7 @@ def listed(values: Iterable[float | str]) -> str:
 
 
 def one_of(intensity: float | None, strength: float | None) -> None:
-    """Checks how much was asked for: an intensity from 0 to 100, or a strength, or neither.
+    """Checks how much was asked for: an intensity from -100 (less of the emotion) to 100, or a strength, or neither.
 
     Raises:
         UsageError: for both, or an intensity outside the dial.
@@ -63,7 +63,7 @@ def one_of(intensity: float | None, strength: float | None) -> None:
         return
     if strength is not None:
         raise UsageError("expected --intensity or --strength, found both")
-    check_intensity(intensity)
+    check_intensity(intensity, signed=True)
 
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; artifacts/MODEL/ if not given.", metavar="FILE")]

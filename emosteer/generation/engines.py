@@ -20,7 +20,7 @@ from emosteer.generation.steering import STEERED_KINDS, Injector, SteeringPlan
 from emosteer.models.hooks import Edit
 from emosteer.models.interventions import RowEdits
 from emosteer.models.model import Model
-from emosteer.models.sites import Site
+from emosteer.models.sites import MLP_OUT, RESID_POST, Site
 
 #: Distinct prompt tokens computed at once; more would only take memory.
 PROMPT_TOKENS = 2048
@@ -36,6 +36,9 @@ class Engine(Protocol):
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows at the given places among those that are there, in that order."""
+
+    def steer(self, vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else from the next step on. vectors: site of the plan -> [row that is there, d_model]."""
 
 
 def engine_for(model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None, steps: int) -> Engine:
@@ -136,6 +139,17 @@ class LeanEngine:
         self.row = torch.zeros(n_slots, dtype=torch.long, device=device)
         self.row[self.order] = torch.arange(len(slots), device=device)
 
+    def steer(self, vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else from the next step on; in place, where a recording finds it."""
+        assert self.vectors is not None
+        slots = torch.tensor(self.slot, device=self.positions.device)
+        for place, site in enumerate(self.sites):
+            self.vectors[place, slots] = vectors[site].to(self.vectors)
+        kinds = {site.kind for site in self.sites}
+        if {MLP_OUT, RESID_POST} <= kinds:  # their sums are copies
+            self.recorded = None
+            self._add()
+
 
 class HookedEngine:
     """The Hugging Face forward pass, prompts padded on the left. What changes it is hooked in for the length of a step: whoever takes
@@ -175,6 +189,10 @@ class HookedEngine:
         self.injector.keep(self.alive)
         if self.row_edits:
             self.row_edits.keep(self.alive)
+
+    def steer(self, vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else from the next step on."""
+        self.injector.steer(vectors)
 
 
 def _combine(first: Mapping[Site, Edit], second: Mapping[Site, Edit]) -> dict[Site, Edit]:

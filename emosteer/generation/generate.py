@@ -112,6 +112,8 @@ def steps(
     engine = _engine(model, requests, plan, row_edits, decoding)
     tokens: Tensor | None = None
     while batch.alive:
+        if plan.course is not None and plan.course.moves_at(batch.n_steps):
+            engine.steer(plan.course.rows(batch.alive).at(batch.n_steps))
         tokens, step = batch.take(engine.step(tokens))
         yield step
         kept = [place for place, row in enumerate(batch.alive) if row not in step.ended]
@@ -232,12 +234,14 @@ def _draw(probabilities: Tensor, noise: Tensor, top_p: float) -> tuple[Tensor, T
 
 
 def _noise(requests: Sequence[Request], decoding: Decoding) -> Tensor:
-    """Uniform numbers [row, step], drawn from each row's own seed."""
-    rows = []
-    for request in requests:
-        generator = torch.Generator().manual_seed(seed_of(decoding.seed, request.key))
-        rows.append(torch.rand(decoding.max_new_tokens, generator=generator))
-    return torch.stack(rows)
+    """Uniform numbers [row, step]."""
+    return torch.stack([noise_of(request, decoding) for request in requests])
+
+
+def noise_of(request: Request, decoding: Decoding) -> Tensor:
+    """Uniform numbers [step] of one request, drawn from its own seed."""
+    generator = torch.Generator().manual_seed(seed_of(decoding.seed, request.key))
+    return torch.rand(decoding.max_new_tokens, generator=generator)
 
 
 def seed_of(seed: int, key: str) -> int:

@@ -13,7 +13,7 @@ plausible may be written (as in contrastive decoding, Li et al. 2022, arXiv 2210
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from emosteer.generation.engines import Engine
+    from emosteer.models.sites import Site
 
 #: A token may be written if its probability is at least this share of the likeliest token's.
 PLAUSIBLE = 0.1
@@ -55,3 +56,7 @@ class GuidedEngine:
         """Keeps the rows at the given places, each with its other one."""
         self.engine.keep([*kept, *(self.n_rows + place for place in kept)])
         self.n_rows = len(kept)
+
+    def steer(self, vectors: Mapping[Site, Tensor]) -> None:
+        """Steers each row, and its other one alike."""
+        self.engine.steer({site: torch.cat([value, value]) for site, value in vectors.items()})

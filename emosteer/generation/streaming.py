@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ def stream(
 ) -> Generator[Piece, None, None]:
     """Writes one batch and yields its text as it comes; the pieces of a row join to the text of its reply. Closing it early ends the
     generation. Arguments and errors as for `generate.steps`."""
-    texts = [_RowText(model.tokenizer) for _ in requests]
+    texts = [RowText(model.tokenizer) for _ in requests]
     with contextlib.closing(steps(model, requests, plan, decoding)) as columns:
         for step in columns:
             for row in sorted(step.tokens.keys() | step.ended.keys()):
@@ -45,19 +45,20 @@ def stream(
                     yield Piece(row, text)
 
 
-class _RowText:
+class RowText:
     """One row's text while it is written. A character that is not complete waits, and so does white space at the end: the reply's text
     may end before it."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, read: Callable[[Any, Sequence[int]], str] = reply_text) -> None:
+        """read: (tokenizer, tokens) -> text."""
+        self.tokenizer, self.read = tokenizer, read
         self.ids: list[int] = []
         self.n_sent = 0
 
     def push(self, token: int) -> str:
         """The text that can be sent now that a token is there."""
         self.ids.append(token)
-        text = reply_text(self.tokenizer, self.ids)
+        text = self.read(self.tokenizer, self.ids)
         # A run of byte tokens is read as a whole: one more byte can make all of it no text.
         if text.endswith(_INCOMPLETE) or _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
             return ""
@@ -65,7 +66,7 @@ class _RowText:
 
     def rest(self) -> str:
         """What was held back, once the row has ended."""
-        return self._new(reply_text(self.tokenizer, self.ids))
+        return self._new(self.read(self.tokenizer, self.ids))
 
     def _new(self, text: str) -> str:
         sent, self.n_sent = self.n_sent, max(self.n_sent, len(text))

@@ -95,6 +95,11 @@ def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
+def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens that go on from another text: white space at its ends is part of it."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def stop_ids(tokenizer: Any, declared: int | Sequence[int] | None) -> frozenset[int]:
     """Tokens that end a reply: the declared ones and the usual end-of-turn tokens that the vocabulary holds.
 

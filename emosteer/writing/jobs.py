@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from emosteer.base.errors import UsageError
+from emosteer.circuits.arcs import Arc, strengths_along
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.methods import METHODS
+from emosteer.circuits.methods import CIRCUIT, METHODS
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
-from emosteer.generation.steering import SteeringPlan, plan_for
+from emosteer.generation.steering import Course, SteeringPlan, plan_for
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit, unsaid
-from emosteer.scenarios.scenarios import Group, Message
+from emosteer.scenarios.scenarios import Group, GroupKey, Message
 
 
 @dataclass(frozen=True)
 class Job:
     """One reply to write. messages: the conversation that it answers, the user's turn last; strength: of the steering, None where the
-    method has none."""
+    method has none; course: of a mixture or an arc, whose label is then the emotion, the strength of each of the circuit's emotions at
+    each token, as long as it changes ([token][emotion])."""
 
     id: str
     skeleton_id: str | None
@@ -31,6 +35,7 @@ class Job:
     emotion: str
     method: str
     strength: float | None
+    course: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
     def of(cls, group: Group, emotion: str, method: str, strength: float | None) -> Job:
@@ -73,6 +78,21 @@ def jobs_for(
             how = circuit.default_strength_of(part, emotion)
         jobs.append(Job(f"{name}/{emotion}", key.scenario or None, key.valence or None, messages, emotion, method, how))
     return jobs
+
+
+def felt_job(name: str, messages: tuple[Message, ...], arc: Arc, circuit: Circuit, tokens: int, group: GroupKey | None = None) -> Job:
+    """The job of a reply that feels a mixture or an arc, weakened where it is more than the text bears.
+
+    Args:
+        name: the first part of the job's id; tokens: the longest reply; group: the scenario-event that it answers.
+
+    Raises:
+        UsageError: for an emotion that the circuit does not know. ArtifactError: if it has no dial.
+    """
+    course = strengths_along(arc, circuit.emotions, circuit.strength_at, tokens)
+    label, key = arc.within.label, group or GroupKey("", "")
+    kept = tuple(tuple(strengths) for strengths in course)
+    return Job(f"{name}/{label}", key.scenario or None, key.valence or None, messages, label, CIRCUIT, None, kept)
 
 
 class Asked(Protocol):
@@ -146,9 +166,33 @@ def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site,
     """The steering of a batch, one emotion and strength per row."""
     if not vectors or circuit is None:
         return SteeringPlan.none(len(jobs))
+    if any(job.course is not None for job in jobs):
+        return _course_plan(jobs, circuit, vectors, positions)
     steered = [METHODS[job.method].steers for job in jobs]
     index = [circuit.index(job.emotion) if on else -1 for job, on in zip(jobs, steered, strict=True)]
     return replace(plan_for(vectors, index, [job.strength or 0.0 for job in jobs]), positions=positions)
+
+
+def _course_plan(jobs: Sequence[Job], circuit: Circuit, vectors: Mapping[Site, Tensor], positions: str) -> SteeringPlan:
+    """The steering of a batch in which some replies feel a mixture or an arc.
+
+    Raises:
+        UsageError: for an arc that is to act at all positions.
+    """
+    rows = [strengths_of(job, circuit) for job in jobs]
+    longest = max(map(len, rows))
+    if longest > 1 and positions != "reply":
+        raise UsageError("an arc changes from token to token of the reply and cannot act at all positions; leave --positions out")
+    weights = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+    return replace(SteeringPlan.over(Course(vectors, weights)), positions=positions)
+
+
+def strengths_of(job: Job, circuit: Circuit) -> tuple[tuple[float, ...], ...]:
+    """The strength of each of the circuit's emotions at each token, as long as it changes: [token][emotion]."""
+    if job.course is not None:
+        return job.course
+    steers = METHODS[job.method].steers and job.strength
+    return (tuple(job.strength or 0.0 if steers and name == job.emotion else 0.0 for name in circuit.emotions),)
 
 
 def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:

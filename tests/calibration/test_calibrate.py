@@ -420,8 +420,9 @@ def test_the_circuit_carries_its_dial(circuit: Circuit, made: Circuit, tmp_path:
     assert table["judge"] == "words" and table["groups"] == 12 and table["before"] == dict.fromkeys(EMOTIONS, 12.0)
     assert table["cap"] == {"ratio": 1.8, "sound": 0.95, "names": 0.2, "joint_ratio": 9.0} and "default: intensity 75" in table["rule"]
     assert made.provenance.parents == {"directions": "d" * 64, "circuit": "c" * 64}
-    for wrong in (-1, 101, math.nan):
-        with pytest.raises(UsageError, match="between 0 and 100"):
+    assert again.strength_at("anger", -80) == -again.strength_at("anger", 40), "less of it, by half of the dial"
+    for wrong in (-101, 101, math.nan):
+        with pytest.raises(UsageError, match="between -100 and 100"):
             again.strength_at("anger", wrong)
     with pytest.raises(UsageError, match="did you mean 'anger'"):
         again.strength_at("angry", 50)
@@ -660,9 +661,9 @@ def test_the_prompts_are_of_all_kinds_and_the_check_takes_others(call: Callable[
 
 BAD = [
     (["generate", "x", "-e", "anger", "--intensity", "50", "--strength", "2"], 2, "found both"),
-    (["generate", "x", "-e", "anger", "--intensity", "101"], 2, "between 0 and 100, found 101"),
-    (["generate", "x", "-e", "anger", "--intensity", "-1"], 2, "between 0 and 100"),
-    (["generate", "x", "-e", "anger", "--intensity", "nan"], 2, "between 0 and 100"),
+    (["generate", "x", "-e", "anger", "--intensity", "101"], 2, "between -100 and 100, found 101"),
+    (["generate", "x", "-e", "anger", "--intensity", "-101"], 2, "between -100 and 100"),
+    (["generate", "x", "-e", "anger", "--intensity", "nan"], 2, "between -100 and 100"),
     (["generate", "x", "-e", "anger", "--intensity", "50", "--method", "residual"], 2, "--method circuit"),
     (
         ["generate", "x", "-e", "anger", "--intensity", "50", "-m", "./tiny", "--circuit", "c"],

@@ -15,9 +15,10 @@ from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
-from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL
+from emosteer.judges.registry import EMBEDDED, KEY_ENV, PANEL, PARALLEL
 from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
 from emosteer.scenarios.prompts import INSTRUCTION
+from emosteer.serving.settings import ServeSettings
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
 
 DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
@@ -57,12 +58,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {**GUIDED, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
     "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
+    "chat": {**GUIDED, "seed": Decoding().seed, "instruction": INSTRUCTION, "judge": EMBEDDED},
+    "serve": {name: value for name, value in vars(ServeSettings()).items() if name != "cors"},
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
 #: Options that no settings class holds: where things are, and what a command alone decides.
 ALONE = {
     *("model", "device", "dtype", "emotions", "curves", "tune"),
     *("ablate.top", "calibrate.groups", "calibrate.kinds", "evaluate.kinds", "generate.method", "generate.engine", "judge.field"),
+    *("chat.system", "serve.engine"),
 }
 
 

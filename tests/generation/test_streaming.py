@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emosteer.generation.generate import Decoding, Request, generate
 from emosteer.generation.steering import plan_for
-from emosteer.generation.streaming import Piece, _RowText, stream
+from emosteer.generation.streaming import Piece, RowText, stream
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.models.tokens import reply_text
@@ -110,7 +110,7 @@ TEXTS = ["Zoë ging — naar huis 😀!", "  spaces around \n ", "ends in the mi
 
 def pushed(tokenizer: Any, ids: list[int]) -> list[str]:
     """What was sent after each token, and in the end."""
-    row = _RowText(tokenizer)
+    row = RowText(tokenizer)
     return [*(row.push(token) for token in ids), row.rest()]
 
 

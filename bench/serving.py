@@ -1,0 +1,204 @@
+"""A server under load: are all answered right, how fast, and does anything leak?
+
+    python bench/serving.py                        # 500 requests, 64 at a time, a tenth hangs up; then 2,000 short ones for the memory
+    python bench/serving.py --requests 100 --memory-requests 0
+
+Writes the same requests offline first (`generate`, in batches as large as the server's), then starts `emosteer serve` and sends them.
+Prints one JSON object: how many texts are the offline ones, tokens per second of both, time to first token, rows and memory afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+import emosteer
+from emosteer.api.steered_model import SteeredModel
+from emosteer.generation.generate import batches
+from emosteer.scenarios.shipped import development_groups
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Load:
+    """One request. leaves: after how many pieces its client hangs up, 0 for never."""
+
+    text: str
+    emotion: str | None
+    intensity: float
+    tokens: int
+    leaves: int
+
+
+def loads(count: int, emotions: Sequence[str], leaving: float, tokens: Sequence[int] = (16, 32, 48, 64), seed: int = 0) -> list[Load]:
+    """Mixed emotions, intensities and lengths."""
+    draw = random.Random(seed)
+    texts = [group.text for group in development_groups(64).groups if not group.earlier]
+    return [
+        Load(
+            draw.choice(texts),
+            draw.choice([*emotions, None]),
+            draw.choice([30, 50, 70, -40]),
+            draw.choice(tokens),
+            draw.randrange(1, 6) if draw.random() < leaving else 0,
+        )
+        for _ in range(count)
+    ]
+
+
+def offline(m: SteeredModel, work: Sequence[Load]) -> tuple[list[str], list[int], float]:
+    """The texts and tokens of all requests, and the seconds that they took in batches of equal length."""
+    texts, counts = [""] * len(work), [0] * len(work)
+    begun = time.monotonic()
+    for tokens in sorted({load.tokens for load in work}):
+        mine = [i for i, load in enumerate(work) if load.tokens == tokens]
+        requests = m._work([work[i].text for i in mine], None, {}).requests
+        for part in batches(requests, BATCH):
+            index = [mine[i] for i in part]
+            replies = m.generate(
+                [work[i].text for i in index],
+                [work[i].emotion for i in index],
+                intensity=[work[i].intensity if work[i].emotion else None for i in index],
+                max_new_tokens=tokens,
+                batch_size=BATCH,
+            )
+            for i, reply in zip(index, replies, strict=True):
+                texts[i], counts[i] = reply.text, reply.n_tokens
+    return texts, counts, time.monotonic() - begun
+
+
+@dataclass
+class Seen:
+    """What came of one request. problem: why it was not answered."""
+
+    text: str = ""
+    first: float | None = None
+    problem: str = ""
+
+
+async def send(client: httpx.AsyncClient, model: str, load: Load, gate: asyncio.Semaphore) -> Seen:
+    """One streamed request."""
+    seen, pieces = Seen(), 0
+    felt = {"emotion": load.emotion, "intensity": load.intensity} if load.emotion else {}
+    body = {"model": model, "messages": [{"role": "user", "content": load.text}], "max_tokens": load.tokens, "stream": True, **felt}
+    async with gate:
+        begun = time.monotonic()
+        try:
+            async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    seen.problem = f"{answer.status_code} {(await answer.aread())[:200]!r}"
+                    return seen
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    text = event["choices"][0]["delta"].get("content", "") if "choices" in event else ""
+                    seen.problem = json.dumps(event["error"]) if "error" in event else seen.problem
+                    if text:
+                        seen.first = seen.first or time.monotonic() - begun
+                        seen.text += text
+                        pieces += 1
+                        if load.leaves and pieces >= load.leaves:
+                            return seen
+        except httpx.HTTPError as error:
+            seen.problem = repr(error)
+    return seen
+
+
+async def all_at(url: str, model: str, work: Sequence[Load], at_once: int) -> list[Seen]:
+    gate = asyncio.Semaphore(at_once)
+    limits = httpx.Limits(max_connections=at_once + 8)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        return await asyncio.gather(*(send(client, model, load, gate) for load in work))
+
+
+def rss(pid: int) -> float:
+    """Memory of a process, in MiB."""
+    with open(f"/proc/{pid}/status") as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024  # type: ignore[index]
+
+
+def settled(url: str) -> dict[str, Any]:
+    """The server's own counts once nobody is written for."""
+    for _ in range(200):
+        health = httpx.get(url + "/healthz").json()
+        if not health["running"] and not health["waiting"]:
+            break
+        time.sleep(0.05)
+    metrics = httpx.get(url + "/metrics").text
+    return {**health, "rows": float(re.search(r"^emosteer_rows (\S+)", metrics, re.M)[1])}  # type: ignore[index]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--memory-requests", type=int, default=2000)
+    options = parser.parse_args()
+    m = emosteer.load()
+    work = loads(options.requests, m.emotions, 0.1)
+    texts, counts, seconds = offline(m, work)
+    print(f"offline: {sum(counts) / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "emosteer", "serve", "--port", "0", "--max-batch", str(BATCH)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    assert server.stdout is not None
+    url = str(server.stdout.readline()).split()[2].removesuffix("/v1,")
+    try:
+        model = httpx.get(url + "/v1/models").json()["data"][0]["id"]
+        asyncio.run(all_at(url, model, work[:8], 8))  # warm
+        begun = time.monotonic()
+        seen = asyncio.run(all_at(url, model, work, options.at_once))
+        took = time.monotonic() - begun
+        stayed = [i for i, load in enumerate(work) if not load.leaves]
+        left = [i for i, load in enumerate(work) if load.leaves]
+        firsts = [one.first for one in seen if one.first is not None]
+        # those that left were written for as far as their client read: at least as many tokens as pieces
+        written = sum(counts[i] for i in stayed) + sum(min(work[i].leaves, counts[i]) for i in left)
+        found: dict[str, Any] = {
+            "requests": len(work),
+            "answered": sum(not one.problem for one in seen),
+            "equal to offline": sum(seen[i].text == texts[i] for i in stayed),
+            "of": len(stayed),
+            "left": len(left),
+            "their beginnings equal": sum(texts[i].startswith(seen[i].text.strip()) for i in left),
+            "offline tokens/s": round(sum(counts) / seconds, 1),
+            "server tokens/s": round(written / took, 1),
+            "ratio": round(written / took / (sum(counts) / seconds), 3),
+            "first token, median s": round(quantile(firsts, 0.5), 2),
+            "first token, 95th s": round(quantile(firsts, 0.95), 2),
+            "afterwards": settled(url),
+            "MiB": [round(rss(server.pid))],
+            "problems": [one.problem for one in seen if one.problem][:3],
+        }
+        for part in range(4 if options.memory_requests else 0):
+            short = loads(options.memory_requests // 4, m.emotions, 0.1, (2, 6), seed=part + 1)
+            asyncio.run(all_at(url, model, short, options.at_once))
+            settled(url)
+            found["MiB"].append(round(rss(server.pid)))
+        found["in the end"] = settled(url)
+        print(json.dumps(found, indent=1))
+    finally:
+        server.terminate()
+        server.wait(60)
+        print(f"server ended with {server.returncode}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

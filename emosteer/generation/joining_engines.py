@@ -1,0 +1,170 @@
+"""Engines whose rows come and go between steps: what turns the next token of every row into its next logits.
+
+Models that the lean forward pass serves take their steps together, whenever their rows joined. For all others, rows that joined together
+take steps together: slower, and the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emosteer.generation.engines import PROMPT_TOKENS, HookedEngine
+from emosteer.generation.joining_cache import JoiningCache
+from emosteer.generation.lean_forward import Lean, lean_of
+from emosteer.generation.prefix_tree import chunks, pack
+from emosteer.generation.steering import STEERED_KINDS, Injector, SteeringPlan
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+
+
+class JoiningEngine(Protocol):
+    """Rows in the order in which they joined, those that left apart."""
+
+    def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
+        """Adds rows behind those that are there. The plan is for them alone, at the positions of the reply."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [row, d_vocab] after one more token per row; for rows that have just joined, after their prompt, whatever their token."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keeps the rows at the given ascending places; all of them have taken a step."""
+
+    def steer(self, rows: Sequence[int], vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else to some rows, which have taken a step, from the next one on. vectors: site -> [row, d_model]."""
+
+    @property
+    def n_columns(self) -> int:
+        """Positions of the cache that every row takes."""
+
+
+def joining_engine(model: Model, sites: Sequence[Site]) -> JoiningEngine:
+    """The fastest engine for a model and the sites that are steered."""
+    lean = lean_of(model) if all(site.kind in STEERED_KINDS for site in sites) else None
+    return LeanJoiningEngine(lean, sites) if lean is not None else CohortEngine(model)
+
+
+class LeanJoiningEngine:
+    """All rows in one cache. A prompt is read without its last token, which is then a step like any other."""
+
+    def __init__(self, lean: Lean, sites: Sequence[Site]) -> None:
+        """sites: all that any row is ever steered at."""
+        self.lean, self.sites = lean, list(sites)
+        model, device = lean.model, lean.model.device
+        self.cache = JoiningCache(lean.shape, device, model.dtype)
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
+        self.vectors = torch.zeros(len(self.sites), 0, lean.shape.d_model, device=device, dtype=model.dtype)
+        self.slot: list[int] = []  # of each row: where the cache holds it
+        self.fresh: dict[int, int] = {}  # row -> the last token of its prompt, before its first step
+
+    @property
+    def n_columns(self) -> int:
+        return self.cache.n_columns
+
+    def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
+        """Adds rows; distinct beginnings of their prompts are computed once."""
+        lean, device = self.lean, self.positions.device
+        lean.prepare(len(self.slot) + len(prompts))
+        heads = [prompt[:-1] for prompt in prompts]
+        slots = self.cache.join([len(head) for head in heads])
+        for rows in chunks(heads, PROMPT_TOKENS):
+            packed = pack([heads[row] for row in rows], max(len(heads[row]) for row in rows), device)
+            places = [slots[row] for row in rows]
+
+            def keep(layer: int, keys: Tensor, values: Tensor, places: list[int] = places, nodes: Tensor = packed.rows) -> None:
+                self.cache.fill(layer, places, nodes, keys, values)
+
+            lean.read(packed, keep)
+        self.fresh |= {len(self.slot) + row: prompt[-1] for row, prompt in enumerate(prompts)}
+        self.slot += slots
+        self.positions = torch.cat([self.positions, torch.tensor([len(head) for head in heads], device=device)])
+        new = self.vectors.new_zeros(len(self.sites), len(prompts), self.vectors.shape[2])
+        for place, site in enumerate(self.sites):
+            if site in plan.vectors:
+                new[place] = plan.vectors[site].to(new)
+        self.vectors = torch.cat([self.vectors, new], dim=1)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after one more token per row."""
+        for row, token in self.fresh.items():
+            tokens[row] = token
+        self.fresh = {}
+        order = torch.tensor(self.slot, device=tokens.device)
+        by_slot = torch.empty_like(tokens)
+        by_slot[order] = tokens
+        added = self.lean.added(dict(zip(self.sites, self.vectors, strict=True)))
+        hidden = self.lean.step(by_slot, self.positions, self.cache, added)
+        self.positions = self.positions + 1
+        return self.lean.logits(hidden[order])
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Lets the other rows go; few slots move."""
+        slots = [self.slot[row] for row in kept]
+        moved = self.cache.drop(sorted(set(range(len(self.slot))) - set(slots)))
+        now = {old: new for new, old in enumerate(moved)}
+        index = torch.tensor(moved, dtype=torch.long, device=self.positions.device)
+        self.positions, self.vectors = self.positions[index], self.vectors[:, index]
+        self.slot = [now[slot] for slot in slots]
+
+    def steer(self, rows: Sequence[int], vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else to some rows from the next step on."""
+        slots = torch.tensor([self.slot[row] for row in rows], device=self.positions.device)
+        for place, site in enumerate(self.sites):
+            if site in vectors:
+                self.vectors[place, slots] = vectors[site].to(self.vectors)
+
+
+class CohortEngine:
+    """Rows that joined together are a batch of their own, by the Hugging Face forward pass."""
+
+    def __init__(self, model: Model) -> None:
+        """Nobody is there yet."""
+        self.model = model
+        self.cohorts: list[HookedEngine] = []
+        self.sizes: list[int] = []
+        self.n_begun = 0  # cohorts that have taken a step: the first ones
+
+    @property
+    def n_columns(self) -> int:
+        return max((cohort.mask.shape[1] for cohort in self.cohorts), default=0)
+
+    def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
+        """Makes a batch of the new rows."""
+        self.cohorts.append(HookedEngine(self.model, prompts, Injector(plan, self.model.device, self.model.dtype), None))
+        self.sizes.append(len(prompts))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after one more token per row."""
+        parts = zip(self.cohorts, tokens.split(self.sizes), strict=True)
+        logits = [cohort.step(part if index < self.n_begun else None) for index, (cohort, part) in enumerate(parts)]
+        self.n_begun = len(self.cohorts)
+        return torch.cat(logits)
+
+    def _parts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Of each cohort, the places among the given rows that are its own."""
+        starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
+        spans = zip(starts, self.sizes, strict=True)
+        return [[place for place, row in enumerate(rows) if start <= row < start + size] for start, size in spans]
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Lets the other rows go, and batches of which nobody is left."""
+        start, left = 0, []
+        for cohort, size, places in zip(self.cohorts, self.sizes, self._parts(kept), strict=True):
+            if 0 < len(places) < size:
+                cohort.keep([kept[place] - start for place in places])
+            if places:
+                left.append((cohort, len(places)))
+            start += size
+        self.cohorts, self.sizes = [cohort for cohort, _ in left], [size for _, size in left]
+        self.n_begun = len(left)
+
+    def steer(self, rows: Sequence[int], vectors: Mapping[Site, Tensor]) -> None:
+        """Adds something else to some rows from the next step on."""
+        start = 0
+        for cohort, size, places in zip(self.cohorts, self.sizes, self._parts(rows), strict=True):
+            if places:
+                cohort.injector.steer({site: value[places] for site, value in vectors.items()}, [rows[place] - start for place in places])
+            start += size

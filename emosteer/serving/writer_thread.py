@@ -1,0 +1,277 @@
+"""The thread that writes: it alone uses the model. Requests come in from elsewhere, join the running batch in their order, and are told
+what is written as it comes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from emosteer.base.errors import EmosteerError
+from emosteer.base.progress import note
+from emosteer.generation.running_batch import Ask, RunningBatch, Written
+from emosteer.generation.streaming import RowText
+from emosteer.models.memory import is_out_of_memory, release_memory
+from emosteer.models.model import Model
+from emosteer.models.sites import Site
+from emosteer.models.tokens import raw_text, reply_text
+from emosteer.serving.errors import RequestError, busy, stopping, too_late
+from emosteer.serving.metrics import Metrics
+from emosteer.serving.settings import ServeSettings
+from emosteer.serving.stop_strings import StopStrings
+
+Result = TypeVar("Result")
+#: Seconds of idleness after which freed memory goes back to the system.
+IDLE = 5.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The next part of a reply. tokens: those that are new, with their log-probabilities where they were asked for; ended: "stop" or
+    "length" in the last one; error: instead of all that, why there is no more."""
+
+    text: str = ""
+    tokens: tuple[Written, ...] = ()
+    ended: str | None = None
+    error: RequestError | None = None
+
+
+@dataclass(eq=False)
+class Writing:
+    """One reply on its way. deliver: is given its parts, from the writer's thread; raw: whether white space at the ends belongs to it."""
+
+    ask: Ask
+    deliver: Callable[[Part], None]
+    stops: tuple[str, ...] = ()
+    raw: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+    n_tokens: int = 0
+    ticket: int = -1
+    gone: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Of the cache, at most."""
+        return max(len(self.ask.request.ids), len(self.ask.request.empty)) + self.ask.decoding.max_new_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model's batch."""
+        return 1 + self.ask.decoding.guides
+
+
+class _Text:
+    """A reply's text as it comes: tokens to characters, up to a stop sequence."""
+
+    def __init__(self, model: Model, writing: Writing) -> None:
+        self.row = RowText(model.tokenizer, raw_text if writing.raw else reply_text)
+        self.stops = StopStrings(writing.stops)
+
+    def part(self, written: Written) -> Part:
+        """What a step brought."""
+        text = self.stops.push(self.row.push(written.token)) if written.token is not None else ""
+        tokens = () if written.token is None else (written,)
+        if not self.stops.stopped and written.ended:
+            text += self.stops.push(self.row.rest())
+            text += "" if self.stops.stopped else self.stops.rest()
+        return Part(text, tokens, "stop" if self.stops.stopped else written.ended)
+
+
+class WriterThread:
+    """Writes for everybody. All methods may be called from any thread."""
+
+    def __init__(self, model: Model, vectors: Mapping[Site, Tensor], settings: ServeSettings, metrics: Metrics) -> None:
+        """vectors: site -> [emotion, d_model], at strength 1."""
+        self.model, self.settings, self.metrics = model, settings, metrics
+        self.batch = RunningBatch(model, vectors)
+        shape = model.shape
+        cell = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * model.dtype.itemsize
+        self.cells = int(settings.cache_gb * 2**30 / cell)
+        self._changed = threading.Condition()
+        self._waiting: deque[Writing] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._running: dict[int, tuple[Writing, _Text]] = {}
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    # ---- from elsewhere ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the step that is being taken; whoever is not finished is told so."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody writes."""
+        return self._thread.is_alive()
+
+    @property
+    def n_waiting(self) -> int:
+        """Replies that wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Replies that are being written."""
+        return len(self._running)
+
+    def submit(self, *writings: Writing) -> None:
+        """Takes replies in, all or none.
+
+        Raises:
+            RequestError: if the queue is full, one is larger than the memory for keys and values, or the writer is stopping.
+        """
+        for writing in writings:
+            if writing.rows * writing.positions > self.cells:
+                limit = self.cells // writing.rows
+                message = f"prompt and reply need {writing.positions} positions, of which the server has memory for {limit} (--cache-gb)"
+                raise RequestError(message, code="context_length_exceeded")
+        with self._changed:
+            if self._stop or not self.alive:
+                raise stopping()
+            free = self.settings.max_batch - len(self._running)
+            if len(self._waiting) + len(writings) > self.settings.max_queue + max(free, 0):
+                raise busy(len(self._waiting))
+            self._waiting.extend(writings)
+            self._changed.notify()
+
+    def cancel(self, *writings: Writing) -> None:
+        """Lets replies go; of those that are finished nothing remains to be let go."""
+        with self._changed:
+            for writing in writings:
+                writing.gone = True
+            self._changed.notify()
+
+    def call(self, work: Callable[[], Result]) -> Future[Result]:
+        """Has something done with the model between two steps."""
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._stop or not self.alive:
+                raise stopping()
+            self._calls.append((future, work))
+            self._changed.notify()
+        return future
+
+    # ---- the thread ----------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stop or self._waiting or self._calls or self._running):
+                    if not self._changed.wait(IDLE):
+                        release_memory()
+                        self._changed.wait()
+                if self._stop:
+                    break
+                calls, self._calls = self._calls, deque()
+            for future, work in calls:
+                _answer(future, work)
+            self._let_go()
+            self._admit()
+            self._step()
+        for writing in self._all():
+            writing.deliver(Part(error=stopping()))
+        for future, _ in self._calls:
+            future.set_exception(stopping())
+        self._waiting.clear()
+        self._running.clear()
+        self.batch.clear()
+
+    def _all(self) -> list[Writing]:
+        """Everybody who is not finished."""
+        with self._changed:
+            return [*self._waiting, *(writing for writing, _ in self._running.values())]
+
+    def _let_go(self) -> None:
+        """Those whose client has left, and those whose time is over."""
+        now, limit = time.monotonic(), self.settings.timeout
+        for writing in self._all():
+            late = now - writing.arrived > limit
+            if not (writing.gone or late):
+                continue
+            if writing.ticket >= 0:
+                self.batch.cancel(writing.ticket)
+                del self._running[writing.ticket]
+            else:
+                with self._changed:
+                    self._waiting.remove(writing)
+            self.metrics.cancelled.labels("timeout" if late else "client").inc()
+            if late and not writing.gone:
+                writing.deliver(Part(error=too_late(limit)))
+
+    def _fits(self, writing: Writing) -> bool:
+        """Whether there is room for one more, in the order in which they came."""
+        if not self._running:
+            return True
+        if len(self._running) >= self.settings.max_batch:
+            return False
+        longest = max(writing.positions, *(other.positions for other, _ in self._running.values()))
+        return (self.batch.n_rows + writing.rows) * longest <= self.cells
+
+    def _admit(self) -> None:
+        while self._waiting and self._fits(self._waiting[0]):
+            with self._changed:
+                writing = self._waiting.popleft()
+            try:
+                writing.ticket = self.batch.join(writing.ask)
+            except EmosteerError as error:
+                writing.deliver(Part(error=RequestError(str(error), code="context_length_exceeded")))
+                continue
+            self._running[writing.ticket] = writing, _Text(self.model, writing)
+            self.metrics.waited.observe(time.monotonic() - writing.arrived)
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        begun = time.monotonic()
+        try:
+            found = self.batch.step()
+        except Exception as error:  # whatever it is, the next requests are to be served
+            self._fail(error)
+            return
+        self.metrics.steps.observe(time.monotonic() - begun)
+        self.metrics.tokens.inc(sum(written.token is not None for written in found))
+        for written in found:
+            writing, text = self._running[written.ticket]
+            part = text.part(written)
+            writing.n_tokens += len(part.tokens)
+            if writing.n_tokens == 1 and part.tokens:
+                self.metrics.first.observe(time.monotonic() - writing.arrived)
+            if part.ended:
+                del self._running[written.ticket]
+                if not written.ended:  # a stop sequence, of which the batch knows nothing
+                    self.batch.cancel(written.ticket)
+            if not writing.gone:
+                writing.deliver(part)
+
+    def _fail(self, error: Exception) -> None:
+        """Nobody's reply can go on: the rows share their step."""
+        lacking = is_out_of_memory(error)
+        note(f"the step failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); its replies are given up")
+        message = "out of memory; try fewer requests at a time (--max-batch, --cache-gb)" if lacking else "the model failed in this step"
+        for writing, _ in self._running.values():
+            writing.deliver(Part(error=RequestError(message, status=503 if lacking else 500, code="step_failed")))
+        self._running.clear()
+        self.batch.clear()
+
+
+def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)

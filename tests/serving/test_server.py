@@ -1,0 +1,553 @@
+"""The server on a real port, called by the real OpenAI client and by plain HTTP: the texts are those of `generate`, whoever shares their
+steps; every wrong request gets its 4xx; whoever leaves frees its rows."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
+openai = pytest.importorskip("openai", reason="the openai client is not installed; it comes with emosteer[dev]")
+
+from emosteer.api.steered_model import SteeredModel  # noqa: E402
+from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
+from emosteer.cli import main as cli  # noqa: E402
+from emosteer.models.sites import RESID_POST, Site  # noqa: E402
+from emosteer.serving.run import listen, serve  # noqa: E402
+from emosteer.serving.settings import ServeSettings  # noqa: E402
+from emosteer.serving.stop_strings import StopStrings  # noqa: E402
+from tests.helpers.dialled import dialled_model  # noqa: E402
+from tests.helpers.server import Running, running  # noqa: E402
+
+TEXT = "the boss said stop"
+NAME = "tiny-llama"
+CHAT = [
+    {"role": "user", "content": "the train was late"},
+    {"role": "assistant", "content": "which train"},
+    {"role": "user", "content": TEXT},
+]
+
+
+@pytest.fixture(scope="module")
+def steered() -> SteeredModel:
+    model = dialled_model()
+    # no token ends a reply, so that replies are long enough to be looked at
+    model.model.__dict__["stop_ids"] = frozenset()
+    return model
+
+
+@pytest.fixture(scope="module")
+def served(steered: SteeredModel) -> Iterator[Running]:
+    with running(steered, max_batch=8, max_queue=64) as server:
+        yield server
+        assert httpx.get(server.url + "/healthz").json() == {"status": "ok", "running": 0, "waiting": 0}
+        assert server.writer.batch.n_rows == 0, "every row is free in the end"
+
+
+@pytest.fixture(scope="module")
+def client(served: Running) -> Any:
+    return openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+
+
+def ask(served: Running, path: str = "/v1/chat/completions", /, **fields: Any) -> httpx.Response:
+    body = {"model": NAME, **({"messages": [{"role": "user", "content": TEXT}]} if "chat" in path else {}), **fields}
+    return httpx.post(served.url + path, json=body, timeout=30)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# ---- texts -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"emotion": "anger"}, {"emotion": "anger"}),
+        ({"emotion": "Anger", "intensity": 60}, {"emotion": "anger", "intensity": 60}),
+        ({"emotion": "fear", "intensity": -40}, {"emotion": "fear", "intensity": -40}),
+        ({"emotion": "fear", "strength": 1.5}, {"emotion": "fear", "strength": 1.5}),
+        ({"mix": {"sadness": 40, "anger": 20}}, {"mix": "sadness:40 + anger:20"}),
+        ({"arc": "fear:80 -> happiness:60", "arc_tokens": 8}, {"arc": "fear:80 -> happiness:60", "arc_tokens": 8}),
+        ({"model": f"{NAME}:anger"}, {"emotion": "anger"}),
+        ({"model": f"{NAME}:anger@60"}, {"emotion": "anger", "intensity": 60}),
+        ({"model": f"{NAME}:sadness@40+anger@20"}, {"mix": "sadness:40 + anger:20"}),
+        ({"model": f"{NAME}:fear@80->happiness@60"}, {"arc": "fear:80 -> happiness:60"}),
+        (
+            {"emotion": "anger", "temperature": 0.9, "top_p": 0.8, "seed": 7},
+            {"emotion": "anger", "temperature": 0.9, "top_p": 0.8, "seed": 7},
+        ),
+        ({"emotion": "anger", "guidance": 1, "repetition_penalty": 1.4}, {"emotion": "anger", "guidance": 1.0, "repetition_penalty": 1.4}),
+        (
+            {"messages": CHAT, "emotion": "anger", "intensity": 80, "fade": 1},
+            {"prompts": CHAT, "emotion": "anger", "intensity": 80, "fade": 1},
+        ),
+        ({"messages": CHAT, "instruction": "", "max_tokens": 30}, {"prompts": CHAT, "instruction": "", "max_new_tokens": 30}),
+    ],
+)
+def test_a_reply_is_that_of_generate(served: Running, steered: SteeredModel, fields: dict[str, Any], options: dict[str, Any]) -> None:
+    fields = {"max_tokens": 12, **fields}
+    options = {"prompts": TEXT, "max_new_tokens": 12, **options}
+    answer = ask(served, **fields).json()
+    expected = steered.generate(**options)
+    assert answer["choices"][0]["message"]["content"] == expected.text and answer["choices"][0]["finish_reason"] == expected.finish_reason
+    assert answer["usage"]["completion_tokens"] == expected.n_tokens and answer["model"] == fields.get("model", NAME)
+    streamed = events(ask(served, **fields, stream=True))
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == expected.text
+    assert [event["choices"][0]["finish_reason"] for event in streamed[-2:]] == [None, expected.finish_reason]
+    assert streamed[0]["choices"][0]["delta"]["role"] == "assistant"
+
+
+def test_the_official_client_chats_streams_and_chooses(client: Any, steered: SteeredModel) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    whole = client.chat.completions.create(model=f"{NAME}:anger@60", messages=messages, max_tokens=12)
+    expected = steered.generate(TEXT, "anger", intensity=60, max_new_tokens=12).text
+    assert whole.choices[0].message.content == expected and whole.object == "chat.completion"
+    usage = {"include_usage": True}
+    stream = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=12, stream=True, stream_options=usage, extra_body={"emotion": "anger", "intensity": 60}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert chunks[-1].usage.completion_tokens == 12 and not chunks[-1].choices
+    several = client.chat.completions.create(model=f"{NAME}:anger", messages=messages, n=3, temperature=1.2, seed=1, max_tokens=12)
+    texts = [choice.message.content for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert texts[0] == steered.generate(TEXT, "anger", temperature=1.2, seed=1, max_new_tokens=12).text
+    again = client.chat.completions.create(model=f"{NAME}:anger", messages=messages, n=3, temperature=1.2, seed=1, max_tokens=12)
+    assert [choice.message.content for choice in again.choices] == texts and several.usage.completion_tokens == 36
+    free = {client.chat.completions.create(model=NAME, messages=messages, temperature=1.5).choices[0].message.content for _ in range(4)}
+    assert len(free) > 1, "without a seed a sampled reply is another one each time"
+    assert [model.id for model in client.models.list()][:2] == [NAME, f"{NAME}:anger"]
+    assert client.models.retrieve(f"{NAME}:fear").owned_by == "emosteer"
+
+
+def test_stop_sequences_cut_also_across_tokens(client: Any, served: Running) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    full = client.chat.completions.create(model=NAME, messages=messages, max_tokens=20, temperature=1.5, seed=3).choices[0].message.content
+    words = full.split()
+    assert len(words) >= 8
+    stop = f"{words[4]} {words[5]}"
+    for stream in (False, True):
+        made = client.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=20, temperature=1.5, seed=3, stop=[stop, "nowhere"], stream=stream
+        )
+        if stream:
+            pieces = [(chunk.choices[0].delta.content or "", chunk.choices[0].finish_reason) for chunk in made]
+            text, reason = "".join(text for text, _ in pieces), pieces[-1][1]
+        else:
+            text, reason = made.choices[0].message.content, made.choices[0].finish_reason
+        assert text == full[: full.index(stop)] and reason == "stop"
+
+
+@pytest.mark.parametrize("stops", [("b c",), ("aab", "x"), ("aaa",), ()])
+def test_stop_strings_in_any_pieces(stops: tuple[str, ...]) -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choice("aab c") for _ in range(12))
+        cut, sent, left = StopStrings(stops), "", text
+        while left and not cut.stopped:
+            size = draw.randrange(1, 4)
+            sent, left = sent + cut.push(left[:size]), left[size:]
+        sent += "" if cut.stopped else cut.rest()
+        ends = [text.index(stop) for stop in stops if stop in text]
+        assert sent == text[: min(ends, default=len(text))] and cut.stopped == bool(ends)
+
+
+def test_plain_completions_go_on_from_a_text(client: Any, steered: SteeredModel) -> None:
+    made = client.completions.create(model=f"{NAME}:anger@50", prompt=["the boss", "my flat"], max_tokens=6, logprobs=2, n=2)
+    assert [choice.index for choice in made.choices] == [0, 1, 2, 3] and made.choices[0].text == made.choices[1].text
+    assert made.choices[0].text != made.choices[2].text and len(made.choices[0].logprobs.tokens) == 6
+    assert made.usage.completion_tokens == 24 and made.usage.prompt_tokens == 2 * 3
+    best = made.choices[0].logprobs
+    assert all(value <= max(top.values()) <= 0 for value, top in zip(best.token_logprobs, best.top_logprobs, strict=True))
+    streamed = client.completions.create(model=f"{NAME}:anger@50", prompt="the boss", max_tokens=6, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == made.choices[0].text
+
+
+def test_logprobs_come_token_by_token(client: Any) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    made = client.chat.completions.create(model=NAME, messages=messages, max_tokens=5, logprobs=True, top_logprobs=3).choices[0]
+    content = made.logprobs.content
+    assert len(content) == 5 and all(0 < len(token.top_logprobs) <= 3 for token in content)
+    assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in content)
+    stream = client.chat.completions.create(model=NAME, messages=messages, max_tokens=5, logprobs=True, stream=True)
+    tokens = [token.logprob for chunk in stream if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert tokens == [token.logprob for token in content]
+
+
+def test_a_personality_follows_what_the_user_says(served: Running, steered: SteeredModel) -> None:
+    made = ask(served, personality="neutral", max_tokens=8).json()
+    assert made["emosteer"]["felt"].startswith("anger:"), "the judge reads the user's 'stop' as anger"
+    assert made["choices"][0]["message"]["content"] == steered.generate(TEXT, mix=made["emosteer"]["felt"], max_new_tokens=8).text
+
+
+def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: SteeredModel) -> None:
+    """Forty requests of all kinds, more than may run at once; a fifth hangs up on its way."""
+    draw = random.Random(0)
+    cases = []
+    for index in range(40):
+        emotion = draw.choice([*steered.emotions, None])
+        cases.append((f"{TEXT} {draw.choice(['now', 'home', 'alone'])}", emotion, draw.choice([3, 9, 20]), index % 5 == 4))
+
+    def call(case: tuple[str, str | None, int, bool]) -> str | None:
+        text, emotion, tokens, leaves = case
+        body = {"model": NAME, "messages": [{"role": "user", "content": text}], "max_tokens": 200 if leaves else tokens}
+        body |= {"emotion": emotion, "intensity": 60} if emotion else {}
+        if not leaves:
+            return str(httpx.post(served.url + "/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]["content"])
+        with httpx.stream("POST", served.url + "/v1/chat/completions", json={**body, "stream": True}, timeout=60) as response:
+            next(response.iter_lines())
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(call, cases))
+    for (text, emotion, tokens, leaves), reply in zip(cases, found, strict=True):
+        options = {"intensity": 60} if emotion else {}
+        assert leaves or reply == steered.generate(text, emotion, max_new_tokens=tokens, **options).text  # type: ignore[arg-type]
+    settles(lambda: served.writer.n_running + served.writer.n_waiting == 0)
+    assert served.writer.batch.n_rows == 0
+
+
+def settles(done: Callable[[], bool], seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stream, while it waits for a whole reply, and before its turn."""
+    usual = served.writer.batch.step
+    monkeypatch.setattr(served.writer.batch, "step", lambda: time.sleep(0.02) or usual())
+    metric = served.writer.metrics.cancelled.labels("client")
+    before = metric._value.get()
+    body = {"model": NAME, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "n": 4}
+    with httpx.stream("POST", served.url + "/v1/chat/completions", json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+        settles(lambda: served.writer.batch.n_rows == 8)
+    settles(lambda: served.writer.batch.n_rows == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(served.url + "/v1/chat/completions", json={**body, "n": 20}, timeout=httpx.Timeout(5, read=0.05))
+    settles(lambda: served.writer.n_running + served.writer.n_waiting == 0)
+    assert metric._value.get() - before == 24
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "gpt-4"}, 404, "the model 'gpt-4' does not exist here"),
+    ({"model": f"{NAME}:"}, 404, "does not exist"),
+    ({"model": f"{NAME}:angr"}, 400, "unknown emotion 'angr' (did you mean 'anger'?)"),
+    ({"model": f"{NAME}:anger@101"}, 400, "between -100 and 100, found 101"),
+    ({"model": f"{NAME}:anger@60", "emotion": "fear"}, 400, "expected one of the two"),
+    ({"model": 5}, 400, "model: input should be a valid string, found 5"),
+    ({"messages": []}, 400, "messages: list should have at least 1 item"),
+    ({"messages": [{"role": "user"}]}, 400, "messages.0.content: field required"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "expected 'role' to be system or user"),
+    ({"messages": [{"role": "user", "content": " "}]}, 400, "message 1"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "stop " * 400}]}, 400, "exceeds the context"),
+    ({"emotion": "angr"}, 400, "did you mean 'anger'"),
+    ({"emotion": "anger", "intensity": 100.5}, 400, "between -100 and 100"),
+    ({"emotion": "anger", "intensity": "60"}, 400, 'intensity: input should be a valid number, found "60"'),
+    ({"emotion": "anger", "intensity": 60, "strength": 1}, 400, "found both"),
+    ({"intensity": 60}, 400, "asks for an emotion"),
+    ({"mix": {"angr": 40}}, 400, "unknown emotion 'angr'"),
+    ({"mix": {"anger": 40}, "emotion": "fear"}, 400, "leave the emotion"),
+    ({"mix": "anger"}, 400, "EMOTION:INTENSITY"),
+    ({"arc": "anger:40 ->"}, 400, "found ''"),
+    ({"arc": "anger:40 -> fear:3", "arc_tokens": 1}, 400, "at least 2 tokens"),
+    ({"fade": 0, "emotion": "anger", "intensity": 5}, 400, "above 0"),
+    ({"personality": {"kindness": 1}}, 400, "unknown trait 'kindness'"),
+    ({"intensty": 60}, 400, "unknown field 'intensty' (did you mean 'intensity'?)"),
+    ({"temperature": -1}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"n": 0}, 400, "n: input should be greater than or equal to 1"),
+    ({"n": True}, 400, "n: input should be a valid integer"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": 10**30}, 400, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "found both"),
+    ({"stop": [""]}, 400, "stop"),
+    ({"stop": ["x"] * 17}, 400, "stop"),
+    ({"seed": 1.5}, 400, "seed"),
+    ({"stream": "yes"}, 400, "stream: input should be a valid boolean"),
+    ({"top_logprobs": 3}, 400, "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "message"), WRONG)
+def test_a_wrong_request_gets_one_clear_4xx(served: Running, fields: dict[str, Any], status: int, message: str) -> None:
+    answer = ask(served, **fields)
+    error = answer.json()["error"]
+    assert answer.status_code == status and message in error["message"], error
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"] and len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff{}", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "x", "metadata": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"temperature": NaN}', "NaN is no number"),
+        (b'{"temperature": 1e999, "model": "tiny-llama", "messages": [{"role": "user", "content": "x"}]}', "temperature"),
+        (b'{"model": "a", "model": "b"}', "'model' is there twice"),
+        (b"[]", "expected a JSON object, found []"),
+        (b"null", "expected a JSON object, found null"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}], "model": "tiny-llama"}', ""),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(served: Running, body: bytes, message: str) -> None:
+    answer = httpx.post(served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=30)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+
+
+def test_hundreds_of_malformed_requests_get_as_many_4xx(served: Running) -> None:
+    draw = random.Random(1)
+    good = {
+        "model": NAME,
+        "messages": CHAT,
+        "emotion": "anger",
+        "intensity": 50,
+        "temperature": 1.0,
+        "stop": ["x"],
+        "n": 1,
+        "max_tokens": 2,
+    }
+    junk: list[Any] = ["", "x" * 300, -1, 10**40, 1.5, None, True, [], {}, [[]], {"a": {}}, "\x00", "null", [None], -(10**9)]
+    statuses: dict[int, int] = {}
+    with httpx.Client(base_url=served.url, timeout=30) as http:
+        for _ in range(300):
+            broken: dict[str, Any] = dict(good)
+            kind = draw.randrange(5)
+            if kind == 4:
+                broken[draw.choice(["n", "max_tokens", "temperature", "intensity", "top_p", "seed"])] = draw.choice(["", "1", [], {}, [1]])
+            elif kind == 0:
+                broken[draw.choice(["modl", "__class__", "emotion ", "x" * 50, ""])] = 1
+            elif kind == 1:
+                broken.pop(draw.choice(["model", "messages"]))
+            elif kind == 2:
+                name = draw.choice(
+                    [name for name in good if name not in ("n", "stop", "temperature", "intensity", "max_tokens", "emotion")]
+                )
+                broken[name] = draw.choice(junk)
+            data = json.dumps(broken).encode()
+            if kind == 3:
+                data = data[: draw.randrange(len(data))]
+            answer = http.post("/v1/chat/completions", content=data, headers={"content-type": "application/json"})
+            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"], (broken, answer.text)
+    assert sum(statuses.values()) == 300 and set(statuses) == {400, 404}
+
+
+def test_the_client_sees_the_protocols_errors(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist here") as missing:
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": TEXT}])
+    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match="unknown emotion"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": TEXT}], extra_body={"emotion": "angr"})
+
+
+def test_paths_methods_and_kinds_of_body(served: Running) -> None:
+    answers = [
+        (httpx.get(served.url + "/v2"), 404, "there is nothing at /v2"),
+        (httpx.get(served.url + "/v1/chat/completions"), 405, "GET is not served"),
+        (httpx.get(served.url + "/v1/models/gpt-4"), 404, "does not exist"),
+        (httpx.post(served.url + "/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"}), 415, "application/json"),
+        (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": "x", "guidance": 2}), 400, "no guidance"),
+        (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": [1, 2]}), 400, "prompt"),
+        (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": "x", "echo": True}), 400, "echo"),
+    ]
+    for answer, status, message in answers:
+        assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
+        assert answer.headers["x-content-type-options"] == "nosniff" and "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+# ---- who may ask ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_others_and_foreign_names_are_kept_out(served: Running) -> None:
+    url, body = served.url + "/v1/chat/completions", {"model": NAME, "messages": CHAT, "max_tokens": 1}
+    assert httpx.post(url, json=body, headers={"origin": "https://evil.example"}).status_code == 403
+    assert httpx.get(served.url + "/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert httpx.post(url, json=body, headers={"origin": served.url}).status_code == 200, "its own page"
+    answer = httpx.options(url, headers={"origin": "https://evil.example", "access-control-request-method": "POST"})
+    assert "access-control-allow-origin" not in answer.headers and answer.status_code == 405
+
+
+def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> None:
+    bounds = {"max_queue": 0, "max_batch": 1, "max_body": 5000, "max_tokens": 40}
+    with running(steered, api_key="secret", cors=("https://page.example",), **bounds) as server:
+        url, body = server.url + "/v1/chat/completions", {"model": NAME, "messages": CHAT, "max_tokens": 1}
+        for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Basic secret"}):
+            for path in ("/v1/models", "/metrics", "/v1/emotions"):
+                answer = httpx.get(server.url + path, headers=wrong)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        key = {"authorization": "Bearer secret"}
+        assert httpx.get(server.url + "/healthz").status_code == 200 and httpx.get(server.url + "/").status_code == 200
+        answer = httpx.post(url, json=body, headers={**key, "origin": "https://page.example", "host": "any.example"})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://page.example"
+        asked = {"origin": "https://other.example", "access-control-request-method": "POST"}
+        assert "access-control-allow-origin" not in httpx.options(url, headers=asked).headers
+        metrics = httpx.get(server.url + "/metrics", headers=key).text
+        assert 'emosteer_requests_total{path="/v1/chat/completions",status="200"} 1.0' in metrics
+        assert "emosteer_first_token_seconds_count 1.0" in metrics and "emosteer_tokens_written_total 1.0" in metrics
+        # the bounds
+        answer = httpx.post(url, json={**body, "n": 2}, headers=key)
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
+        answer = httpx.post(url, json={**body, "user": "x" * 6000}, headers=key)
+        assert answer.status_code == 413 and "5000 bytes" in answer.json()["error"]["message"]
+        answer = httpx.post(url, content=iter([b"x" * 3000] * 3), headers={**key, "content-type": "application/json"})
+        assert answer.status_code == 413, "also where the length is not announced"
+        answer = httpx.post(url, json={**body, "max_tokens": 41}, headers=key)
+        assert answer.status_code == 400 and "at most 40 (" in answer.json()["error"]["message"]
+
+
+def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(steered, timeout=0.15, cache_gb=1e-4) as server:
+        cells = server.writer.cells
+        answer = ask(server, max_tokens=220)
+        assert answer.status_code == 400 and f"has memory for {cells // 2}" in answer.json()["error"]["message"]
+        usual = server.writer.batch.step
+        monkeypatch.setattr(server.writer.batch, "step", lambda: time.sleep(0.05) or usual())
+        answer = ask(server, max_tokens=30)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "timeout"
+        streamed = [line for line in ask(server, max_tokens=30, stream=True).iter_lines() if line]
+        assert json.loads(streamed[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+        def fails() -> Any:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")
+
+        monkeypatch.setattr(server.writer.batch, "step", fails)
+        answer = ask(server, max_tokens=2)
+        assert answer.status_code == 503 and "out of memory" in answer.json()["error"]["message"]
+        monkeypatch.setattr(server.writer.batch, "step", usual)
+        assert ask(server, max_tokens=2).status_code == 200 and server.writer.batch.n_rows == 0
+
+
+def test_whoever_is_being_answered_when_it_stops_is_finished(steered: SteeredModel) -> None:
+    with running(steered) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server, max_tokens=150)
+        settles(lambda: server.writer.n_running == 1)
+        server.server.should_exit = True
+        assert waiting.result().json()["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0"}, "give an API key"),
+        ({"host": "::"}, "give an API key"),
+        ({"host": "example.com"}, "give an API key"),
+        ({"api_key": " "}, "empty"),
+        ({"api_key": "\u00e9"}, "ASCII"),
+        ({"port": 70000}, "--port"),
+        ({"max_batch": 0}, "--max-batch"),
+        ({"timeout": float("nan")}, "--timeout"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ServeSettings(**settings)
+
+
+def test_an_address_that_is_taken_is_said(served: Running) -> None:
+    with pytest.raises(EmosteerError, match="cannot listen at 127.0.0.1"):
+        listen(ServeSettings(port=int(served.url.rpartition(":")[2])))
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_tells_surprise_and_state_token_by_token(served: Running, steered: SteeredModel) -> None:
+    import torch
+
+    reply = "stop the train"
+    found = httpx.post(served.url + "/v1/readings", json={"messages": CHAT, "reply": reply}, timeout=30).json()
+    assert found["judge"]["label"] == "anger" and found["sound"] is True and found["problem"] is None
+    assert "".join(token["text"] for token in found["tokens"]).strip() == reply
+    [request] = steered._work(CHAT, None, {}).requests
+    ids = [*request.ids, *steered.model.text_ids(reply)]
+    n = len(request.ids)
+    with torch.no_grad():
+        logprobs = steered.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+        states = steered.model.read(torch.tensor([ids]), [Site(1, RESID_POST)], bridge=False)[Site(1, RESID_POST)][0]
+    assert steered.circuit is not None
+    for place, token in enumerate(found["tokens"]):
+        assert token["surprise"] == pytest.approx(-logprobs[n + place - 1, ids[n + place]].item(), abs=1e-4)
+        for index, emotion in enumerate(steered.emotions):
+            expected = states[n + place] @ steered.circuit.vectors[index, 1]
+            assert token["along"][emotion] == pytest.approx(expected.item(), abs=1e-4)
+    for wrong in ({"messages": CHAT, "reply": " "}, {"messages": CHAT}, {"messages": CHAT, "reply": "stop " * 300}):
+        assert httpx.post(served.url + "/v1/readings", json=wrong).status_code == 400
+
+
+def test_what_the_circuit_knows_is_told(served: Running, steered: SteeredModel) -> None:
+    found = httpx.get(served.url + "/v1/emotions").json()
+    assert [emotion["name"] for emotion in found["emotions"]] == list(steered.emotions) and found["most_together"] == 100
+    assert steered.circuit is not None
+    assert found["emotions"][0]["dial"]["50"] == steered.circuit.strength_at("anger", 50)
+    assert len(found["emotions"][0]["heads"]) == int(steered.circuit.heads[0].sum())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_once_running_replies_are_finished(
+    steered: SteeredModel, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    found: list[Any] = []
+
+    def call(address: str) -> None:
+        body = {"model": NAME, "messages": CHAT, "max_tokens": 150, "stream": True}
+        with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(os.getpid(), number)
+            found.extend(line for line in lines if line)
+
+    def ready(address: str) -> None:
+        caller.append(threading.Thread(target=call, args=(address,)))
+        caller[0].start()
+
+    caller: list[threading.Thread] = []
+    assert steered.circuit is not None
+    before = signal.getsignal(number)
+    serve(steered.model, steered.circuit, ServeSettings(port=0), ready)
+    caller[0].join(10)
+    assert found[-1] == "data: [DONE]" and '"finish_reason": "length"' in found[-2]
+    assert signal.getsignal(number) is before and "stopped" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys: pytest.CaptureFixture[str], served: Running) -> None:
+    for arguments, message in (
+        (["--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines; give an API key"),
+        (["--engine", "vllm"], "docs/SERVING.md says how vLLM serves exported circuits"),
+        (["--max-batch", "0"], "--max-batch must lie between 1 and 1024"),
+        (["--port", served.url.rpartition(":")[2]], "try another --port"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["serve", "--model", "/nowhere", *arguments])
+        assert end.value.code in (1, 2) and message in capsys.readouterr().err
