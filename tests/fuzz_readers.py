@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -46,7 +47,7 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import Part
 from emosteer.circuits.places import Places
 from emosteer.cli import print_artifacts
-from emosteer.cli.generate import _read_inputs
+from emosteer.cli.generate_inputs import inputs_of
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.export.tensors import stored_tensors
 from emosteer.judges.by_hand import read_labels, sheet_of
@@ -56,7 +57,7 @@ from emosteer.models.model import Model
 from emosteer.models.weights.gguf import read_manifest
 from emosteer.models.weights.model_folder import gap
 from emosteer.models.weights.resolve import resolve
-from emosteer.models.weights.whole import refuse_unreadable
+from emosteer.models.weights.whole import packed_by
 from emosteer.report.inputs import read_inputs
 from emosteer.report.page import drawn
 from emosteer.scenarios.prompt_sets import read_events, read_groups
@@ -295,7 +296,7 @@ def use_folder(folder: Path) -> None:
     """What is found out about a model folder before its weights are read."""
     gap(folder)
     read_manifest(folder)
-    refuse_unreadable(folder, "the folder")
+    packed_by(folder, "the folder")
     stored_tensors(folder)
     resolve(str(folder))
 
@@ -351,7 +352,7 @@ KINDS: dict[str, Kind] = {
     "scenarios": Kind(lines_of(*_SEV), break_lines, lambda path: (read_scenarios(path), read_groups(path), read_events(path))),
     "prompts": Kind(lines_of(*_PROMPTS, *_SEV), break_lines, lambda path: (read_groups(path), read_events(path))),
     "bank": Kind(lines_of(*_BANK), break_lines, read_bank),
-    "inputs": Kind(lines_of(*_PROMPTS, {"id": "t", "text": "it rained"}, *_SEV), break_lines, _read_inputs),
+    "inputs": Kind(lines_of(*_PROMPTS, {"id": "t", "text": "it rained"}, *_SEV), break_lines, functools.partial(inputs_of, None)),
     "labels": Kind(lines_of(*_LABELS), break_lines, lambda path: read_labels(path, _SHEET)),
     "labelled": Kind(lines_of({"text": "stop it", "labels": ["anger"]}, {"text": "x", "labels": ["fear"]}), break_lines, read_labelled),
     "logs": Kind(lines_of({"key": "a", "x": 1}, {"key": "b", "x": 2}), break_lines, use_logs),

@@ -162,7 +162,7 @@ class CircuitFields(Fields):
     emotions: Names
     residual_layers: Layers
     residual_strength: Strength
-    d_mlp: Annotated[int, Field(ge=1, le=schema.MAX_WIDTH)]
+    d_mlp: Annotated[int, Field(ge=0, le=schema.MAX_WIDTH)]  # 0: experts, which have no neurons here
     preset: Text
     instruction: Text
     metrics: Metrics

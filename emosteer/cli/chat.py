@@ -17,7 +17,7 @@ from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import DEFAULT_MODEL, DeviceMapOption, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.judges.reader import Reader
 from emosteer.judges.registry import EMBEDDED
 from emosteer.scenarios.prompts import INSTRUCTION
@@ -39,11 +39,11 @@ def chat(
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
     judge: Annotated[str, typer.Option(help=f"Who reads replies, and you for a personality; {NOBODY} for nobody.")] = EMBEDDED,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = Decoding.temperature,
+    max_new_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
+    temperature: Annotated[float, typer.Option(max=100, help="0 is greedy.")] = Decoding.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = Decoding.repetition_penalty,
-    guidance: Annotated[float, typer.Option(help="How far replies lean towards what you say; 1 is none.")] = GUIDANCE,
+    repetition_penalty: Annotated[float, typer.Option(max=100, help="1 is none.")] = Decoding.repetition_penalty,
+    guidance: Annotated[float, typer.Option(max=100, help="How far replies lean towards what you say; 1 is none.")] = GUIDANCE,
     instruction: Annotated[str, typer.Option(help="Appended to what you say; '' for nothing.")] = INSTRUCTION,
     seed: SeedOption = Decoding.seed,
     device: DeviceOption = "auto",

@@ -72,7 +72,8 @@ def generate(
         typer.Option(help="Mixtures over the reply, such as 'fear:80 -> happiness:60'.", metavar="ARC", show_default=False),
     ] = None,
     arc_tokens: Annotated[
-        int | None, typer.Option(help=f"Tokens from the arc's begin to its end: {ARC_TOKENS} if not given.", show_default=False)
+        int | None,
+        typer.Option(max=MAX_TOKENS, help=f"Tokens from the arc's begin to its end: {ARC_TOKENS} if not given.", show_default=False),
     ] = None,
     fade: Annotated[
         float | None,

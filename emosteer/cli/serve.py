@@ -11,6 +11,7 @@ import typer
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import DEFAULT_MODEL, DeviceMapOption, DeviceOption, DtypeOption, ModelOption, RootOption
+from emosteer.generation.decoding import MAX_TOKENS
 from emosteer.serving.settings import KEY_VARIABLE, ServeSettings
 
 #: What the extra brings.
@@ -22,7 +23,7 @@ def serve(
     circuit: Annotated[Path | None, typer.Option(help="Circuit file; else artifacts/, else the shipped one.", metavar="FILE")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Make directions and circuit first where they are missing.")] = False,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine only with an API key.")] = ServeSettings.host,
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = ServeSettings.port,
+    port: Annotated[int, typer.Option(max=65_535, help="0 takes a free one.")] = ServeSettings.port,
     api_key: Annotated[
         str | None,
         typer.Option(help="What clients must bring. Better in the environment: command lines can be seen.", envvar=KEY_VARIABLE),
@@ -30,10 +31,12 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call the server; may be repeated.", metavar="ORIGIN")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Replies written at once.")] = ServeSettings.max_batch,
-    max_queue: Annotated[int, typer.Option(help="Replies that may wait; more are refused with 429.")] = ServeSettings.max_queue,
-    max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = ServeSettings.max_tokens,
-    max_body: Annotated[int, typer.Option(help="Longest request, in bytes.")] = ServeSettings.max_body,
+    max_batch: Annotated[int, typer.Option(max=10_000, help="Replies written at once.")] = ServeSettings.max_batch,
+    max_queue: Annotated[
+        int, typer.Option(max=1_000_000, help="Replies that may wait; more are refused with 429.")
+    ] = ServeSettings.max_queue,
+    max_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = ServeSettings.max_tokens,
+    max_body: Annotated[int, typer.Option(max=2**30, help="Longest request, in bytes.")] = ServeSettings.max_body,
     timeout: Annotated[float, typer.Option(help="Seconds from a request's arrival to its last token.")] = ServeSettings.timeout,
     grace: Annotated[float, typer.Option(help="Seconds that running replies have once it is told to stop.")] = ServeSettings.grace,
     cache_gb: Annotated[float, typer.Option(help="Memory for keys and values, in GiB.")] = ServeSettings.cache_gb,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from emosteer.api.steered_model import SteeredModel
@@ -22,7 +24,11 @@ def dialled_circuit(model: Model, emotions: tuple[str, ...] = EMOTIONS) -> Circu
     heads = torch.rand(n, shape.n_layers, shape.n_heads, generator=draw) < 1 / 3
     z = 0.5 * torch.randn(n, shape.n_layers, shape.n_heads, shape.d_head, generator=draw) * heads[..., None]
     vectors = torch.nn.functional.normalize(torch.randn(n, shape.n_layers, shape.d_model, generator=draw), dim=-1)
-    curve = {"strength": [0.0, TOP / 2, TOP], "fitted": [0.0, 0.5, 1.0]}
+    curve: dict[str, Any] = {"strength": [0.0, TOP / 2, TOP], "fitted": [0.0, 0.5, 1.0], "judged": [0.0, 0.5, 1.0]}
+    curve |= {"n": [1] * 3, "error": [0.1] * 3, "ratio": [1.0] * 3, "sound": [1.0] * 3, "names": [0.0] * 3}
+    none: dict[str, Any] = {name: [] for name in ("strength", "judged", "n", "error", "ratio", "sound", "names", "why")}
+    curve["broke"] = none
+    made = {"judge": "embedded", "groups": 1, "rule": "", "default_intensity": None, "before": dict.fromkeys(emotions, 0.7)}
     return Circuit(
         emotions=emotions,
         heads=heads,
@@ -38,7 +44,7 @@ def dialled_circuit(model: Model, emotions: tuple[str, ...] = EMOTIONS) -> Circu
         d_mlp=shape.d_mlp,
         preset="auto",
         instruction="",
-        metrics={"calibration": {"emotions": {emotion: curve for emotion in emotions}}},
+        metrics={"calibration": {**made, "emotions": {emotion: curve for emotion in emotions}}},
         provenance=Provenance(model.name, model.sha256, model.template_sha256, "test"),
     )
 
