@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -428,16 +429,20 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
 
 
 def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(steered, timeout=0.15, cache_gb=1e-4) as server:
+    with running(steered, cache_gb=1e-4) as server:
+        patient = server.writer.settings
         cells = server.writer.cells
         answer = ask(server, max_tokens=220)
         assert answer.status_code == 400 and f"has memory for {cells // 2}" in answer.json()["error"]["message"]
         usual = server.writer.batch.step
         monkeypatch.setattr(server.writer.batch, "step", lambda: time.sleep(0.05) or usual())
+        server.writer.settings = replace(patient, timeout=0.15)
         answer = ask(server, max_tokens=30)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "timeout"
         streamed = [line for line in ask(server, max_tokens=30, stream=True).iter_lines() if line]
         assert json.loads(streamed[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+        server.writer.settings = patient
 
         def fails() -> Any:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")
