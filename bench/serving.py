@@ -139,7 +139,8 @@ def settled(url: str) -> dict[str, Any]:
             break
         time.sleep(0.05)
     metrics = httpx.get(url + "/metrics").text
-    return {**health, "rows": float(re.search(r"^emosteer_rows (\S+)", metrics, re.M)[1])}  # type: ignore[index]
+    counts = dict(re.findall(r"^(emosteer_rows|emosteer_step_seconds_sum|emosteer_step_seconds_count) (\S+)", metrics, re.M))
+    return {**health, "rows": float(counts["emosteer_rows"]), "s in steps": round(float(counts["emosteer_step_seconds_sum"]), 1)}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -183,6 +184,7 @@ def main() -> None:
             "ratio": round(written / took / (sum(counts) / seconds), 3),
             "first token, median s": round(quantile(firsts, 0.5), 2),
             "first token, 95th s": round(quantile(firsts, 0.95), 2),
+            "s": round(took, 1),
             "afterwards": settled(url),
             "MiB": [round(rss(server.pid))],
             "problems": [one.problem for one in seen if one.problem][:3],

@@ -6,6 +6,7 @@ take steps together: slower, and the same text.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -19,6 +20,9 @@ from emosteer.generation.prefix_tree import chunks, pack
 from emosteer.generation.steering import STEERED_KINDS, Injector, SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
+
+#: Prompts whose keys and values are kept in case they come again, and the longest that are.
+HEADS, LONGEST_HEAD = 16, 128
 
 
 class JoiningEngine(Protocol):
@@ -47,6 +51,32 @@ def joining_engine(model: Model, sites: Sequence[Site]) -> JoiningEngine:
     return LeanJoiningEngine(lean, sites) if lean is not None else CohortEngine(model)
 
 
+#: A prompt without its last token; its keys and values by layer, [pos, n_kv_heads, d_head].
+_Head = tuple[int, ...]
+_States = list[tuple[Tensor, Tensor]]
+
+
+class _Heads:
+    """Keys and values of the prompts that were read last: most requests share the prompt with nothing said in it, and several replies to
+    one prompt share that."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[_Head, _States] = OrderedDict()
+
+    def find(self, head: _Head) -> _States | None:
+        """What was kept of a prompt."""
+        if head in self.kept:
+            self.kept.move_to_end(head)
+        return self.kept.get(head)
+
+    def keep(self, head: _Head, states: _States) -> None:
+        """Keeps a short one, and lets the one go that was not met for longest."""
+        if 0 < len(head) <= LONGEST_HEAD:
+            self.kept[head] = states
+            while len(self.kept) > HEADS:
+                self.kept.popitem(last=False)
+
+
 class LeanJoiningEngine:
     """All rows in one cache. A prompt is read without its last token, which is then a step like any other."""
 
@@ -59,6 +89,7 @@ class LeanJoiningEngine:
         self.vectors = torch.zeros(len(self.sites), 0, lean.shape.d_model, device=device, dtype=model.dtype)
         self.slot: list[int] = []  # of each row: where the cache holds it
         self.fresh: dict[int, int] = {}  # row -> the last token of its prompt, before its first step
+        self.heads = _Heads()
 
     @property
     def n_columns(self) -> int:
@@ -66,18 +97,17 @@ class LeanJoiningEngine:
 
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Adds rows; distinct beginnings of their prompts are computed once."""
-        lean, device = self.lean, self.positions.device
-        lean.prepare(len(self.slot) + len(prompts))
-        heads = [prompt[:-1] for prompt in prompts]
+        device = self.positions.device
+        self.lean.prepare(len(self.slot) + len(prompts))
+        heads = [tuple(prompt[:-1]) for prompt in prompts]
         slots = self.cache.join([len(head) for head in heads])
-        for rows in chunks(heads, PROMPT_TOKENS):
-            packed = pack([heads[row] for row in rows], max(len(heads[row]) for row in rows), device)
-            places = [slots[row] for row in rows]
-
-            def keep(layer: int, keys: Tensor, values: Tensor, places: list[int] = places, nodes: Tensor = packed.rows) -> None:
-                self.cache.fill(layer, places, nodes, keys, values)
-
-            lean.read(packed, keep)
+        known = {head: states for head in set(heads) if (states := self.heads.find(head)) is not None}
+        for head, slot in zip(heads, slots, strict=True):
+            for layer, (keys, values) in enumerate(known.get(head, [])):
+                self.cache.fill(layer, [slot], torch.arange(len(head), device=device)[None], keys, values)
+        unread = [(head, slot) for head, slot in zip(heads, slots, strict=True) if head and head not in known]
+        for rows in chunks([head for head, _ in unread], PROMPT_TOKENS):
+            self._read([unread[row] for row in rows])
         self.fresh |= {len(self.slot) + row: prompt[-1] for row, prompt in enumerate(prompts)}
         self.slot += slots
         self.positions = torch.cat([self.positions, torch.tensor([len(head) for head in heads], device=device)])
@@ -86,6 +116,22 @@ class LeanJoiningEngine:
             if site in plan.vectors:
                 new[place] = plan.vectors[site].to(new)
         self.vectors = torch.cat([self.vectors, new], dim=1)
+
+    def _read(self, new: Sequence[tuple[_Head, int]]) -> None:
+        """Computes the keys and values of some prompts for their slots, and keeps them in case they come again."""
+        slots, states = [slot for _, slot in new], dict[_Head, _States]()
+        packed = pack([head for head, _ in new], max(len(head) for head, _ in new), self.positions.device)
+
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            self.cache.fill(layer, slots, packed.rows, keys, values)
+            for row, (head, _) in enumerate(new):
+                if len(states.setdefault(head, [])) == layer and len(head) <= LONGEST_HEAD:
+                    nodes = packed.rows[row, packed.rows.shape[1] - len(head) :]
+                    states[head].append((keys[nodes], values[nodes]))
+
+        self.lean.read(packed, keep)
+        for head, found in states.items():
+            self.heads.keep(head, found)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token per row."""

@@ -27,6 +27,9 @@ from emosteer.serving.settings import ServeSettings
 from emosteer.serving.stop_strings import StopStrings
 
 Result = TypeVar("Result")
+#: While half of the places are taken or more, others join every so many steps: prompts that are read together share their beginnings, and
+#: large products are faster than small ones.
+JOIN_EVERY = 4
 #: Seconds of idleness after which freed memory goes back to the system.
 IDLE = 5.0
 
@@ -97,6 +100,7 @@ class WriterThread:
         self._waiting: deque[Writing] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._running: dict[int, tuple[Writing, _Text]] = {}
+        self._since = 0  # steps since anybody joined
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
@@ -222,6 +226,9 @@ class WriterThread:
         return (self.batch.n_rows + writing.rows) * longest <= self.cells
 
     def _admit(self) -> None:
+        self._since += 1
+        if 2 * len(self._running) >= self.settings.max_batch and self._since < JOIN_EVERY:
+            return
         while self._waiting and self._fits(self._waiting[0]):
             with self._changed:
                 writing = self._waiting.popleft()
@@ -231,6 +238,7 @@ class WriterThread:
                 writing.deliver(Part(error=RequestError(str(error), code="context_length_exceeded")))
                 continue
             self._running[writing.ticket] = writing, _Text(self.model, writing)
+            self._since = 0
             self.metrics.waited.observe(time.monotonic() - writing.arrived)
 
     def _step(self) -> None:

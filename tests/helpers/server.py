@@ -55,7 +55,7 @@ def running(steered: SteeredModel, **settings: Any) -> Iterator[Running]:
     chosen = ServeSettings(port=0, **settings)
     app, writer = application(steered.model, steered.circuit, chosen, word_reading())
     socket = listen(chosen)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     try:
@@ -66,6 +66,6 @@ def running(steered: SteeredModel, **settings: Any) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", writer, server)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(30)
         socket.close()
         assert not thread.is_alive() and not writer.alive

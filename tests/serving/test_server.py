@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from emosteer.models.sites import RESID_POST, Site  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
+from emosteer.serving.writer_thread import JOIN_EVERY  # noqa: E402
 from tests.helpers.dialled import dialled_model  # noqa: E402
 from tests.helpers.server import Running, running  # noqa: E402
 
@@ -247,6 +249,29 @@ def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatc
     assert metric._value.get() - before == 24
 
 
+def test_a_batch_that_is_half_full_lets_others_join_together(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(steered, max_batch=4) as server:
+        batch, steps, joined = server.writer.batch, [0], list[tuple[int, int]]()
+        step, join = batch.step, batch.join
+
+        def counted() -> Any:
+            steps[0] += 1
+            return step()
+
+        def noted(asked: Any) -> int:
+            joined.append((steps[0], batch.n_requests))
+            return join(asked)
+
+        monkeypatch.setattr(batch, "step", counted)
+        monkeypatch.setattr(batch, "join", noted)
+        with concurrent.futures.ThreadPoolExecutor(14) as pool:
+            answers = list(pool.map(lambda tokens: ask(server, max_tokens=tokens), [9, 14, 21, 30, 11, 17, 8, 25, 13, 19, 10, 23, 16, 12]))
+        assert all(answer.status_code == 200 for answer in answers)
+    times = sorted({at for at, _ in joined})
+    late = [(before, at) for before, at in zip(times, times[1:], strict=False) if min(n for t, n in joined if t == at) >= 2]
+    assert len(joined) == 14 and late and all(at - before >= JOIN_EVERY - 1 for before, at in late)
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [
@@ -428,16 +453,20 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
 
 
 def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(steered, timeout=0.15, cache_gb=1e-4) as server:
+    with running(steered, cache_gb=1e-4) as server:
+        patient = server.writer.settings
         cells = server.writer.cells
         answer = ask(server, max_tokens=220)
         assert answer.status_code == 400 and f"has memory for {cells // 2}" in answer.json()["error"]["message"]
         usual = server.writer.batch.step
         monkeypatch.setattr(server.writer.batch, "step", lambda: time.sleep(0.05) or usual())
+        server.writer.settings = replace(patient, timeout=0.15)
         answer = ask(server, max_tokens=30)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "timeout"
         streamed = [line for line in ask(server, max_tokens=30, stream=True).iter_lines() if line]
         assert json.loads(streamed[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+        server.writer.settings = patient
 
         def fails() -> Any:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")
