@@ -90,6 +90,7 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         with stopping.caught():
             status = run()
     except EmosteerError as error:
+        _if_stopped()
         if debug:
             raise
         _fail(str(error), error.exit_code)
@@ -112,6 +113,7 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         sys.stderr.close()  # nobody reads any more, as with `| head`
         sys.exit(0)
     except Exception as error:
+        _if_stopped()
         if debug:
             raise
         _fail(_unforeseen(error), 1)
@@ -119,6 +121,12 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         if status == INTERRUPTED:
             _stopped(signal.SIGINT)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _if_stopped() -> None:
+    """Where a signal came, what it led to is told as that."""
+    if (number := stopping.received()) is not None:
+        _stopped(number)
 
 
 def _stopped(number: int) -> None:

@@ -662,7 +662,7 @@ BAD = [
     (["generate", "x", "-e", "anger", "--intensity", "50", "--strength", "2"], 2, "found both"),
     (["generate", "x", "-e", "anger", "--intensity", "101"], 2, "between 0 and 100, found 101"),
     (["generate", "x", "-e", "anger", "--intensity", "-1"], 2, "between 0 and 100"),
-    (["generate", "x", "-e", "anger", "--intensity", "nan"], 2, "between 0 and 100"),
+    (["generate", "x", "-e", "anger", "--intensity", "nan"], 2, "expected --intensity to be a finite number, found nan"),
     (["generate", "x", "-e", "anger", "--intensity", "50", "--method", "residual"], 2, "--method circuit"),
     (
         ["generate", "x", "-e", "anger", "--intensity", "50", "-m", "./tiny", "--circuit", "c"],
@@ -681,7 +681,7 @@ BAD = [
     (["calibrate", "--kinds", "chatt"], 2, "unknown kind 'chatt' (did you mean 'chat'?)"),
     (["calibrate", "--kinds", "request"], 1, "has no prompt of the kinds request; choose others with --kinds"),
     (["calibrate", "--sound", "95"], 2, "--sound must lie between 0 and 1"),
-    (["calibrate", "--names", "nan"], 2, "--names must lie between 0 and 1"),
+    (["calibrate", "--names", "nan"], 2, "expected --names to be a finite number, found nan"),
     (["calibrate", "--groups", "0"], 2, "--groups"),
     (["calibrate", "--points", "1"], 2, "--points"),
     (["calibrate", "-m", "./tiny", "--scenarios", "nowhere.jsonl"], 1, "does not exist"),
