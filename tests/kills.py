@@ -231,6 +231,9 @@ def main() -> int:
             print(f"{name}: {seconds:.1f} s", flush=True)
         draw = random.Random(options.seed)
         number = 0
+        stopped = lambda *_: setattr(options, "kills", 0)  # noqa: E731  # what was counted so far is printed
+        for signal_number in stopping.CODES:
+            signal.signal(signal_number, stopped)
         while counts.total() < options.kills:
             name = list(STAGES)[number % len(STAGES)]
             how, times, wrong = case(STAGES[name], *expected[name], draw, log)
@@ -239,6 +242,8 @@ def main() -> int:
             faults += bool(wrong)
             for told in wrong:
                 print(f"{number}, {name}: {told}", flush=True)
+            if not number % 20:
+                print(f"{counts.total()} kills in {time.monotonic() - start:.0f} s, {faults} faults", flush=True)
         os.chdir("/")
     for what, count in sorted(counts.items()):
         print(f"{what:34} {count}")

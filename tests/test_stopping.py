@@ -60,6 +60,16 @@ def test_an_import_in_progress_ends_at_once(stop: Stop, tmp_path: Path) -> None:
     assert (ended, said) == (130, "emosteer: interrupted; all is kept\n") and seconds < 5
 
 
+def test_an_error_that_a_signal_led_to_is_told_as_the_signal(stop: Stop) -> None:
+    """Code outside Python makes errors of its own of what is raised in its callbacks."""
+    program = (
+        "    try:\n    "
+        + SLEEP.replace("\n", "\n    ")
+        + "\n    except BaseException:\n        raise ValueError('of the shape of something')"
+    )
+    assert stop(GUARDED.format(program), signal.SIGTERM)[:2] == (143, "emosteer: stopped; all is kept\n")
+
+
 def test_before_and_after_the_command_it_ends_at_once(stop: Stop) -> None:
     assert stop(START + SLEEP.replace("    ", ""), signal.SIGINT)[:2] == (130, "emosteer: interrupted; nothing was begun\n")
     after = START + "stopping.finished()\n" + SLEEP.replace("    ", "")

@@ -38,7 +38,7 @@ class _State:
     kept = _NOTHING
     term: Callable[[], str] | None = None
     told = False
-    stopping = False
+    received: int | None = None
     caught = False
     watched = False
     silent = False
@@ -87,6 +87,12 @@ def line(number: int) -> str:
     return f"{'interrupted' if number == signal.SIGINT else 'stopped'}; {_State.kept}"
 
 
+def received() -> int | None:
+    """The signal that came, if one did: whatever error leaves the command after that comes of it. Code outside Python makes other errors of
+    what is raised in its callbacks."""
+    return _State.received
+
+
 def told() -> None:
     """The line stands on the screen: the end that is forced says nothing more."""
     _State.told = True
@@ -98,9 +104,9 @@ def quiet(silent: bool) -> None:
 
 
 def _received(number: int, frame: FrameType | None) -> None:
-    if _State.stopping or not _State.caught or _importing(frame):
+    if _State.received is not None or not _State.caught or _importing(frame):
         _end(number)
-    _State.stopping = True
+    _State.received = number
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

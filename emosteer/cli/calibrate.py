@@ -68,9 +68,9 @@ def calibrate(
     ratio: Annotated[
         float, typer.Option(max=1000, help="Highest perplexity ratio at 100 against unsteered replies, all emotions together.")
     ] = CalibrateSettings.ratio,
-    each_ratio: Annotated[float, typer.Option(min=1, max=1000, help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
-    sound: Annotated[float, typer.Option(min=0, max=1, help="Cap: lowest share of sound replies.")] = Guard.sound,
-    names: Annotated[float, typer.Option(min=0, max=1, help="Cap: highest share of replies that name the emotion.")] = Guard.names,
+    each_ratio: Annotated[float, typer.Option(max=1000, help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
+    sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
+    names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
     default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = cast(
         float, CalibrateSettings.default_intensity
     ),

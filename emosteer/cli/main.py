@@ -94,6 +94,7 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         with stopping.caught():
             status = run()
     except EmosteerError as error:
+        _if_stopped()
         if debug:
             raise
         _fail(str(error), error.exit_code)
@@ -116,6 +117,7 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         sys.stderr.close()  # nobody reads any more, as with `| head`
         sys.exit(0)
     except Exception as error:
+        _if_stopped()
         if debug:
             raise
         _fail(_unforeseen(error), 1)
@@ -123,6 +125,12 @@ def guarded(run: Callable[[], object], debug: bool = False) -> None:
         if status == INTERRUPTED:
             _stopped(signal.SIGINT)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _if_stopped() -> None:
+    """Where a signal came, what it led to is told as that."""
+    if (number := stopping.received()) is not None:
+        _stopped(number)
 
 
 def _stopped(number: int) -> None:

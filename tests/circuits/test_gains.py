@@ -417,7 +417,7 @@ def test_nothing_to_learn_from_is_refused(tiny: Model) -> None:
             learn_gains(tiny, z, groups, bank, EMOTIONS, INSTRUCTION, GainSettings(steps=1))
 
 
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"keep": 0.0}, {"keep": 1.5}, {"keep": -0.1}])
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"steps": 10_001}, {"keep": 0.0}, {"keep": 1.5}, {"keep": -0.1}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--gain-steps from 0 to 10000 and --keep above 0 and up to 1"):
         GainSettings(**wrong)
