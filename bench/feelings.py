@@ -109,7 +109,7 @@ def arcs(m: SteeredModel, groups: Sequence[Group]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("mixtures", "negative", "arcs"))
-    parser.add_argument("--groups", type=int, default=8, help="development prompts, one of each kind or more")
+    parser.add_argument("--groups", type=int, default=6, help="development prompts; every kind has at least one")
     options = parser.parse_args()
     m = emosteer.load()
     groups = development_groups(options.groups).groups

@@ -59,10 +59,10 @@ def loads(count: int, emotions: Sequence[str], leaving: float, tokens: Sequence[
     ]
 
 
-def offline(m: SteeredModel, work: Sequence[Load]) -> tuple[list[str], list[int], float]:
-    """The texts and tokens of all requests, and the seconds that they took in batches of equal length."""
+def offline(m: SteeredModel, work: Sequence[Load]) -> tuple[list[str], list[int], float, float]:
+    """The texts and tokens of all requests, and the seconds and processor seconds that they took in batches of equal length."""
     texts, counts = [""] * len(work), [0] * len(work)
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     for tokens in sorted({load.tokens for load in work}):
         mine = [i for i, load in enumerate(work) if load.tokens == tokens]
         requests = m._work([work[i].text for i in mine], None, {}).requests
@@ -77,7 +77,7 @@ def offline(m: SteeredModel, work: Sequence[Load]) -> tuple[list[str], list[int]
             )
             for i, reply in zip(index, replies, strict=True):
                 texts[i], counts[i] = reply.text, reply.n_tokens
-    return texts, counts, time.monotonic() - begun
+    return texts, counts, time.monotonic() - begun, time.process_time() - worked
 
 
 @dataclass
@@ -131,6 +131,13 @@ def rss(pid: int) -> float:
         return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024  # type: ignore[index]
 
 
+def processor(pid: int) -> float:
+    """Processor seconds of a process so far."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def settled(url: str) -> dict[str, Any]:
     """The server's own counts once nobody is written for."""
     for _ in range(200):
@@ -155,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     m = emosteer.load()
     work = loads(options.requests, m.emotions, 0.1)
-    texts, counts, seconds = offline(m, work)
+    texts, counts, seconds, worked = offline(m, work)
     print(f"offline: {sum(counts) / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "emosteer", "serve", "--port", "0", "--max-batch", str(BATCH)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
@@ -164,9 +171,9 @@ def main() -> None:
     try:
         model = httpx.get(url + "/v1/models").json()["data"][0]["id"]
         asyncio.run(all_at(url, model, work[:8], 8))  # warm
-        begun = time.monotonic()
+        begun, before = time.monotonic(), processor(server.pid)
         seen = asyncio.run(all_at(url, model, work, options.at_once))
-        took = time.monotonic() - begun
+        took, used = time.monotonic() - begun, processor(server.pid) - before
         stayed = [i for i, load in enumerate(work) if not load.leaves]
         left = [i for i, load in enumerate(work) if load.leaves]
         firsts = [one.first for one in seen if one.first is not None]
@@ -182,6 +189,7 @@ def main() -> None:
             "offline tokens/s": round(sum(counts) / seconds, 1),
             "server tokens/s": round(written / took, 1),
             "ratio": round(written / took / (sum(counts) / seconds), 3),
+            "ratio by processor time": round(written / used / (sum(counts) / worked), 3),
             "first token, median s": round(quantile(firsts, 0.5), 2),
             "first token, 95th s": round(quantile(firsts, 0.95), 2),
             "s": round(took, 1),

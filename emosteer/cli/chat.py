@@ -57,7 +57,7 @@ def chat(
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and find_spec("prompt_toolkit") is None:
-        raise UsageError("the chat needs prompt-toolkit in a terminal; install it with: pip install 'emosteer[chat]'")
+        raise UsageError("the chat needs prompt_toolkit in a terminal; install it with: pip install 'emosteer[chat]'")
     if sum(given is not None for given in (emotion, mix, arc)) > 1:
         raise UsageError("expected one of --emotion, --mix and --arc")
     if intensity is not None and emotion is None:
