@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -35,10 +36,15 @@ def _plain(text: str) -> str:
     return text
 
 
+#: What may stand between the letters of a name, whatever its script (`scenarios.emotions` says how names are spelt).
+_JOINING = " -'_\N{MIDDLE DOT}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+
+
 def _names(names: list[str]) -> list[str]:
     for name in names:
-        if not re.fullmatch(r"[\w-]+(?: [\w-]+)*", name):
-            raise PydanticCustomError("names", "Input should be names of letters, digits, _, - and single spaces")
+        known = all(letter in _JOINING or unicodedata.category(letter)[0] in "LMN" for letter in name)
+        if not known or "  " in name or name != name.strip(" ") or not name:
+            raise PydanticCustomError("names", "Input should be names of letters, digits, hyphens, apostrophes and single spaces")
     if len(set(names)) < len(names):
         raise PydanticCustomError("unique", "Input should be names that differ from each other")
     return names

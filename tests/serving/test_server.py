@@ -245,8 +245,8 @@ def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatc
     settles(lambda: served.writer.batch.n_rows == 0)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(served.url + "/v1/chat/completions", json={**body, "n": 20}, timeout=httpx.Timeout(5, read=0.05))
-    settles(lambda: served.writer.n_running + served.writer.n_waiting == 0)
-    assert metric._value.get() - before == 24
+    settles(lambda: metric._value.get() - before == 24)
+    assert served.writer.n_running + served.writer.n_waiting == 0
 
 
 def test_a_batch_that_is_half_full_lets_others_join_together(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
