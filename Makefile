@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 .PHONY: help setup demo serve test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families cuda
 
 help:
-	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
+	@echo "make demo         replies of the shipped circuit beside unsteered ones, read by the judges, and a small extraction (half a minute)"
 	@echo "make serve        the server and its playground at http://127.0.0.1:8017/"
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
