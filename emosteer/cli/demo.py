@@ -78,14 +78,14 @@ def drawn_prompts() -> list[scenarios.Group]:
     return of_kinds(found, kinds, PROMPTS + len(kinds))[:PROMPTS]
 
 
-def written(model: SteeredModel, jury: Jury, groups: Sequence[scenarios.Group], say: Say) -> list[Pair]:
-    """Both replies to every prompt, printed as they come."""
+def written(model: SteeredModel, jury: Jury, groups: Sequence[scenarios.Group], say: Say, count: int = PROMPTS) -> list[Pair]:
+    """Both replies to the first `count` prompts, printed as they come."""
     from emosteer.api.pairs import in_turn, pairs_of
 
     asked = in_turn(groups, model.emotions)
     pairs: list[Pair] = []
-    for start in range(0, len(asked), AT_ONCE):
-        for pair in pairs_of(model, jury, asked[start : start + AT_ONCE], TOKENS):
+    for start in range(0, count, AT_ONCE):
+        for pair in pairs_of(model, jury, asked[start : min(start + AT_ONCE, count)], TOKENS):
             pairs.append(pair)
             say(shown(pair, f"{len(pairs)}/{len(asked)}"))
     return pairs
@@ -119,12 +119,12 @@ def save_page(pairs: Sequence[Pair], model: SteeredModel, directions: Directions
 # ---- what is printed -------------------------------------------------------------------------------------------------------------
 
 NEXT = "Next: [bold].venv/bin/emosteer generate 'Your text.' --emotion anger[/], or talk to it: [bold]make serve[/]"
-HOW = "Prompts and emotions were drawn, not chosen. The judges see no target, and they err: read for yourself."
+HOW = "Prompts and emotions are drawn, not chosen. Judges see no target, and err: read for yourself."
 
 
-def stage(width: int, *, record: bool = False) -> Console:
+def stage(width: int) -> Console:
     """A console on stdout that never writes wider than `width`."""
-    console = Console(highlight=False, record=record)
+    console = Console(highlight=False)
     console.width = min(width, console.width) if console.is_terminal else width
     return console
 
@@ -185,9 +185,10 @@ def evidence(directions: Directions) -> Text:
     layer, best = max(by_layer, key=lambda item: item[1])
     mean = sum(share for _, share in by_layer) / len(by_layer)
     held = directions.n_heldout
+    made, chance = directions.n_groups - held, 1 / len(directions.emotions)
     return Text(
-        f"Directions from {directions.n_groups - held} prompts name the emotion of {tested} replies to {held} other prompts:\n{mean:.0%} right "
-        f"on average over the layers, {best:.0%} in the best, layer {layer} (chance {1 / len(directions.emotions):.0%}).\n"
+        f"Directions from {made} prompts name the emotion of {tested} replies to {held} other prompts:\n"
+        f"{mean:.0%} right on average over the layers, {best:.0%} in the best, layer {layer} (chance {chance:.0%}).\n"
     )
 
 
