@@ -1,4 +1,5 @@
-"""What the documents show of replies, made again from the model: docs/demo.svg and docs/GALLERY.md.
+"""What the documents show of replies, made again from the model: docs/demo.svg, docs/GALLERY.md
+and docs/methods.svg.
 
     python -m bench.showcase
 
@@ -9,6 +10,7 @@ prompts, and the emotions take turns: nothing is chosen by its replies.
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import re
 import tempfile
@@ -26,6 +28,10 @@ from emosteer.cli import demo
 from emosteer.judges.jury import Jury, make_jury
 from emosteer.judges.pairs import Marked, Pair, tally
 from emosteer.judges.registry import PANEL
+from emosteer.report import plots
+from emosteer.report.contest_figures import style
+from emosteer.report.page import stylesheet
+from emosteer.report.wording import label
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.shipped import unseen_groups
 
@@ -35,12 +41,13 @@ DRAWN, SEED = 24, 0
 
 
 def main() -> None:
-    """Writes both."""
+    """Writes all."""
+    write_text(DOCS / "methods.svg", figure((DOCS / "RESULTS.md").read_text("utf-8")))
     with tempfile.TemporaryDirectory() as folder:
         model, jury = emosteer.load(artifacts=folder), make_jury(PANEL)(KeyedLog(Path(folder) / "opinions.jsonl"))
         write_text(DOCS / "demo.svg", picture(model, jury))
         write_text(DOCS / "GALLERY.md", gallery(pairs_of(model, jury, in_turn(draw(), model.emotions), demo.TOKENS)))
-    print(f"wrote {DOCS / 'demo.svg'} and {DOCS / 'GALLERY.md'}")
+    print(f"wrote demo.svg, methods.svg and GALLERY.md in {DOCS}")
 
 
 def picture(model: SteeredModel, jury: Jury) -> str:
@@ -49,6 +56,36 @@ def picture(model: SteeredModel, jury: Jury) -> str:
     console.print(demo.title(model))
     demo.written(model, jury, demo.drawn_prompts(), console.print, len(model.emotions))
     return re.sub(r"@font-face\s*{.*?}", "", console.export_svg(title="make demo", unique_id="demo"), flags=re.DOTALL)
+
+
+def figure(table: str) -> str:
+    """The contest's methods, how many replies carry the emotion against how many answer their prompt, as SVG for light and dark pages.
+
+    Args:
+        table: the text of docs/RESULTS.md, whose first table holds both.
+    """
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    head, rows = lines[0], list(itertools.takewhile(lambda row: len(row) == len(lines[0]), lines[2:]))
+    at = {name: head.index(name) for name in ("method", "emotion (panel)", "answers")}
+    points = [{"name": row[at["method"]], **{name: float(row[at[name]].split()[0]) for name in list(at)[1:]}} for row in rows]
+    points = [{**point, "series": label(point["name"]), "x": point["answers"], "y": point["emotion (panel)"]} for point in points]
+    styles = {point["series"]: style(point["name"]) for point in points}
+    place = {
+        "x": plots.quantity("x", "replies that answer their prompt, %", domain=(30, 75)),
+        "y": plots.quantity("y", "replies that carry the emotion, %", domain=(0, 100)),
+    }
+    dot = {**place, "color": plots.named("series", styles), "shape": plots.named("series", styles, "shape")}
+    text = {**place, "text": {"field": "series", "type": "nominal"}}
+    layers = [
+        plots.mark("point", dot, size=90, filled=True, opacity=1),
+        plots.mark("text", text, dy=-12, fontSize=12),
+    ]
+    alt_text = "; ".join(f"{p['series']}: emotion {p['y']:.0f} %, answers {p['x']:.0f} %" for p in points)
+    drawn = plots.svg(plots.chart(points, layers, 320, plots.WIDE), alt_text)
+    paints = "".join(re.findall(r"^(?::root|@media screen and).*?^}", stylesheet(), re.DOTALL | re.MULTILINE))
+    paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    begin, rest = drawn.split(">", 1)
+    return f'{begin} xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"><style>{paints}</style>{paper}{rest}\n'
 
 
 def draw() -> list[Group]:

@@ -19,8 +19,8 @@ from emosteer.cli.main import app
 PAGE = Path(__file__).parents[1] / "docs" / "COMMANDS.md"
 HEAD = """# Commands
 
-Made from the commands by `make commands`; `emosteer COMMAND --help` says the same. `--debug`, anywhere on the line, shows the traceback of an
-error, and `emosteer --version` prints the version.
+Made from the commands by `make commands`; `emosteer COMMAND --help` says the same. `--debug`, anywhere on the line, shows the traceback of
+an error, and `emosteer --version` prints the version.
 """
 
 
