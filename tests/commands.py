@@ -57,11 +57,11 @@ def _section(name: str, command: Any) -> str:
 def _row(parameter: Any, annotation: Any) -> str:
     """An argument or option. Long names stand before short ones, and what turns a switch off after what turns it on."""
     if parameter.param_type_name == "argument":
-        names = f"`{_value(parameter)}`"
+        names = _code(_value(parameter))
     else:
         value = "" if parameter.is_flag else f" {_value(parameter, annotation)}"
-        names = ", ".join(f"`{name}{value}`" for name in [*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts])
-    return " ".join(f"| {_text(names)} | {_text(parameter.help or '')} | {_default(parameter)} |".split("\n"))
+        names = ", ".join(_code(name + value) for name in [*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts])
+    return " ".join(f"| {names} | {_text(parameter.help or '')} | {_default(parameter)} |".split("\n"))
 
 
 def _default(parameter: Any) -> str:
@@ -71,7 +71,7 @@ def _default(parameter: Any) -> str:
         return ""
     if isinstance(value, bool):
         return ("`on`" if value else "`off`") if value or getattr(parameter, "secondary_opts", ()) else ""
-    return _text(f"`{value}`")
+    return _code(str(value))
 
 
 def _value(parameter: Any, annotation: Any = str) -> str:
@@ -84,6 +84,11 @@ def _value(parameter: Any, annotation: Any = str) -> str:
 
 def _first(command: Any) -> str:
     return _text(" ".join((command.help or "").split("\n\n")[0].split()))
+
+
+def _code(text: str) -> str:
+    """Code in a table's cell; GitHub and the site agree on how an upright bar is written in it only where it is HTML."""
+    return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def _text(text: str) -> str:
