@@ -111,3 +111,22 @@ def test_the_results_in_the_readme_are_those_that_were_measured() -> None:
     for name, row in short.items():
         long = measured[names[name]]
         assert row[1].replace("**", "") == long[1] and row[2:] == [long[3].split()[0], *long[4:6]]
+
+
+def test_the_gallery_counts_what_it_shows() -> None:
+    head, *entries = re.split(r"^## ", (ROOT / "docs" / "GALLERY.md").read_text("utf-8"), flags=re.M)
+    marks = [re.findall(r"^\*(reads .*)\*$", entry, re.M) for entry in entries]
+    assert len(entries) == 24 and all(len(both) == 2 for both in marks)
+    asked = [entry.split()[1].lower() for entry in entries]
+    read = [sum(both[side].startswith(f"reads {emotion},") for emotion, both in zip(asked, marks, strict=True)) for side in (1, 0)]
+    good = [sum(both[side].endswith(", good") for both in marks) for side in (1, 0)]
+    assert re.findall(r"(\d+) of the 24 steered replies \(unsteered: (\d+)\)", head) == [tuple(map(str, read))]
+    assert re.findall(r"(\d+) good \(unsteered: (\d+)\)", head) == [tuple(map(str, good))]
+
+
+def test_the_figure_of_the_methods_shows_the_measured_table() -> None:
+    measured = [row for row in table_rows(ROOT / "docs" / "RESULTS.md") if len(row) == 16][2:10]
+    drawn = (ROOT / "docs" / "methods.svg").read_text("utf-8")
+    for row in measured:
+        assert f"emotion {float(row[3].split()[0]):.0f} %, answers {float(row[4]):.0f} %" in drawn
+    assert "prefers-color-scheme: dark" in drawn and "http" not in drawn.replace("http://www.w3.org", "")
