@@ -10,10 +10,10 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo serve test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families cuda
+.PHONY: help setup demo serve test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families commands showcase docs cuda
 
 help:
-	@echo "make demo         extract directions, build circuits and write steered replies with the embedded model"
+	@echo "make demo         replies of the shipped circuit beside unsteered ones, read by the judges, and a small extraction (half a minute)"
 	@echo "make serve        the server and its playground at http://127.0.0.1:8017/"
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
@@ -25,6 +25,9 @@ help:
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
 	@echo "make families     docs/FAMILIES.md again, after a change of the architecture table"
+	@echo "make commands     docs/COMMANDS.md again, after a change of an option"
+	@echo "make showcase     the pictures and the gallery of the documents again, from the model (a minute)"
+	@echo "make docs         the documents as a site in build/site/; a dead link stops it"
 	@echo "make cuda         on a CUDA machine: every stage against the CPU, tokens/s beside the bandwidth bound, into bench/gpu/; no network"
 	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
 
@@ -82,6 +85,19 @@ report: setup
 # The table of docs/FAMILIES.md, from the code and the random models of its tests.
 families: setup
 	$(BIN)/python -m tests.families
+
+# The page of all options, from the commands.
+commands: setup
+	$(BIN)/python -m tests.commands
+
+# docs/demo.svg, docs/methods.svg and docs/GALLERY.md.
+showcase: setup
+	$(BIN)/python -m bench.showcase
+
+# Packages that only this target needs; strict, so that a dead link stops it.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The outputs that are kept in the notebook.
 notebook: setup

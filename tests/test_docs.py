@@ -1,9 +1,16 @@
-"""What the code says about its documents holds: the sections of docs/METHOD.md that docstrings cite, and the files that they name."""
+"""What code and documents say of each other holds: cited sections, named files, links, commands and the figures of the README."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+
+from typer.main import get_command
+
+from emosteer.cli.main import app
+from emosteer.generation.decoding import Decoding
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("emosteer", "tests") for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
@@ -21,3 +28,105 @@ def test_every_document_that_is_named_exists() -> None:
     named = {(page.name, name) for page in pages for name in re.findall(r"\b(?:docs|bench)/[A-Z_]+\.md\b", page.read_text("utf-8"))}
     assert len(named) >= 10
     assert not [(page, name) for page, name in sorted(named) if not (ROOT / name).is_file()]
+
+
+def test_the_reference_of_commands_is_what_the_commands_say() -> None:
+    assert commands.PAGE.read_text("utf-8") == commands.page(), "run `make commands`"
+    head, *sections = commands.page().split("\n## emosteer ")
+    assert {section.split("\n", 1)[0] for section in sections} == set(re.findall(r"^- \[`emosteer ([a-z ]+)`\]", head, re.M))
+    generate = next(section for section in sections if section.startswith("generate\n"))
+    tokens = Decoding().max_new_tokens
+    assert f"| `--max-new-tokens INTEGER` | Longest reply, in tokens. | `{tokens}` |" in generate
+    assert "| `--emotion TEXT`, `-e TEXT` | One emotion, several with commas, or 'all'. |  |" in generate
+
+
+def slugs(page: Path) -> set[str]:
+    """What a link may name in a page: its headings, as GitHub and the site spell them."""
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    }
+
+
+def test_no_link_between_the_documents_is_dead() -> None:
+    dead, count = [], 0
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            count += 1
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in slugs(target)):
+                dead.append((page.name, link))
+    assert count > 60 and not dead
+
+
+def test_every_page_is_on_the_site_and_one_click_from_the_readme() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    listed = re.findall(r": ([\w]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(pages)
+    start = {"README.md", "docs/index.md"}
+    linked = {Path(link).name for name in start for link in re.findall(r"\]\(([\w/]+\.md)", (ROOT / name).read_text("utf-8"))}
+    assert pages <= linked
+
+
+def readme_commands() -> list[list[str]]:
+    """The command lines of README's, the tutorial's and the guides' code blocks that start with `emosteer`."""
+    texts = [(ROOT / name).read_text("utf-8") for name in ("README.md", "docs/TUTORIAL.md", "docs/GUIDES.md")]
+    blocks = [block for text in texts for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)]
+    lines = [line.removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("emosteer ")]
+
+
+def test_the_commands_that_the_documents_print_are_known_to_the_command_line() -> None:
+    """They are parsed, not run; a wrong option or a missing argument raises."""
+    found = readme_commands()
+    assert len(found) > 20
+    for words in found:
+        command = get_command(app)
+        while hasattr(command, "commands"):
+            name, *words = words
+            command = command.commands[name]
+        command.make_context(command.name, [word for word in words if word != "\\"])
+
+
+def test_the_readme_is_a_screen_or_two_and_its_first_reply_stands_at_the_top() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 120 and any("emosteer generate" in line for line in lines[:25])
+
+
+def table_rows(path: Path) -> list[list[str]]:
+    """The cells of every table of a page, row by row."""
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_results_in_the_readme_are_those_that_were_measured() -> None:
+    """The short table repeats the long one."""
+    measured = {row[0]: row for row in table_rows(ROOT / "docs" / "RESULTS.md") if len(row) == 16}
+    names = {"unsteered": "none", "residual steering": "residual", "learned residual vectors": "learned-residual", "circuit": "circuit"}
+    names |= {"random circuit": "random-circuit", "best prompt in the test (`stimulus`)": "prompt-stimulus"}
+    short = {row[0]: row for row in table_rows(ROOT / "README.md") if row and row[0] in names}
+    assert short.keys() == names.keys()
+    for name, row in short.items():
+        long = measured[names[name]]
+        assert row[1].replace("**", "") == long[1] and row[2:] == [long[3].split()[0], *long[4:6]]
+
+
+def test_the_gallery_counts_what_it_shows() -> None:
+    head, *entries = re.split(r"^## ", (ROOT / "docs" / "GALLERY.md").read_text("utf-8"), flags=re.M)
+    marks = [re.findall(r"^\*(reads .*)\*$", entry, re.M) for entry in entries]
+    assert len(entries) == 24 and all(len(both) == 2 for both in marks)
+    asked = [entry.split()[1].lower() for entry in entries]
+    read = [sum(both[side].startswith(f"reads {emotion},") for emotion, both in zip(asked, marks, strict=True)) for side in (1, 0)]
+    good = [sum(both[side].endswith(", good") for both in marks) for side in (1, 0)]
+    assert re.findall(r"(\d+) of the 24 steered replies \(unsteered: (\d+)\)", head) == [tuple(map(str, read))]
+    assert re.findall(r"(\d+) good \(unsteered: (\d+)\)", head) == [tuple(map(str, good))]
+
+
+def test_the_figure_of_the_methods_shows_the_measured_table() -> None:
+    measured = [row for row in table_rows(ROOT / "docs" / "RESULTS.md") if len(row) == 16][2:10]
+    drawn = (ROOT / "docs" / "methods.svg").read_text("utf-8")
+    for row in measured:
+        assert f"emotion {float(row[3].split()[0]):.0f} %, answers {float(row[4]):.0f} %" in drawn
+    assert "prefers-color-scheme: dark" in drawn and "http" not in drawn.replace("http://www.w3.org", "")

@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[float, float, float]] = {
 }
 #: Turns after which half of a mood is left, unless told otherwise.
 HALF_LIFE = 2.0
-#: The intensity of a mood as far from neutral as an emotion's place: the strongest that most replies bear (README, the dial).
+#: The intensity of a mood as far from neutral as an emotion's place: the strongest that most replies bear (docs/RESULTS.md, the dial).
 FULL = 75.0
 #: Emotions of a mixture that is read off a mood, and the least intensity that is worth an emotion.
 NEAREST, LEAST = 2, 5.0

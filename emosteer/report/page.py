@@ -88,8 +88,8 @@ def render(inputs: Inputs) -> tuple[str, Browser]:
         "disputes": disputes(inputs.replies),
         "version": __version__,
     }
-    environment = _environment()
-    bare = len(_page(environment, fixed, browser([], inputs.emotions, 0)).encode())
+    templates = environment()
+    bare = len(_page(templates, fixed, browser([], inputs.emotions, 0)).encode())
     budget = min(REPLY_BYTES, MAX_BYTES - bare)
     if budget <= 0:
         raise EmosteerError(
@@ -97,31 +97,37 @@ def render(inputs: Inputs) -> tuple[str, Browser]:
         )
     while True:
         shown = browser(inputs.replies, inputs.emotions, budget)
-        text = _page(environment, fixed, shown)
+        text = _page(templates, fixed, shown)
         if len(text.encode()) <= MAX_BYTES or not shown.shown:
             return text, shown
         budget = int(budget * 0.9)  # escaping made the text longer than it was counted
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """What templates of this folder are read with."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.policies["json.dumps_function"] = _json
-    environment.filters |= {"numeric": numeric, "cell": cell, "svg": Markup, "thousands": lambda n: f"{n:,}"}
-    return environment
+    found.policies["json.dumps_function"] = _json
+    found.filters |= {"numeric": numeric, "cell": cell, "svg": Markup, "thousands": lambda n: f"{n:,}"}
+    return found
 
 
-def _page(environment: jinja2.Environment, fixed: Mapping[str, Any], shown: Browser) -> str:
-    style, script = (_HERE / "style.css").read_text(encoding="utf-8"), (_HERE / "filters.js").read_text(encoding="utf-8")
+def _page(templates: jinja2.Environment, fixed: Mapping[str, Any], shown: Browser) -> str:
+    style, script = stylesheet(), (_HERE / "filters.js").read_text(encoding="utf-8")
     return clean(
-        environment.get_template("template.html").render(
-            **fixed, browser=shown, style=Markup(style), script=Markup(script), **_digests(style=style, script=script)
+        templates.get_template("template.html").render(
+            **fixed, browser=shown, style=Markup(style), script=Markup(script), **digests(style=style, script=script)
         )
     )
 
 
-def _digests(**texts: str) -> dict[str, Markup]:
+def stylesheet() -> str:
+    """The style of every page."""
+    return (_HERE / "style.css").read_text(encoding="utf-8")
+
+
+def digests(**texts: str) -> dict[str, Markup]:
     """What the page's policy lets through, each by the hash of its text: a style or a script that came with a name or a reply has none."""
     hashes = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
     return {f"{name}_sha256": Markup(base64.b64encode(digest).decode()) for name, digest in hashes.items()}
