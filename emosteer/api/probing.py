@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from emosteer.api.inputs import PathLike, path_of, plain_model
+from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS, find_circuit
 from emosteer.probing.settings import ProbeSettings
 from emosteer.probing.texts import texts_of
@@ -50,6 +51,8 @@ def probe(
     lists: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
     chosen = ProbeSettings(**lists)
     data = texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen)
+    if circuit is not None and not chosen.moved:
+        raise UsageError("expected texts to be moved where a circuit is given, found moved 0; leave one of them out")
     found = find_circuit(bare, path_of(circuit), Path(artifacts)) if chosen.moved else None
     steering, parents = None, {}
     if found is not None:

@@ -96,7 +96,7 @@ class Probes:
         """
         schema.check(found)
         f, t = found.fields, found.tensors
-        plain = {name: f[name] for name in _PLAIN}
+        plain = {name: f[name] for name in _PLAIN} | {"best": {kind: f["best"][kind] for kind in f["kinds"]}}
         return cls(
             labels=tuple(f["labels"]),
             weights={kind: t[f"{kind}.weight"] for kind in f["kinds"]},

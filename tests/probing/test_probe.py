@@ -252,6 +252,7 @@ def test_probes_are_read_back_and_nonsense_is_refused(whole: tuple[Probes, Path]
     again = Probes.load(path)
     again.save(tmp_path / "again.safetensors")
     assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert list(again.best) == list(whole[0].best)
     assert again.point("resid_post") == whole[0].point("resid_post") and again.malleability == whole[0].malleability
     found = artifacts.load(path)
     for change, told in (
