@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
     from emosteer.api.loading import load
+    from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
     from emosteer.api.steered_model import SteeredModel
     from emosteer.attribution.scores import Scores
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from emosteer.generation.generate import Reply
     from emosteer.judges.registry import make_judge
     from emosteer.models.model import Model
+    from emosteer.probing.probes import Probes
     from emosteer.scenarios.scenarios import EMOTIONS
 
 __version__ = "0.1.0"
@@ -37,10 +39,12 @@ _HOMES = {
     "assemble": "emosteer.api.stages",
     "calibrate": "emosteer.api.stages",
     "evaluate": "emosteer.api.contest",
+    "probe": "emosteer.api.probing",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
     "Circuit": "emosteer.circuits.circuit",
+    "Probes": "emosteer.probing.probes",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -55,6 +59,7 @@ __all__ = [
     "Directions",
     "EmosteerError",
     "Model",
+    "Probes",
     "Reply",
     "Scores",
     "SteeredModel",
@@ -66,6 +71,7 @@ __all__ = [
     "extract",
     "load",
     "make_judge",
+    "probe",
 ]
 
 

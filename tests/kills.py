@@ -63,6 +63,7 @@ STAGES = {
         "generate --model ./tiny -e all --input sev.jsonl --batch-size 4 --max-new-tokens 12 --out out/g", "out/g", 2, True
     ),
     "judge": Stage("judge texts.jsonl --judge linear --out out/j", "out/j", 1, True),
+    "probe": Stage(f"probe {_DATA} --folds 2 --epochs 5 --hidden 2 --followed 6 --prompted 6 --moved 3 --out out/p", "out/p"),
     "convert": Stage("models pull ./tiny.gguf", "cache"),
     "export": Stage("export --model ./tiny --emotion anger --out out/e --force", "out/e"),
 }

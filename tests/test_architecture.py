@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("directions", "generation", "judges"),
     ("attribution",),
     ("circuits",),
+    ("probing",),
     ("writing", "export", "report"),
     ("calibration", "evaluation", "serving"),
     ("api",),
@@ -40,10 +41,19 @@ PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 LIGHT = (
     *("__init__", "__main__", "api", "base", "scenarios", "models.weights", "cli"),
     *("directions.settings", "attribution.settings", "circuits.settings", "circuits.methods", "circuits.places", "circuits.dial"),
-    *("calibration.settings", "evaluation.settings", "writing.settings", "generation.decoding", "judges.registry", "judges.by_hand"),
+    *(
+        "calibration.settings",
+        "evaluation.settings",
+        "writing.settings",
+        "probing.settings",
+        "probing.texts",
+        "generation.decoding",
+        "judges.registry",
+        "judges.by_hand",
+    ),
     "judges.by_hand_scores",
 )
-LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts")
+LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_probes")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -103,3 +103,25 @@ class CalibrateOptions(TypedDict, total=False):
     default_intensity: float | None
     guard: Guard
     ratio: float
+
+
+class ProbeOptions(TypedDict, total=False):
+    """`probing.settings.ProbeSettings`."""
+
+    kinds: Sequence[str]
+    read: str
+    per_label: int
+    test_share: float
+    folds: int
+    decays: Sequence[float]
+    hidden: int
+    shuffles: int
+    epochs: int
+    longest: int
+    batch_tokens: int
+    distances: Sequence[int]
+    followed: int
+    prompted: int
+    shots: int
+    moved: int
+    seed: int

@@ -71,6 +71,11 @@ class Places:
         """What `circuit` writes."""
         return self.folder / "circuit.safetensors"
 
+    @property
+    def probes(self) -> Path:
+        """What `probe` writes."""
+        return self.folder / "probes.safetensors"
+
 
 def own_bank_of(directions: Directions, path: Path) -> Path | None:
     """The bank of the model's own replies, beside the directions that were made with it; None for directions made with another."""

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from emosteer.attribution.scores import Scores
     from emosteer.circuits.circuit import Circuit
     from emosteer.directions.directions import Directions
+    from emosteer.probing.probes import Probes
 
-Made = TypeVar("Made", "Directions", "Scores", "Circuit")
+Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes")
 
 #: Options that say how a result is printed, or what becomes of an earlier one; the result is the same with and without them.
 NOT_KEPT = ("as_json", "fresh", "force")
@@ -29,7 +30,9 @@ def command_line(context: typer.Context) -> str:
         value, source = context.params.get(name), context.get_parameter_source(name)
         if source is None or source.name != "COMMANDLINE" or name in NOT_KEPT or value == parameter.default:
             continue
-        if isinstance(value, bool):
+        if parameter.param_type_name == "argument":
+            parts.append(str(value))
+        elif isinstance(value, bool):
             parts.append(max(parameter.opts if value else parameter.secondary_opts, key=len))
         else:
             parts += [max(parameter.opts, key=len), str(value)]

@@ -25,6 +25,7 @@ from emosteer.cli.generate import generate
 from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
 from emosteer.cli.models import models
+from emosteer.cli.probe import probe
 from emosteer.cli.report import report
 from emosteer.cli.serve import serve
 
@@ -34,7 +35,7 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
 #: Commands that keep what they have finished, and what is said of it when they are stopped.
-GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge")
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe")
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
@@ -53,6 +54,7 @@ app.command(cls=CheckedCommand)(ablate)
 app.command(cls=CheckedCommand)(circuit)
 app.command(cls=CheckedCommand)(calibrate)
 app.command(cls=CheckedCommand)(evaluate)
+app.command(cls=CheckedCommand)(probe)
 app.command(cls=CheckedCommand)(report)
 app.command(cls=CheckedCommand)(inspect)
 app.command(cls=CheckedCommand)(generate)

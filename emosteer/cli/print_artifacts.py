@@ -15,8 +15,10 @@ from emosteer.base.tables import print_table
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import strength_for
 from emosteer.circuits.methods import METHODS
+from emosteer.cli.print_probes import print_probes, probes_summary
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST, Head, Neuron
+from emosteer.probing.probes import Probes
 from emosteer.report.commands import made_by
 
 Summary = dict[str, Any]
@@ -280,7 +282,7 @@ def artifact_summary(found: Artifact) -> Summary:
         "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
-    value: Directions | Circuit | Scores
+    value: Directions | Circuit | Scores | Probes
     if found.kind == "directions":
         value = Directions.from_artifact(found)
         summary["content"] = directions_summary(value)
@@ -290,6 +292,9 @@ def artifact_summary(found: Artifact) -> Summary:
     elif found.kind == "scores":
         value = Scores.from_artifact(found)
         summary["content"] = scores_summary(value)
+    elif found.kind == "probes":
+        value = Probes.from_artifact(found)
+        summary["content"] = probes_summary(value)
     else:
         return summary
     return {**summary, "command": made_by(found.kind, value, p.model)}
@@ -311,7 +316,7 @@ def print_artifact(summary: Summary) -> None:
         ("parameters", ", ".join(f"{k}={v}" for k, v in p["params"].items() if not isinstance(v, dict))),
     ]
     print_table(("provenance", ""), lines)
-    printers = {"directions": print_directions, "circuit": print_circuit, "scores": print_scores}
+    printers = {"directions": print_directions, "circuit": print_circuit, "scores": print_scores, "probes": print_probes}
     if summary["kind"] in printers:
         printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
     print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])

@@ -7,8 +7,9 @@ computed once. Where emotions have prompts of their own (`tone`, `system`), each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.prompts import elicit
 from emosteer.scenarios.scenarios import Group, GroupKey
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -198,18 +201,34 @@ def read_states(
     n_emotions = len(samples[0].prompts)
     fits = packed and not _slides(model, samples)
     rows = [row for sample in samples for row in rows_of(sample, fits and all(s.packs for s in samples))]
+    states = read_rows(model, rows, sites, edits=edits, bridge=bridge)
+    return {site: state.unflatten(0, (len(samples), n_emotions)) for site, state in states.items()}
+
+
+def read_rows(
+    model: Model, rows: Sequence[TokenRow], sites: Sequence[Site], *, edits: Mapping[Site, Edit] | None = None, bridge: bool = False
+) -> dict[Site, Tensor]:
+    """States of sequences in one forward pass; arguments as for `read_states`.
+
+    Args:
+        rows: sequences that read equally many states each.
+
+    Returns:
+        site -> [state, width], states numbered row by row, averaged over the read positions, float32.
+    """
     batch = make_batch(model, rows)
     # The states outlive the pass. Put where they arise, each would lie in the space that a layer's activations have just left, which the
     # next layer's would no longer fit into: the heap would grow layer by layer. So room for all is taken first.
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    rooms = {site: torch.empty(len(samples) * n_emotions, model.width(site.kind), dtype=dtype, device=model.device) for site in sites}
+    n_states = len(rows) * len(rows[0].reads)
+    rooms = {site: torch.empty(n_states, model.width(site.kind), dtype=dtype, device=model.device) for site in sites}
     states: dict[Site, Tensor] = {}
     hooks: dict[Site, Edit] = dict(edits or {})
     for site, room in rooms.items():
         hooks[site] = _averaging(states, site, room, batch, hooks.get(site))
     with torch.no_grad():
         model.run(batch.ids, hooks, attention_mask=batch.mask, position_ids=batch.positions, bridge=bridge)
-    return {site: state.unflatten(0, (len(samples), n_emotions)) for site, state in states.items()}
+    return states
 
 
 def _averaging(states: dict[Site, Tensor], site: Site, room: Tensor, batch: Batch, edit: Edit | None) -> Edit:
@@ -232,16 +251,17 @@ def batches_by_cost(samples: Iterable[Sample], budget: int, packed: bool = True)
 
     Deterministic: ties keep their order. A batch's cost counts its padding; `packed` as for `read_states`.
     """
+    return batches_by(samples, lambda sample: sample.cost if packed else sample.cost_alone, budget)
 
-    def cost(sample: Sample) -> int:
-        return sample.cost if packed else sample.cost_alone
 
-    batches: list[list[Sample]] = []
+def batches_by(items: Iterable[Item], cost: Callable[[Item], int], budget: int) -> list[list[Item]]:
+    """As `batches_by_cost`, of anything with a cost in tokens."""
+    batches: list[list[Item]] = []
     widest = 0
-    for sample in sorted(samples, key=lambda sample: -cost(sample)):
+    for item in sorted(items, key=lambda item: -cost(item)):
         if batches and (len(batches[-1]) + 1) * widest <= budget:
-            batches[-1].append(sample)
+            batches[-1].append(item)
         else:
-            batches.append([sample])
-            widest = cost(sample)
+            batches.append([item])
+            widest = cost(item)
     return batches

@@ -6,7 +6,7 @@ Zhao et al. 2021): a small model prefers some labels whatever it reads. Never th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,7 @@ _ASK = (
     "If the message expresses none of them, the answer is neutral.\nMessage: {text}\nAnswer with one word."
 )
 #: Texts that say nothing.
-_EMPTY = ("", "N/A", "The", "...")
+EMPTY = ("", "N/A", "The", "...")
 BATCH = 16
 #: Words of a text that are read.
 LONGEST = 160
@@ -52,13 +52,7 @@ class LanguageModelJudge:
     @classmethod
     def of(cls, model: Model) -> LanguageModelJudge:
         """The judge of a model in memory; errors as for `load`."""
-        ids = [model.text_ids(label) for label in LABELS]
-        first = tuple(row[0] for row in ids if row)
-        if len(set(first)) < len(LABELS):
-            raise ModelError(
-                f"the tokenizer of {model.name} does not tell the labels {', '.join(LABELS)} apart by their first token; use another model"
-            )
-        return cls(model, first)
+        return cls(model, label_tokens(model, LABELS))
 
     @property
     def name(self) -> str:
@@ -79,7 +73,7 @@ class LanguageModelJudge:
     def prior(self) -> Tensor:
         """Mean log-probabilities of the labels after texts that say nothing. Shape [label]."""
         # of the logarithms: whatever a label is always preferred by then cancels exactly
-        return self._log_shares(_EMPTY).mean(0)
+        return self._log_shares(EMPTY).mean(0)
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
         """One opinion per text, in order; texts of similar length are read together.
@@ -102,13 +96,37 @@ class LanguageModelJudge:
                         done(i, opinions[i])
         return opinions
 
-    @torch.no_grad()
     def _log_shares(self, texts: Sequence[str]) -> Tensor:
         """Log-probabilities of the labels' first tokens, as far as they are answers at all. Shape [text, label]."""
         asked = [_ASK.format(text=" ".join(text.split()[:LONGEST])) for text in texts]
-        prompts = [self.model.prompt_ids([{"role": "user", "content": question}]) for question in asked]
-        width = max(map(len, prompts))
-        rows = torch.tensor([ids + [self.model.pad_id] * (width - len(ids)) for ids in prompts], device=self.model.device)
-        hidden = self.model.run(rows, bridge=False)  # padded on the right and causal: the padding is never seen
-        last = hidden[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])]
-        return self.model.logits(last).float()[:, list(self.tokens)].log_softmax(-1).cpu()
+        return label_log_shares(self.model, [[{"role": "user", "content": question}] for question in asked], self.tokens)
+
+
+def label_tokens(model: Model, labels: Sequence[str]) -> tuple[int, ...]:
+    """The first token of each label as an answer, all different.
+
+    Raises:
+        ModelError: if the tokenizer starts two labels alike.
+    """
+    ids = [model.text_ids(label) for label in labels]
+    first = tuple(row[0] for row in ids if row)
+    if len(set(first)) < len(labels):
+        raise ModelError(
+            f"the tokenizer of {model.name} does not tell the labels {', '.join(labels)} apart by their first token; use another model"
+        )
+    return first
+
+
+@torch.no_grad()
+def label_log_shares(model: Model, conversations: Sequence[Sequence[Mapping[str, str]]], tokens: Sequence[int]) -> Tensor:
+    """Log-probabilities of the labels' first tokens as the next reply, as far as they are answers at all. Shape [conversation, label].
+
+    Args:
+        tokens: as `label_tokens` gives them.
+    """
+    prompts = [model.prompt_ids(messages) for messages in conversations]
+    width = max(map(len, prompts))
+    rows = torch.tensor([ids + [model.pad_id] * (width - len(ids)) for ids in prompts], device=model.device)
+    hidden = model.run(rows, bridge=False)  # padded on the right and causal: the padding is never seen
+    last = hidden[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])]
+    return model.logits(last).float()[:, list(tokens)].log_softmax(-1).cpu()

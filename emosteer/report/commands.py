@@ -20,6 +20,7 @@ _STAGES = {
     "check": "calibrate",
     "evaluation": "evaluate",
     "replies": "evaluate",
+    "probes": "probe",
 }
 
 

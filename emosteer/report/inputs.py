@@ -16,6 +16,7 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
 from emosteer.directions.directions import Directions
+from emosteer.probing.probes import Probes
 from emosteer.report import commands
 from emosteer.report.figures import Absent
 from emosteer.report.measured import EARLIER, Measured, OutdatedError
@@ -47,6 +48,7 @@ class Inputs:
     sources: Mapping[str, Source]
     absent: Sequence[Absent]
     warnings: Sequence[str]
+    probes: Probes | None = None
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -93,6 +95,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("scores", places.scores, Scores.load),
         ("circuit", _circuit_file(places), Circuit.load),
         ("check", places.folder / "calibration-check.json", _read_check),
+        ("probes", places.probes, Probes.load),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
         ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
@@ -119,6 +122,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         sources=sources,
         absent=_absent(value, outdated, reference),
         warnings=_warnings(value, sources),
+        probes=value.get("probes"),
     )
 
 
@@ -159,7 +163,7 @@ def _read_check(path: Path) -> dict[str, Any]:
 
 
 def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
-    for kind in ("circuit", "directions", "scores"):
+    for kind in ("circuit", "directions", "scores", "probes"):
         if kind in present:
             return str(present[kind][1].provenance.model)
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
@@ -254,7 +258,7 @@ def _contest_facts(contest: Measured) -> dict[str, str]:
 def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
     """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
     warnings = []
-    weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit") if kind in value}
+    weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes") if kind in value}
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
         weights["evaluation"] = value["evaluation"].raw["model_sha256"]
     if len(set(weights.values())) > 1:

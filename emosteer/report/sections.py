@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from emosteer.report import circuit_figures, contest_figures, curve_figures, dial_figures, direction_figures, panel_figures, score_figures
+from emosteer.probing.probes import Probes
+from emosteer.report import (
+    circuit_figures,
+    contest_figures,
+    curve_figures,
+    dial_figures,
+    direction_figures,
+    panel_figures,
+    probe_figures,
+    score_figures,
+)
 from emosteer.report.figures import Figure, Section
 from emosteer.report.inputs import Inputs
 from emosteer.report.measured import Measured
@@ -22,6 +32,7 @@ def sections(inputs: Inputs) -> list[Section]:
         _units(inputs),
         _cause(inputs),
         _circuit(inputs),
+        *([_probes(inputs.probes)] if inputs.probes is not None else []),
     ]
 
 
@@ -163,3 +174,14 @@ def _circuit(inputs: Inputs) -> Section:
     table = circuit_figures.faithfulness(circuit)
     figures = [circuit_figures.drawn(circuit), circuit_figures.shared(circuit, inputs.directions)]
     return Section("circuit", title, intro, figures, [table] if table else [])
+
+
+def _probes(probes: Probes) -> Section:
+    """Only on the page where somebody probed: no other stage needs it."""
+    intro = (
+        f"Probes are fitted to the model's states of {plural(probes.texts['train'], 'labelled text')} in the user's turn "
+        f"({', '.join(probes.labels)}), their penalty by cross-validation, and tested on others; the same with shuffled labels shows "
+        "what is read off nothing."
+    )
+    table = probe_figures.prompting_table(probes)
+    return Section("probes", "Probes", intro, probe_figures.figures(probes), [table] if table else [], notes=list(probes.notes))

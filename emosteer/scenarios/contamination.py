@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -156,18 +156,27 @@ def _held_out_hits(texts: Sequence[Text], words: Sequence[frozenset[str]], emoti
     hits = [0.0] * len(texts)
     for held in range(FOLDS):
         fitted = [i for i, text in enumerate(texts) if fold[text.group] != held]
-        scores = _log_shares([texts[i].emotion for i in fitted], [words[i] for i in fitted], emotions)
+        scores = log_shares([texts[i].emotion for i in fitted], [words[i] for i in fitted], emotions)
         for i, text in enumerate(texts):
             if fold[text.group] != held:
                 continue
-            known = [word for word in words[i] if word in scores]
-            totals = [math.fsum(scores[word][e] for word in sorted(known)) for e in range(len(emotions))]
-            best = [e for e, total in enumerate(totals) if total >= max(totals) - 1e-9]
+            best = likeliest(words[i], scores, len(emotions))
             hits[i] = (emotions.index(text.emotion) in best) / len(best)
     return hits
 
 
-def _log_shares(labels: Sequence[str], words: Sequence[frozenset[str]], emotions: Sequence[str]) -> dict[str, list[float]]:
+def likeliest(words: Iterable[str], scores: Mapping[str, Sequence[float]], n_emotions: int) -> list[int]:
+    """The numbers of the emotions that naive Bayes finds likeliest, all equally frequent: several where they tie.
+
+    Args:
+        scores: as `log_shares` gives them.
+    """
+    known = sorted(word for word in words if word in scores)
+    totals = [math.fsum(scores[word][e] for word in known) for e in range(n_emotions)]
+    return [e for e, total in enumerate(totals) if total >= max(totals) - 1e-9]
+
+
+def log_shares(labels: Sequence[str], words: Sequence[frozenset[str]], emotions: Sequence[str]) -> dict[str, list[float]]:
     """Word -> per emotion the logarithm of the (smoothed) share of its texts that hold the word."""
     texts = Counter(labels)
     counts: dict[str, Counter[str]] = defaultdict(Counter)

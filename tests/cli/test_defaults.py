@@ -16,6 +16,7 @@ from emosteer.directions.settings import Settings
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import EMBEDDED, KEY_ENV, PANEL, PARALLEL
+from emosteer.probing.settings import ProbeSettings
 from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
 from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.serving.settings import ServeSettings
@@ -26,6 +27,7 @@ GUIDED = {**DECODING, "guidance": GUIDANCE}
 JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
+PROBE = vars(ProbeSettings())
 
 #: Command -> option -> the field that it sets, of an instance made with defaults.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -60,6 +62,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
     "chat": {**GUIDED, "seed": Decoding().seed, "instruction": INSTRUCTION, "judge": EMBEDDED},
     "serve": {name: value for name, value in vars(ServeSettings()).items() if name != "cors"},
+    "probe": {
+        **{name: value for name, value in PROBE.items() if name not in ("kinds", "decays", "distances", "batch_tokens")},
+        "sites": ",".join(PROBE["kinds"]),
+        **{name: ",".join(f"{value:g}" for value in PROBE[name]) for name in ("decays", "distances")},
+    },
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
 #: Options that no settings class holds: where things are, and what a command alone decides.

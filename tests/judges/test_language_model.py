@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from emosteer.base.errors import ModelError, UsageError
 from emosteer.judges import language_model
 from emosteer.judges.huggingface import refuse_same_weights
-from emosteer.judges.language_model import _ASK, _EMPTY, BATCH, LONGEST, LanguageModelJudge
+from emosteer.judges.language_model import _ASK, BATCH, EMPTY, LONGEST, LanguageModelJudge
 from emosteer.judges.protocol import LABELS, Opinion
 from emosteer.models.model import Model
 from tests.conftest import SIZES, TEMPLATE, WORDS, build
@@ -36,7 +36,7 @@ def logits_by_hand(judge: LanguageModelJudge, text: str) -> Tensor:
 
 
 def by_hand(judge: LanguageModelJudge, text: str) -> Tensor:
-    empty = torch.stack([logits_by_hand(judge, nothing).log_softmax(-1) for nothing in _EMPTY]).mean(0)
+    empty = torch.stack([logits_by_hand(judge, nothing).log_softmax(-1) for nothing in EMPTY]).mean(0)
     return (logits_by_hand(judge, text).log_softmax(-1) - empty).softmax(-1)
 
 
