@@ -18,6 +18,7 @@ def test_the_interval_of_a_share_counts_groups_and_not_texts() -> None:
     doubled = share(hits * 2, ["a", "b", "c", "d"] * 2)
     assert doubled["low"] == pytest.approx(alone["low"]), "the same texts twice are no more evidence"
     assert share([1.0] * 10, list("abcdefghij")) == {"value": 1.0, "low": 0.7, "high": 1.0}
+    assert share([1.0, 0.0], ["a", "a"]) == {"value": 0.5, "low": 0.0, "high": 1.0}, "one group tells nothing of others"
     assert share([0.0] * 100, list(map(str, range(100)))) == {"value": 0.0, "low": 0.0, "high": 0.03}
 
 
