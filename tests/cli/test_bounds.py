@@ -106,3 +106,14 @@ def test_seeds_that_torch_takes_stay_as_they_are(seed: int) -> None:
 def test_larger_ones_are_hashed_and_still_tell_draws_apart(seed: int) -> None:
     one, again, other = (Draws.make(5, 20, each).counts for each in (seed, seed, seed + 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["probe", "--out", "\udcff"], ["generate", "x\udcff", "-e", "anger"], ["extract", "--scenarios", "a\udc80"]]
+)
+def test_bytes_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert "to be UTF-8 text, found other bytes" in said(capsys, *arguments)
+
+
+def test_text_of_any_script_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no-such-option" in said(capsys, "generate", "怒り 🙂", "--no-such-option")
