@@ -62,6 +62,9 @@ STAGES = {
     "generate, 2 processes": Stage(
         "generate --model ./tiny -e all --input sev.jsonl --batch-size 4 --max-new-tokens 12 --out out/g", "out/g", 2, True
     ),
+    "evaluate": Stage(
+        f"evaluate --model ./tiny --groups 2 --dev-groups 2 --doses 1 --methods none,prompt-tone,circuit {_WRITE} --out out/v", "out/v"
+    ),
     "judge": Stage("judge texts.jsonl --judge linear --out out/j", "out/j", 1, True),
     "probe": Stage(f"probe {_DATA} --folds 2 --epochs 5 --hidden 2 --followed 6 --prompted 6 --moved 3 --out out/p", "out/p"),
     "convert": Stage("models pull ./tiny.gguf", "cache"),
@@ -129,6 +132,10 @@ def waited(pids: Sequence[int], limit: float) -> list[int]:
 
 def content(path: Path, unordered: bool) -> str:
     """A hash of what a command wrote: a file, or the files of a folder that are no bookkeeping."""
+    if path.is_dir() and not list(path.rglob("*.safetensors")):  # of a contest
+        return sha256_text(
+            "".join(sha256_text("\n".join(sorted(file.read_text("utf-8").splitlines()))) for file in sorted(path.rglob("*.jsonl")))
+        )
     if path.is_dir():
         return sha256_text("".join(sha256_file(file) for file in sorted(path.rglob("*.safetensors"))))
     if unordered:
@@ -217,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a stage")
     options = parser.parse_args()
     torch.set_num_threads(1)
     files.FRESH = 0.5  # seconds, not a minute: what a killed process left is to be cleared by the next run
@@ -227,7 +235,7 @@ def main() -> int:
         os.environ["EMOSTEER_CACHE"] = str(Path(room) / "cache")
         log = Path(room) / "log"
         prepare(lambda command: waited(started(Stage(command, ""), log), 300) and None)
-        expected = {name: whole(stage, log) for name, stage in STAGES.items()}
+        expected = {name: whole(stage, log) for name, stage in STAGES.items() if options.only in ("", name)}
         for name, (_, seconds) in expected.items():
             print(f"{name}: {seconds:.1f} s", flush=True)
         draw = random.Random(options.seed)
@@ -236,7 +244,7 @@ def main() -> int:
         for signal_number in stopping.CODES:
             signal.signal(signal_number, stopped)
         while counts.total() < options.kills:
-            name = list(STAGES)[number % len(STAGES)]
+            name = list(expected)[number % len(expected)]
             how, times, wrong = case(STAGES[name], *expected[name], draw, log)
             counts[f"{name}, {how}"] += times
             number += 1
