@@ -15,6 +15,7 @@ import torch
 
 from emosteer.base.files import sha256_file
 from emosteer.cli import main as cli
+from emosteer.generation.native.build import library
 from emosteer.scenarios.shipped import read_data
 from tests.conftest import build
 from tests.helpers.precision import forward_bound
@@ -468,6 +469,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     out = tmp_path / "replies.jsonl"
     arguments = ["generate", "-m", "./tiny", "--input", "sev.jsonl", "-e", "anger", "--out", str(out), "--max-new-tokens", "4"]
     arguments += ["--batch-size", "1"]
+    library()  # compiled now, whichever test comes first: that writes a file and says so
     real, calls = os.fsync, []
 
     def full(handle: int) -> None:
