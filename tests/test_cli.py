@@ -470,6 +470,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     arguments = ["generate", "-m", "./tiny", "--input", "sev.jsonl", "-e", "anger", "--out", str(out), "--max-new-tokens", "4"]
     arguments += ["--batch-size", "1"]
     library()  # compiled now, whichever test comes first: that writes a file and says so
+    run("--version")  # and what it said is read
     real, calls = os.fsync, []
 
     def full(handle: int) -> None:
