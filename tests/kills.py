@@ -171,6 +171,7 @@ def whole(stage: Stage, log: Path) -> tuple[str, float]:
     codes = waited(started(stage, log), 300)
     print(f"{stage.command}: {time.monotonic() - start:.1f} s", flush=True)
     assert not any(codes), (stage.command, codes, log.read_text()[-2000:])
+    assert Path(stage.made).exists(), f"{stage.command} wrote nothing"
     return content(Path(stage.made), stage.unordered), time.monotonic() - start
 
 

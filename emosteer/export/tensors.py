@@ -83,12 +83,25 @@ def _header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             if length > size - 8:
                 raise ValueError("cut short")
             header = loads(opened.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            if 8 + length + end > size:
+            if 8 + length + max((_end(entry) for name, entry in header.items() if name != "__metadata__"), default=0) > size:
                 raise ValueError("cut short")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} is damaged or no safetensors file ({error}); fetch the model again") from error
     return 8 + length, header
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor ends in its file, by an entry of the header that is whole and says one thing.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is not.
+    """
+    (begin, end), shape, code = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)) or not isinstance(code, str):
+        raise ValueError("a tensor has no place or no shape")
+    if code in PRECISIONS and end - begin != math.prod(shape) * PRECISIONS[code][1]:
+        raise ValueError("a tensor has another size than its shape")
+    return int(end)
 
 
 def read_bytes(opened: io.FileIO, size: int) -> bytearray:

@@ -447,3 +447,21 @@ def test_bad_requests_are_one_line(folders: Any, tmp_path: Path, run: Any) -> No
     other = folders("qwen2")
     code, _, err = run("--model", str(other), *common[2:], "--emotion", "anger")
     assert code == 1 and "not for qwen2" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shape", None), ("shape", [32, 31]), ("shape", [-1, 32]), ("dtype", 7), ("data_offsets", [8]), ("data_offsets", [64, 0])],
+)
+def test_a_header_that_makes_no_sense_is_one_line(folders: Any, tmp_path: Path, name: str, value: Any) -> None:
+    data = (folders("llama") / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = header["model.layers.1.mlp.up_proj.weight"]
+    entry[name] = value
+    if value is None:
+        del entry[name]
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ModelError, match="model.safetensors is damaged or no safetensors file"):
+        tensors.stored_tensors(tmp_path)
