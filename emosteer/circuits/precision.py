@@ -29,7 +29,7 @@ def chosen_dtype(model: Model, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     if model.dtype != torch.float32 or model.spread or model.quantised:
-        return model.precision.removeprefix("torch.")
+        return str(model.dtype).removeprefix("torch.")
     exact = step_seconds(model)
     if exact < QUICK:
         return "float32"

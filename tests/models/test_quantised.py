@@ -11,16 +11,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from emosteer.attribution.ablate import ablate
+from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import ModelError, UsageError
+from emosteer.circuits.assemble import assemble
 from emosteer.circuits.precision import chosen_dtype, reader
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.directions.extract import extract
+from emosteer.directions.settings import Settings
 from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.steering import plan_for
 from emosteer.models import quantised
 from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
 from emosteer.models.quantised import dense_weight, gradient_error
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Head, Neuron, Site, Z
 from emosteer.models.weights.whole import scheme_of
-from tests.conftest import SIZES, tiny_tokenizer
+from tests.conftest import SIZES, small_data, tiny_tokenizer
 
 #: Blocks of 64 numbers share a scale: widths are multiples of it.
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128}
@@ -29,6 +36,7 @@ SCHEMES = {
     "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
 }
 IDS = torch.tensor([[1, 7, 9, 12, 30, 41]])
+EMOTIONS = ("anger", "sadness", "fear")
 
 
 def plain_folder(path: Path) -> Path:
@@ -113,7 +121,7 @@ def test_gradients_pass_through_packed_weights(packed: Model, monkeypatch: pytes
 
 
 def test_gradients_are_taken_through_the_packed_model_itself(packed: Model) -> None:
-    assert chosen_dtype(packed, "auto") == f"float32+{packed.quantised}"
+    assert chosen_dtype(packed, "auto") == "float32"
     assert reader(packed, "bfloat16") is packed
 
 
@@ -147,3 +155,23 @@ def test_a_lack_of_the_package_is_said(folders: dict[str, Path], monkeypatch: py
 )
 def test_schemes_by_name(config: dict[str, Any], expected: str | None) -> None:
     assert scheme_of(config) == expected
+
+
+def test_the_stages_run_on_packed_weights(packed: Model) -> None:
+    """Directions, scores that real ablation bears out, a circuit that is learned, and steered text."""
+    groups, bank = small_data(8, EMOTIONS)
+    directions = extract(packed, groups, Settings(EMOTIONS), bank=bank)
+    assert directions.provenance.params["dtype"] == f"float32+{packed.quantised}"
+    few = AblateSettings(patch_groups=2, true_groups=1, true_units=4, verify_prompts=1, verify_neurons=8, effect_prompts=1, curves=None)
+    scores = ablate(packed, directions, groups, few, bank=bank)
+    assert scores.forms and scores.verification["heads"]["max_error_to_largest"] < 0.1
+    settings, gains = CircuitSettings(n_prompts=1, n_random=1), GainSettings(steps=2, groups=1)
+    circuit = assemble(packed, directions, groups, settings, bank=bank, gain_settings=gains)
+    vectors = circuit.steering(packed)
+    plain, steered = (
+        generate(packed, [Request("a", tuple(IDS[0].tolist()))], plan_for(vectors, [0], [dose]), Decoding(max_new_tokens=6, guidance=1.0))[
+            0
+        ]
+        for dose in (0.0, 3.0)
+    )
+    assert plain.ids != steered.ids
