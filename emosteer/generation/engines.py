@@ -54,12 +54,21 @@ def engine_for(model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPla
     lean = lean_of(model) if simple else None
     if lean is not None:
         return LeanEngine(lean, prompts, plan, steps)
+    return hooked_engine(model, prompts, plan, row_edits)
 
-    def hooked(prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None = None) -> HookedEngine:
+
+def hooked_engine(model: Model, prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None = None) -> HookedEngine:
+    """The engine for every model, once it is proved on this one.
+
+    Raises:
+        ModelError: if the model writes something else with its cache than without.
+    """
+
+    def made(prompts: Sequence[Sequence[int]], plan: SteeringPlan, row_edits: RowEdits | None) -> HookedEngine:
         return HookedEngine(model, prompts, Injector(plan, model.device, model.dtype), row_edits)
 
-    require_cached(model, lambda trial: hooked(trial, SteeringPlan.none(len(trial))))
-    return hooked(prompts, plan, row_edits)
+    require_cached(model, lambda trial: made(trial, SteeringPlan.none(len(trial)), None))
+    return made(prompts, plan, row_edits)
 
 
 class LeanEngine:

@@ -13,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emosteer.generation.engines import PROMPT_TOKENS, HookedEngine
+from emosteer.generation.engines import PROMPT_TOKENS, HookedEngine, hooked_engine
 from emosteer.generation.joining_cache import JoiningCache
 from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.prefix_tree import chunks, pack
-from emosteer.generation.steering import STEERED_KINDS, Injector, SteeringPlan
+from emosteer.generation.steering import STEERED_KINDS, SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 
@@ -179,7 +179,7 @@ class CohortEngine:
 
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Makes a batch of the new rows."""
-        self.cohorts.append(HookedEngine(self.model, prompts, Injector(plan, self.model.device, self.model.dtype), None))
+        self.cohorts.append(hooked_engine(self.model, prompts, plan))
         self.sizes.append(len(prompts))
 
     def step(self, tokens: Tensor) -> Tensor:

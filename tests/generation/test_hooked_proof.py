@@ -10,6 +10,8 @@ import torch
 from emosteer.base.errors import ModelError
 from emosteer.generation import hooked_proof
 from emosteer.generation.generate import Decoding, Request, generate
+from emosteer.generation.joining_engines import joining_engine
+from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from tests.conftest import build
 
@@ -60,3 +62,8 @@ def lying(kind: str) -> Model:
 def test_a_forward_pass_that_lies_is_refused_before_anything_is_written(kind: str, said: str) -> None:
     with pytest.raises(ModelError, match=f"transformers [0-9.]+ {said}"):
         generate(lying(kind), [Request("a", (1, 7, 9))], decoding=ONCE)
+
+
+def test_a_running_batch_is_proved_as_well() -> None:
+    with pytest.raises(ModelError, match="writes other tokens with its cache than without"):
+        joining_engine(lying("padding"), []).join([(1, 7, 9)], SteeringPlan.none(1))
