@@ -29,6 +29,7 @@ from emosteer.directions.extract import extract
 from emosteer.directions.settings import Settings
 from emosteer.generation.cuda_graphs import SWITCH
 from emosteer.generation.generate import Request, generate
+from emosteer.generation.kv_cache import position_bytes
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
@@ -103,10 +104,9 @@ def _wait(device: torch.device) -> None:
 
 def bytes_per_step(model: Model, batch: int, context: float) -> float:
     """What one step must read: all weights that multiply, and every row's keys and values."""
-    shape, size = model.shape, model.dtype.itemsize
     own = {id(weight): weight.nbytes for weight in model.hf.parameters()}
     embedding = 0 if model.embedding.weight is model.unembedding.weight else model.embedding.weight.nbytes
-    return sum(own.values()) - embedding + batch * context * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * size
+    return sum(own.values()) - embedding + batch * context * position_bytes(model.shape, model.dtype)
 
 
 def steered(model: Model, batch: int) -> SteeringPlan:

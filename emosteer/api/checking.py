@@ -80,13 +80,15 @@ def _proofs(model: Model, stages: dict[str, Support]) -> tuple[str, ...]:
 
 def memory_of(model: Model) -> dict[str, int]:
     """About how many bytes a stage takes with the default settings, the weights included (docs/SCALING.md)."""
+    from emosteer.generation.kv_cache import position_bytes
+
     shape, size = model.shape, model.dtype.itemsize
     weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.hf.parameters()}.values())
     units, emotions = shape.n_heads * shape.d_head + shape.d_mlp, len(EMOTIONS)
     per_token = 8 * shape.d_model + 3 * shape.d_mlp + 2 * shape.n_heads * shape.d_head  # one layer's activations
     statistics = 16 * (STRATA * emotions * 2 * shape.n_layers * shape.d_model + 2 * emotions * shape.n_layers * units)
     kept = STEP_TOKENS * (shape.n_layers * 2 * per_token * size + shape.d_vocab * (size + 8))  # what a backward pass needs
-    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * size * REPLY_TOKENS
+    cache = position_bytes(shape, model.dtype) * REPLY_TOKENS
     return {
         "weights": weights,
         "extract": weights + statistics + Settings.batch_tokens * per_token * size,

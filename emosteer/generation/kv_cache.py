@@ -18,6 +18,11 @@ from emosteer.models.memory import large_pages
 ROOM = 64
 
 
+def position_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """What the keys and values of one position of one row take."""
+    return 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * dtype.itemsize
+
+
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one full-attention layer in buffers with room to spare; `keys` and `values` are views of the used part."""
 

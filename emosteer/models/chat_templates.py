@@ -17,7 +17,7 @@ from emosteer.base.errors import ModelError, first_line
 
 #: What templates that print today's date print instead: results must not depend on the day.
 DATE = datetime(2024, 7, 26, 12)
-_VARIABLES = {"date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
+_VARIABLES = {"date_string": DATE.strftime("%d %b %Y")}
 _DIRECTIVES = "aAbBcdeHIjklmMpSuUwWxXyYZ"
 _OPEN_BLOCK = re.compile(r"<((?:\w+:)?(?:think|thinking|thought|reasoning))>\s*$")
 
@@ -42,11 +42,16 @@ def template_of(tokenizer: Any) -> str:
 
 def rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
     """A conversation as text, ending where the reply begins: behind the thinking block, where the template opens one."""
-    text: str = tokenizer.apply_chat_template(
-        list(turns), chat_template=_with_fixed_date(template_of(tokenizer)), tokenize=False, add_generation_prompt=True, **_VARIABLES
-    )
+    text = _applied(tokenizer, turns)
     opened = _OPEN_BLOCK.search(text)
     return text if opened is None else f"{text[: opened.end(1) + 1]}\n\n</{opened[1]}>\n\n"
+
+
+def _applied(tokenizer: Any, turns: Sequence[Turn], thinking: bool = False) -> str:
+    """What the template itself makes of a conversation."""
+    variables = {**_VARIABLES, "enable_thinking": thinking}
+    template = _with_fixed_date(template_of(tokenizer))
+    return str(tokenizer.apply_chat_template(list(turns), chat_template=template, tokenize=False, add_generation_prompt=True, **variables))
 
 
 def served(tokenizer: Any, messages: Sequence[Turn]) -> list[dict[str, str]]:
@@ -121,11 +126,10 @@ def examined(tokenizer: Any, name: str) -> Template:
 
 def _thinking(tokenizer: Any, user: Turn) -> str:
     """What keeps replies out of a thinking block: nothing needs to, the template's own switch, or a closing mark that is put behind it."""
-    plain = {"chat_template": _with_fixed_date(template_of(tokenizer)), "tokenize": False, "add_generation_prompt": True}
-    text = tokenizer.apply_chat_template([user], **plain, **_VARIABLES)
+    text = _applied(tokenizer, [user])
     if _OPEN_BLOCK.search(text):
         return "closed"
-    return "none" if text == tokenizer.apply_chat_template([user], **plain, **{**_VARIABLES, "enable_thinking": True}) else "switched off"
+    return "none" if text == _applied(tokenizer, [user], thinking=True) else "switched off"
 
 
 def _takes_turns(tokenizer: Any, user: Turn) -> bool:

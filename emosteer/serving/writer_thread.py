@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emosteer.base.errors import EmosteerError
 from emosteer.base.progress import note
+from emosteer.generation.kv_cache import position_bytes
 from emosteer.generation.running_batch import Ask, RunningBatch, Written
 from emosteer.generation.streaming import RowText
 from emosteer.models.memory import is_out_of_memory, release_memory
@@ -93,9 +94,7 @@ class WriterThread:
         """vectors: site -> [emotion, d_model], at strength 1."""
         self.model, self.settings, self.metrics = model, settings, metrics
         self.batch = RunningBatch(model, vectors)
-        shape = model.shape
-        cell = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * model.dtype.itemsize
-        self.cells = int(settings.cache_gb * 2**30 / cell)
+        self.cells = int(settings.cache_gb * 2**30 / position_bytes(model.shape, model.dtype))
         self._changed = threading.Condition()
         self._waiting: deque[Writing] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()

@@ -93,7 +93,7 @@ def scheme_of(config: Any) -> str | None:
     packed = config.get("quantization_config") if isinstance(config, Mapping) else getattr(config, "quantization_config", None)
     if not packed:
         return None
-    if not isinstance(packed, (dict, Mapping)):
+    if not isinstance(packed, Mapping):
         packed = packed.to_dict() if hasattr(packed, "to_dict") else {}
     if packed.get("load_in_8bit"):
         return "int8"
