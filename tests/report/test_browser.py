@@ -1,25 +1,22 @@
 """The report in a real headless Chromium: no errors, nothing loaded, every plot visible, filters, phone and desktop, light and dark, print.
 
-Needs a Chromium on the PATH (`chromium`, `chromium-browser` or `google-chrome`) and playwright; skipped with the reason where either is
+Needs a Chromium on the PATH (`tests/helpers/browser.py` has the names) and playwright; skipped with the reason where either is
 missing.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from emosteer.scenarios.scenarios import EMOTIONS
+from tests.helpers.browser import launched, require_browser
 from tests.helpers.report_setup import HOSTILE_THEME, JUDGES, TRUTH, whole_page
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-if BROWSER is None:
-    pytest.skip("no chromium, chromium-browser or google-chrome on the PATH; install one to test the report in it", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it comes with emosteer[dev]")
+playwright = require_browser("the report")
 
 VARIANTS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 Open = Callable[..., Any]
@@ -28,10 +25,8 @@ Open = Callable[..., Any]
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """One browser for all tests."""
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,25 +1,22 @@
 """The playground in a real headless Chromium: every control, a silent console, nobody else asked for anything, phone and desktop,
 light and dark.
 
-Needs a Chromium on the PATH (`chromium`, `chromium-headless-shell`, `chromium-browser` or `google-chrome`) and playwright; skipped with
+Needs a Chromium on the PATH (`tests/helpers/browser.py` has the names) and playwright; skipped with
 the reason where either is missing.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.helpers.browser import launched, require_browser
+
 pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
-BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
-BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-if BROWSER is None:
-    pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH; install one to test the playground in it", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it comes with emosteer[dev]")
+playwright = require_browser("the playground")
 
 from tests.helpers.dialled import dialled_model  # noqa: E402
 from tests.helpers.server import Running, running  # noqa: E402
@@ -38,10 +35,8 @@ def served() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
