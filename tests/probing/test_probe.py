@@ -312,12 +312,12 @@ def test_two_runs_of_the_same_command_do_not_share_their_progress(
     in the moment before it."""
     write_tiny_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    small = "--epochs 1 --decays 0.1 --folds 2 --hidden 0 --shuffles 2 --followed 0 --prompted 0 --moved 0 --sites resid_post"
-    command = ["probe", *"-m ./tiny --scenarios sev.jsonl --replies bank.jsonl --out p".split(), *small.split()]
+    command = "probe -m ./tiny --scenarios sev.jsonl --replies bank.jsonl --out p --sites resid_post"
+    command += " --epochs 1 --decays 0.1 --folds 2 --hidden 0 --shuffles 2 --followed 0 --prompted 0 --moved 0"
 
     def ended(*more: str) -> int:
         with pytest.raises(SystemExit) as end:
-            cli.main([*command, *more])
+            cli.main([*command.split(), *more])
         return int(end.value.code or 0)
 
     partial = tmp_path / "p.partial"
