@@ -177,6 +177,16 @@ class NativeStep:
         _library().emosteer_step(ctypes.byref(self.model), ctypes.byref(batch))
         return hidden
 
+    def queries(self, layer: int, hidden: Tensor, heads: Tensor) -> None:
+        """Writes a layer's queries, keys and values, not rotated, into `heads` [row, head of the three kinds, d_head]. hidden: [row,
+        d_model]."""
+        _call("queries", ctypes.byref(self.model), layer, hidden, len(hidden), torch.empty_like(hidden), heads)
+
+    def rest(self, layer: int, hidden: Tensor, z: Tensor, room: Tensor) -> None:
+        """Adds what follows attention in a layer to `hidden` [row, d_model]. z: [row, n_heads * d_head]; room: [row, d_mlp], to be
+        written over."""
+        _call("rest", ctypes.byref(self.model), layer, z, len(hidden), hidden, torch.empty_like(hidden), room)
+
 
 def norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm of states [row, d_model]."""
