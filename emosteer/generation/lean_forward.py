@@ -158,7 +158,7 @@ class Lean:
         """
         n_known, shape = packed.n_known, self.shape
         hidden, angles = self.embed[packed.tokens[n_known:]], self.rotary(packed.positions[n_known:])
-        if self.native is not None and self.native.takes(len(hidden)):
+        if self.native is not None and self.native.reads(len(hidden)):
             return self._read_compiled(self.native, packed, hidden, angles, keep, known)
         n_paths, width = packed.paths.shape
         # One room for all layers: memory that is given back and asked for again has to be cleared by the system every time.

@@ -190,6 +190,15 @@ def test_prompts_are_read_as_torch_reads_them_and_alike_in_any_company(form: Non
             assert all(close(*pair, 1e-5) for pair in zip(read(prompts, None, known), expected, strict=True))
 
 
+def test_many_tokens_are_left_to_torch_where_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = native.NativeStep(odd_model())
+    assert compiled.reads(1) and not compiled.reads(2), "its weights are not laid out yet"
+    compiled.pack()
+    for slow in (True, False):
+        monkeypatch.setattr(native, "_torch_is_slow", lambda slow=slow: slow)
+        assert compiled.reads(native.READ_ROWS) and compiled.reads(native.READ_ROWS + 1) == slow
+
+
 # ---- doing without ---------------------------------------------------------------------------------------------------------
 
 
