@@ -144,9 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("mixtures", "both", "negative", "arcs"))
     parser.add_argument("--groups", type=int, default=6, help="development prompts; every kind has at least one")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of each kind, so that others are left")
     options = parser.parse_args()
     m = emosteer.load()
     groups = development_groups(options.groups).groups
+    by_kind = [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(group.kind for group in groups)]
+    groups = [group for members in by_kind for group in members[:: options.every]]
     if options.only in (None, "mixtures"):
         trials = [Trial(f"one at {i}", {e: i}) for i in (50, 75, 100) for e in m.emotions]
         doses = (25, 37.5, 50, 75, 100)
