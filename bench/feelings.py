@@ -1,10 +1,11 @@
 """What mixtures, negative intensities and arcs do to replies, as the panel reads them.
 
-    python bench/feelings.py                   # everything, some eight minutes on one core
-    python bench/feelings.py --only mixtures   # or negative, arcs
+    python bench/feelings.py                   # everything, some fifteen minutes on one core
+    python bench/feelings.py --only mixtures   # or both, negative, arcs
 
 Prints one row per amount: how likely the panel finds the emotions, how often its label is one of them, how many replies are sound.
-Amounts beyond what the text bears are tried here, which no command gives.
+Amounts beyond what the text bears are tried here, which no command gives. `both` asks whether a half-and-half mixture is read as both of
+its emotions more often than either of them alone at the same intensity in all, pair by pair.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from emosteer.scenarios.shipped import development_groups
 from emosteer.writing.jobs import asked_request
 
 DECODING = Decoding(max_new_tokens=48, guidance=GUIDANCE)
+#: A reply is read as both of two emotions where they are the panel's two likeliest labels, neutral counted, each this likely or more.
+READ = 0.2
 ARCS = (("two sentences, 24", 24, 64, INSTRUCTION), ("two sentences, 40", 40, 64, INSTRUCTION), ("free, 64", 64, 96, ""))
 
 
@@ -85,6 +88,37 @@ def report(found: Sequence[tuple[Trial, Reply]]) -> None:
         print(f"{row:<22} n {len(at):<4} P {mean(each):.2f}  label {label:.0%}  sound {mean([sound[i] for i in at]):.0%}", flush=True)
 
 
+def is_both(opinion: Opinion, pair: Sequence[str]) -> bool:
+    """Whether a reply is read as both of a pair of emotions."""
+    shares = opinion.probabilities or {}
+    likeliest = sorted(shares, key=lambda label: shares[label], reverse=True)[:2]
+    return set(likeliest) == set(pair) and min(shares[label] for label in likeliest) >= READ
+
+
+def both(m: SteeredModel, groups: Sequence[Group]) -> None:
+    """Half-and-half mixtures beside either of their emotions alone."""
+    pairs = list(combinations(m.emotions, 2))
+    for total in (100.0, 70.0):
+        trials = [Trial(e, {e: total}) for e in m.emotions] + [Trial(f"{a} + {b}", {a: total / 2, b: total / 2}) for a, b in pairs]
+        found = written(m, trials, groups)
+        opinions, sound = judged([reply.text for _, reply in found])
+        at = {trial.row: [i for i, (other, _) in enumerate(found) if other.row == trial.row] for trial in trials}
+
+        def share(row: str, pair: Sequence[str], at: dict[str, list[int]] = at, opinions: Sequence[Opinion] = opinions) -> float:
+            return mean([is_both(opinions[i], pair) for i in at[row]])
+
+        rows = [(share(f"{a} + {b}", (a, b)), share(a, (a, b)), share(b, (a, b))) for a, b in pairs]
+        more = sum(mixed > max(first, last) for mixed, first, last in rows)
+        alone = mean([max(first, last) for _, first, last in rows])
+        kept = [mean([sound[i] for name, index in at.items() if ("+" in name) == mixed for i in index]) for mixed in (True, False)]
+        print(f"{total:g} in all: read as both {mean([row[0] for row in rows]):.1%} of {len(pairs) * len(groups)} mixtures,", end=" ")
+        print(f"{alone:.1%} of the better of the two alone; more often in {more} of {len(pairs)} pairs;", end=" ")
+        print(f"sound {kept[0]:.0%} and {kept[1]:.0%}", flush=True)
+        for (a, b), row in zip(pairs, rows, strict=True):
+            p_a, p_b = (mean([(opinions[i].probabilities or {})[emotion] for i in at[f"{a} + {b}"]]) for emotion in (a, b))
+            print(f"  {a + ' + ' + b:<22} both {row[0]:.0%}, alone {row[1]:.0%} and {row[2]:.0%}; P {p_a:.2f} {p_b:.2f}", flush=True)
+
+
 def arcs(m: SteeredModel, groups: Sequence[Group]) -> None:
     """Thirds of replies, judged one by one."""
     pairs = [(m.emotions[i], m.emotions[(i + step) % 6]) for i in range(6) for step in (1, 3)]
@@ -108,16 +142,21 @@ def arcs(m: SteeredModel, groups: Sequence[Group]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("mixtures", "negative", "arcs"))
+    parser.add_argument("--only", choices=("mixtures", "both", "negative", "arcs"))
     parser.add_argument("--groups", type=int, default=6, help="development prompts; every kind has at least one")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of each kind, so that others are left")
     options = parser.parse_args()
     m = emosteer.load()
     groups = development_groups(options.groups).groups
+    by_kind = [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(group.kind for group in groups)]
+    groups = [group for members in by_kind for group in members[:: options.every]]
     if options.only in (None, "mixtures"):
         trials = [Trial(f"one at {i}", {e: i}) for i in (50, 75, 100) for e in m.emotions]
         doses = (25, 37.5, 50, 75, 100)
         trials += [Trial(f"two at {i}", {a: i, b: i}) for i in doses for a, b in combinations(m.emotions, 2)]
         report(written(m, trials, groups))
+    if options.only in (None, "both"):
+        both(m, groups)
     if options.only in (None, "negative"):
         report(written(m, [Trial(f"asked, {i} of the dial", {e: i}, asks=True) for i in (0, -25, -50, -100) for e in m.emotions], groups))
     if options.only in (None, "arcs"):

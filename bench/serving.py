@@ -2,6 +2,7 @@
 
     python bench/serving.py                        # 500 requests, 64 at a time, a tenth hangs up; then 2,000 short ones for the memory
     python bench/serving.py --requests 100 --memory-requests 0
+    python bench/serving.py --places 32 --texts 512
 
 Writes the same requests offline first (`generate`, in batches as large as the server's), then starts `emosteer serve` and sends them.
 Prints one JSON object: how many texts are the offline ones, tokens per second of both, time to first token, rows and memory afterwards.
@@ -28,8 +29,7 @@ import emosteer
 from emosteer.api.steered_model import SteeredModel
 from emosteer.generation.generate import batches
 from emosteer.scenarios.shipped import development_groups
-
-BATCH = 32
+from emosteer.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class Load:
     leaves: int
 
 
-def loads(count: int, emotions: Sequence[str], leaving: float, tokens: Sequence[int] = (16, 32, 48, 64), seed: int = 0) -> list[Load]:
-    """Mixed emotions, intensities and lengths."""
+def loads(
+    count: int, emotions: Sequence[str], leaving: float, tokens: Sequence[int] = (16, 32, 48, 64), seed: int = 0, texts: int = 64
+) -> list[Load]:
+    """Mixed emotions, intensities and lengths. texts: of how many prompts they are drawn."""
     draw = random.Random(seed)
-    texts = [group.text for group in development_groups(64).groups if not group.earlier]
+    said = [group.text for group in development_groups(texts).groups if not group.earlier]
     return [
         Load(
-            draw.choice(texts),
+            draw.choice(said),
             draw.choice([*emotions, None]),
             draw.choice([30, 50, 70, -40]),
             draw.choice(tokens),
@@ -59,21 +61,21 @@ def loads(count: int, emotions: Sequence[str], leaving: float, tokens: Sequence[
     ]
 
 
-def offline(m: SteeredModel, work: Sequence[Load]) -> tuple[list[str], list[int], float, float]:
+def offline(m: SteeredModel, work: Sequence[Load], places: int) -> tuple[list[str], list[int], float, float]:
     """The texts and tokens of all requests, and the seconds and processor seconds that they took in batches of equal length."""
     texts, counts = [""] * len(work), [0] * len(work)
     begun, worked = time.monotonic(), time.process_time()
     for tokens in sorted({load.tokens for load in work}):
         mine = [i for i, load in enumerate(work) if load.tokens == tokens]
         requests = m._work([work[i].text for i in mine], None, {}).requests
-        for part in batches(requests, BATCH):
+        for part in batches(requests, places):
             index = [mine[i] for i in part]
             replies = m.generate(
                 [work[i].text for i in index],
                 [work[i].emotion for i in index],
                 intensity=[work[i].intensity if work[i].emotion else None for i in index],
                 max_new_tokens=tokens,
-                batch_size=BATCH,
+                batch_size=places,
             )
             for i, reply in zip(index, replies, strict=True):
                 texts[i], counts[i] = reply.text, reply.n_tokens
@@ -158,13 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--places", type=int, default=ServeSettings.max_batch, help="replies at a time, offline and in the server")
+    parser.add_argument("--texts", type=int, default=64, help="prompts that the requests are drawn from; at most 348")
     parser.add_argument("--memory-requests", type=int, default=2000)
     options = parser.parse_args()
     m = emosteer.load()
-    work = loads(options.requests, m.emotions, 0.1)
-    texts, counts, seconds, worked = offline(m, work)
+    work = loads(options.requests, m.emotions, 0.1, texts=options.texts)
+    texts, counts, seconds, worked = offline(m, work, options.places)
     print(f"offline: {sum(counts) / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "emosteer", "serve", "--port", "0", "--max-batch", str(BATCH)]
+    command = [sys.executable, "-m", "emosteer", "serve", "--port", "0", "--max-batch", str(options.places)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert server.stdout is not None
     url = str(server.stdout.readline()).split()[2].removesuffix("/v1,")

@@ -10,6 +10,9 @@ itself. Prints the counts; exit status 1 if there was a fault.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -19,9 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -36,6 +41,7 @@ from emosteer.cli import main as cli
 from emosteer.judges.embedded import shared_encoder
 from tests.helpers.tiny_project import write_tiny_project
 from tests.models.test_weights import write_gguf
+from tests.scenarios.test_authoring import item
 
 QUICK = 2.5
 _DATA = "--model ./tiny --scenarios sev.jsonl --replies bank.jsonl"
@@ -69,7 +75,52 @@ STAGES = {
     "probe": Stage(f"probe {_DATA} --folds 2 --epochs 5 --hidden 2 --followed 6 --prompted 6 --moved 3 --out out/p", "out/p"),
     "convert": Stage("models pull ./tiny.gguf", "cache"),
     "export": Stage("export --model ./tiny --emotion anger --out out/e --force", "out/e"),
+    "author": Stage("build --author --domain nursing --count 40 --base-url URL --model tiny --out out/a", "out/a"),
 }
+
+
+def answer_of(body: dict[str, Any]) -> str:
+    """What the author of scenarios answers, by the request alone: a rerun that asks for anything else gets other scenarios. Every fifth
+    one is written at the second attempt, since the first answer is no JSON."""
+    number = int(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8], 16)
+    first = len(body["messages"]) == 2
+    return "Let me think." if first and not number % 5 else json.dumps(item(number))
+
+
+@contextlib.contextmanager
+def author() -> Iterator[str]:
+    """The address of an OpenAI-compatible endpoint, in a process of its own: those that are ended are forked from this one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            message = {"role": "assistant", "content": answer_of(body)}
+            data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+            time.sleep(0.01)
+            with contextlib.suppress(OSError):  # it was killed meanwhile
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one of the terminal is for this process's parent
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        server.serve_forever()
+    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 _stores: list[torch.distributed.TCPStore] = []
@@ -231,12 +282,13 @@ def main() -> int:
     files.FRESH = 0.5  # seconds, not a minute: what a killed process left is to be cleared by the next run
     shared_encoder()
     counts, faults, start = Counter[str](), 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as room:
+    with tempfile.TemporaryDirectory() as room, author() as url:
+        stages = {name: replace(stage, command=stage.command.replace("URL", url)) for name, stage in STAGES.items()}
         os.chdir(room)
         os.environ["EMOSTEER_CACHE"] = str(Path(room) / "cache")
         log = Path(room) / "log"
         prepare(lambda command: waited(started(Stage(command, ""), log), 300) and None)
-        expected = {name: whole(stage, log) for name, stage in STAGES.items() if options.only in ("", name)}
+        expected = {name: whole(stage, log) for name, stage in stages.items() if options.only in ("", name)}
         for name, (_, seconds) in expected.items():
             print(f"{name}: {seconds:.1f} s", flush=True)
         draw = random.Random(options.seed)
@@ -246,7 +298,7 @@ def main() -> int:
             signal.signal(signal_number, stopped)
         while counts.total() < options.kills:
             name = list(expected)[number % len(expected)]
-            how, times, wrong = case(STAGES[name], *expected[name], draw, log)
+            how, times, wrong = case(stages[name], *expected[name], draw, log)
             counts[f"{name}, {how}"] += times
             number += 1
             faults += bool(wrong)

@@ -76,6 +76,14 @@ def test_before_and_after_the_command_it_ends_at_once(stop: Stop) -> None:
     assert stop(after, signal.SIGINT)[:2] == (-signal.SIGINT, ""), "as any process that holds nothing"
 
 
+def test_until_the_signals_are_taken_over_it_ends_without_a_traceback(stop: Stop, tmp_path: Path) -> None:
+    (tmp_path / "signal.py").write_text("import time\nprint('in', flush=True)\ntime.sleep(30)\n")
+    assert stop("import emosteer.cli.start", signal.SIGINT)[:2] == (-signal.SIGINT, "")
+    (tmp_path / "signal.py").unlink()
+    ignored = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nimport emosteer.cli.start\nprint('in', flush=True)\n"
+    assert stop(ignored + "signal.raise_signal(signal.SIGINT)", signal.SIGINT)[:2] == (0, "")
+
+
 @pytest.mark.parametrize(
     "stuck",
     [

@@ -64,6 +64,47 @@ def claim(handle: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def kept_progress(folder: Path) -> Iterator[None]:
+    """Makes the folder in which a command keeps its progress, and keeps it to one process or thread while the block runs. The kernel drops
+    the lock of a killed process; where a file system has no locks, nobody is kept out.
+
+    Raises:
+        EmosteerError: if somebody else is at work in it, or it cannot be made.
+    """
+    handle = _locked_folder(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if there was nothing to keep
+        os.close(handle)
+
+
+def _locked_folder(folder: Path) -> int:
+    """An open folder that nobody else has locked."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise write_error(folder, error) from error
+        try:
+            import fcntl  # not on every system
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise EmosteerError(f"{folder} is kept by another run that is at work in it; wait for its end, or use another --out") from None
+        except FileNotFoundError:
+            pass
+        except (ImportError, OSError):
+            return handle
+        os.close(handle)  # it was removed, by the run whose progress it was, before it could be locked
+
+
 def _sweep(path: Path) -> None:
     """Removes what killed processes left of earlier writings of the same file: whoever is alive holds a lock on its own."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):  # as tempfile names them

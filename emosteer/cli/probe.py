@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from emosteer.base.errors import UsageError
+from emosteer.base.errors import EmosteerError, UsageError
+from emosteer.base.files import kept_progress
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
@@ -111,7 +113,8 @@ def probe(
     found = run(loaded, texts, circuit=circuit, scenarios=scenarios, replies=replies, partial=partial, fresh=fresh, artifacts=root, **given)
     found = with_command(found, command_line(context))
     found.save(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(EmosteerError), kept_progress(partial):  # whoever has begun in it meanwhile will remove it
+        shutil.rmtree(partial, ignore_errors=True)
     from emosteer.cli.print_probes import print_probes, probes_summary
 
     summary = {"file": str(target), **probes_summary(found)}

@@ -12,6 +12,9 @@ from emosteer.generation.kv_cache import ROOM, RowCache
 from emosteer.models.architecture import Shape
 from emosteer.models.memory import large_pages
 
+#: Columns that moving up must give: a column is moved at most once in as many steps.
+LEAST_ROOM = ROOM // 2
+
 
 class JoiningCache(RowCache):
     """All rows end at the same column, where the next one is written; a row begins wherever its prompt does. `block` is the part of
@@ -64,20 +67,25 @@ class JoiningCache(RowCache):
     def _make_room(self, rows: int, least: int) -> None:
         """Room for `rows` rows and for a column more, with `least` columns or more up to the last one."""
         have_rows, have_columns = self.store.shape[2], self.store.shape[4]
-        if rows > have_rows or max(self.end, least) >= have_columns:
-            # twice as many rows as there were, so that a growing batch is copied few times
-            wanted = max(rows, min(2 * have_rows, rows + ROOM)) if rows > have_rows else have_rows
-            end = max(self.n_columns, least)
-            self._move(self._empty(wanted, end + ROOM), end - self.end)
-        elif least > self.end:
-            self._move(self.store, least - self.end)
+        if rows <= have_rows and max(self.end, least) < have_columns:
+            if least > self.end:
+                self._move(self.store, least - self.end)
+            return
+        end = max(self.n_columns, least)
+        if rows > have_rows:  # twice as many as there were, so that a growing batch is copied few times
+            self._move(self._empty(max(rows, min(2 * have_rows, rows + ROOM)), end + ROOM), end - self.end)
+        elif end + LEAST_ROOM > have_columns:
+            self._move(self._empty(have_rows, end + ROOM), end - self.end)
+        else:  # the oldest columns are no longer used
+            self._move(self.store, end - self.end)
 
     def _move(self, target: Tensor, shift: int) -> None:
         """Copies what is there into a store, `shift` columns further right."""
         if self.n_rows:
-            kept = self.block[..., self.start : self.end, :]
             inside = target.data_ptr() == self.store.data_ptr()
-            target[:, :, : self.n_rows, :, self.start + shift : self.end + shift] = kept.clone() if inside else kept
+            for kept, to in zip(self.block, target, strict=True):  # layer by layer: what lies in its own way is copied first
+                moved = kept[..., self.start : self.end, :]
+                to[:, : self.n_rows, :, self.start + shift : self.end + shift] = moved.clone() if inside else moved
             self.unused = self.unused + shift
         self.end += shift
         self.width = self.end
@@ -87,10 +95,7 @@ class JoiningCache(RowCache):
     def advance(self) -> Tensor | None:
         """Makes room for one more column; returns what is to be added to the scores."""
         if self.end == self.store.shape[4]:
-            if self.start >= ROOM:  # so that every column is moved up at most once in as many steps
-                self._move(self.store, -self.start)
-            else:
-                self._make_room(self.n_rows, 0)
+            self._make_room(self.n_rows, 0)
         self.end += 1
         return None if self.mask is None else self.mask[..., self.start : self.end]
 
@@ -100,6 +105,10 @@ class JoiningCache(RowCache):
         index = torch.tensor(list(rows), device=self.block.device)
         for kind, states in enumerate((keys, values)):
             self.block[layer, kind, index, :, first : self.end] = states[nodes].transpose(1, 2)
+
+    def place(self, row: int, states: Tensor) -> None:
+        """Gives a row its prompt, which ends at the last column. states: [layer, 2, n_kv_heads, pos, d_head]."""
+        self.block[:, :, row, :, self.end - states.shape[3] : self.end] = states
 
     def drop(self, gone: Sequence[int]) -> list[int]:
         """Takes slots out. Returns for each remaining slot the slot whose row it holds now; with the last row all memory goes."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from emosteer.generation.engines import PROMPT_TOKENS, HookedEngine, hooked_engine
 from emosteer.generation.joining_cache import JoiningCache
 from emosteer.generation.lean_forward import Lean, lean_of
-from emosteer.generation.prefix_tree import chunks, pack
+from emosteer.generation.prefix_tree import chunks, pack, shared
 from emosteer.generation.steering import STEERED_KINDS, SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 
-#: Prompts whose keys and values are kept in case they come again, and the longest that are.
-HEADS, LONGEST_HEAD = 16, 128
+#: Positions of prompts whose keys and values are kept in case they come again, and how many have to come again to be worth it.
+KEPT, LEAST_SHARED = 2048, 8
 
 
 class JoiningEngine(Protocol):
@@ -51,29 +51,33 @@ def joining_engine(model: Model, sites: Sequence[Site]) -> JoiningEngine:
     return LeanJoiningEngine(lean, sites) if lean is not None else CohortEngine(model)
 
 
-#: A prompt without its last token; its keys and values by layer, [pos, n_kv_heads, d_head].
+#: A prompt without its last token.
 _Head = tuple[int, ...]
-_States = list[tuple[Tensor, Tensor]]
 
 
 class _Heads:
-    """Keys and values of the prompts that were read last: most requests share the prompt with nothing said in it, and several replies to
-    one prompt share that."""
+    """Keys and values [layer, 2, n_kv_heads, pos, d_head] of the prompts that were read last: all prompts share the template's beginning,
+    several replies to one prompt all of it, and a conversation that goes on begins with what it was."""
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[_Head, _States] = OrderedDict()
+        self.kept: OrderedDict[_Head, Tensor] = OrderedDict()
 
-    def find(self, head: _Head) -> _States | None:
+    def find(self, head: _Head) -> Tensor | None:
         """What was kept of a prompt."""
         if head in self.kept:
             self.kept.move_to_end(head)
         return self.kept.get(head)
 
-    def keep(self, head: _Head, states: _States) -> None:
-        """Keeps a short one, and lets the one go that was not met for longest."""
-        if 0 < len(head) <= LONGEST_HEAD:
+    def beginning(self, head: _Head) -> tuple[_Head, Tensor] | None:
+        """The longest beginning of a prompt, not all of it, that was kept of another, where it is worth anything."""
+        most, found = max(((shared(other, head[:-1]), other) for other in self.kept), default=(0, ()))
+        return (head[:most], self.kept[found][..., :most, :]) if most >= LEAST_SHARED else None
+
+    def keep(self, head: _Head, states: Tensor) -> None:
+        """Keeps a prompt, and lets those go that were not met for longest."""
+        if len(head) <= KEPT:
             self.kept[head] = states
-            while len(self.kept) > HEADS:
+            while sum(map(len, self.kept)) > KEPT:
                 self.kept.popitem(last=False)
 
 
@@ -103,8 +107,8 @@ class LeanJoiningEngine:
         slots = self.cache.join([len(head) for head in heads])
         known = {head: states for head in set(heads) if (states := self.heads.find(head)) is not None}
         for head, slot in zip(heads, slots, strict=True):
-            for layer, (keys, values) in enumerate(known.get(head, [])):
-                self.cache.fill(layer, [slot], torch.arange(len(head), device=device)[None], keys, values)
+            if head in known:
+                self.cache.place(slot, known[head])
         unread = [(head, slot) for head, slot in zip(heads, slots, strict=True) if head and head not in known]
         for rows in chunks([head for head, _ in unread], PROMPT_TOKENS):
             self._read([unread[row] for row in rows])
@@ -118,20 +122,27 @@ class LeanJoiningEngine:
         self.vectors = torch.cat([self.vectors, new], dim=1)
 
     def _read(self, new: Sequence[tuple[_Head, int]]) -> None:
-        """Computes the keys and values of some prompts for their slots, and keeps them in case they come again."""
-        slots, states = [slot for _, slot in new], dict[_Head, _States]()
-        packed = pack([head for head, _ in new], max(len(head) for head, _ in new), self.positions.device)
+        """Computes the keys and values of some prompts for their slots, but for beginnings that were kept, and keeps them in case they come
+        again."""
+        slots, heads = [slot for _, slot in new], dict.fromkeys(head for head, _ in new)
+        begun = dict(found for head in heads if (found := self.heads.beginning(head)) is not None)
+        packed = pack([head for head, _ in new], max(map(len, heads)), self.positions.device, list(begun))
+        shape = self.lean.shape
+        known = self.vectors.new_empty(shape.n_layers, 2, packed.n_known, shape.n_kv_heads, shape.d_head) if begun else None
+        for nodes, states in zip(packed.known, begun.values(), strict=True):
+            assert known is not None
+            known[:, :, nodes] = states.transpose(2, 3)
+        rows = {head: packed.rows[row, packed.rows.shape[1] - len(head) :] for row, (head, _) in enumerate(new)}
+        kept = {head: list[Tensor]() for head in heads}
 
         def keep(layer: int, keys: Tensor, values: Tensor) -> None:
             self.cache.fill(layer, slots, packed.rows, keys, values)
-            for row, (head, _) in enumerate(new):
-                if len(states.setdefault(head, [])) == layer and len(head) <= LONGEST_HEAD:
-                    nodes = packed.rows[row, packed.rows.shape[1] - len(head) :]
-                    states[head].append((keys[nodes], values[nodes]))
+            for head, nodes in rows.items():
+                kept[head].append(torch.stack([keys[nodes], values[nodes]]).transpose(1, 2))
 
-        self.lean.read(packed, keep)
-        for head, found in states.items():
-            self.heads.keep(head, found)
+        self.lean.read(packed, keep, known)
+        for head, layers in kept.items():
+            self.heads.keep(head, torch.stack(layers))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token per row."""

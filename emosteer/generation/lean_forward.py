@@ -87,19 +87,22 @@ class Lean:
 
     @torch.no_grad()
     def _if_equal(self, compiled: native.NativeStep, rows: int) -> native.NativeStep | None:
-        """The compiled step if it computes what the step in torch computes."""
+        """The compiled step if it, and reading by the same functions, compute what torch computes."""
         draw = torch.Generator().manual_seed(rows)
         lengths = [3 + row for row in range(rows)]
         cache = RowCache(self.shape, lengths, 2, self.model.device, self.model.dtype)
         cache.block.copy_(torch.randn(cache.block.shape, generator=draw))
         tokens = torch.randint(self.shape.d_vocab, (rows,), generator=draw)
         added = self.added({Site(0, ATTN_OUT): torch.randn(rows, self.shape.d_model, generator=draw)})
-        found = []
+        prompts = torch.randint(self.shape.d_vocab, (rows, 9), generator=draw)
+        prompts[1:, :4] = prompts[:1, :4]
+        packed, found = pack(prompts.tolist(), 9, self.model.device), []
         for way in (None, compiled):
-            trial = copy(self)
+            trial, states = copy(self), list[Tensor]()
             trial.native, cache.end = way, cache.width
-            found.append(trial.logits(trial.step(tokens, torch.tensor(lengths), cache, added)))
-        if agree(found[1], found[0]):
+            trial.read(packed, lambda _, *kept, states=states: states.extend(part.clone() for part in kept))
+            found.append((trial.logits(trial.step(tokens, torch.tensor(lengths), cache, added)), torch.stack(states[-2:])))
+        if all(agree(one, other) for one, other in zip(found[1], found[0], strict=True)):
             return compiled
         note("the compiled writing step does not compute what torch computes here; torch's own is used, which is slower")
         return None
@@ -147,26 +150,61 @@ class Lean:
             hidden += added[1]
         return hidden
 
-    def read(self, packed: PrefixTree, keep: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Computes keys and values [node, n_kv_heads, d_head] of every distinct prefix and gives them to `keep(layer, keys, values)`."""
-        hidden, angles = self.embed[packed.tokens], self.rotary(packed.positions)
+    def read(self, packed: PrefixTree, keep: Callable[[int, Tensor, Tensor], None], known: Tensor | None = None) -> None:
+        """Computes keys and values [node, n_kv_heads, d_head] of every distinct prefix and gives them to `keep(layer, keys, values)`.
+
+        Args:
+            known: keys and values of the tree's known nodes, [layer, 2, node, n_kv_heads, d_head]; they are handed on with the others.
+        """
+        n_known, shape = packed.n_known, self.shape
+        hidden, angles = self.embed[packed.tokens[n_known:]], self.rotary(packed.positions[n_known:])
+        if self.native is not None and self.native.reads(len(hidden)):
+            return self._read_compiled(self.native, packed, hidden, angles, keep, known)
         n_paths, width = packed.paths.shape
         # One room for all layers: memory that is given back and asked for again has to be cleared by the system every time.
-        room = hidden.new_empty(2, len(hidden), self.shape.d_mlp) if self.native is not None else None
+        room = hidden.new_empty(2, len(hidden), shape.d_mlp) if self.native is not None else None
         for index, layer in enumerate(self.layers):
-            queries, keys, values = self._queries(layer, hidden, angles)
+            states = list(self._queries(layer, hidden, angles))
+            if known is not None:
+                before = (hidden.new_zeros(n_known, shape.n_heads, shape.d_head), *known[index])
+                states = [torch.cat(pair) for pair in zip(before, states, strict=True)]
+            queries, keys, values = states
             keep(index, keys, values)
             if index + 1 == len(self.layers):
                 return  # the last layer's output is not needed
-            if self.native is not None:
-                z = native.read(queries, self.shape.n_kv_heads, packed, self.scale)
+            if self.native is not None and known is None:
+                z = native.read(queries, shape.n_kv_heads, packed, self.scale)
             else:
-                q, k, v = (states[packed.paths].transpose(1, 2) for states in (queries, keys, values))
+                q, k, v = (part[packed.paths].transpose(1, 2) for part in states)
                 z = functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shape.n_kv_heads < self.shape.n_heads
+                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=shape.n_kv_heads < shape.n_heads
                 )
-                z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place]
+                z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place[n_known:]]
             hidden = self._rest(layer, hidden, z, (None, None), room)
+
+    def _read_compiled(
+        self,
+        compiled: native.NativeStep,
+        packed: PrefixTree,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        keep: Callable[[int, Tensor, Tensor], None],
+        known: Tensor | None,
+    ) -> None:
+        """`read` by the compiled functions: what a prefix gives does not depend, to the last bit, on what else is read with it."""
+        shape, n_known = self.shape, packed.n_known
+        room = hidden.new_empty(len(hidden), shape.d_mlp)
+        heads = hidden.new_empty(len(packed.tokens), shape.n_heads + 2 * shape.n_kv_heads, shape.d_head)
+        queries, keys, values = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
+        for index in range(shape.n_layers):
+            compiled.queries(index, hidden, heads[n_known:])
+            native.rotate(heads[n_known:], shape.n_heads + shape.n_kv_heads, angles)
+            if known is not None:
+                keys[:n_known], values[:n_known] = known[index]
+            keep(index, keys, values)
+            if index + 1 < shape.n_layers:  # the last layer's output is not needed
+                z = native.read(queries, shape.n_kv_heads, packed, self.scale)
+                compiled.rest(index, hidden, z[n_known:], room)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
         """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""

@@ -16,7 +16,8 @@ class PrefixTree:
     tokens, positions: [node]. paths: [path, width], the nodes of the sequences that are no prefix of another, filled up with node 0 on
     the right; a path has `lengths` [path] nodes, of which those before `begins` [path] stand in earlier paths too. place: [node], where in
     the flattened `paths` a node is found first. rows: [row, width], the nodes of every sequence, ending in
-    the last column, filled up with node 0 on the left.
+    the last column, filled up with node 0 on the left. known: of each beginning that is known already its nodes; these are the first
+    `n_known` of all, and stand before every path's `begins`.
     """
 
     tokens: Tensor
@@ -26,16 +27,21 @@ class PrefixTree:
     lengths: Tensor
     place: Tensor
     rows: Tensor
+    known: tuple[Tensor, ...] = ()
+    n_known: int = 0
 
 
-def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device) -> PrefixTree:
-    """Packs sequences of at most `width` tokens, at least one of them not empty."""
+def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device, known: Sequence[Sequence[int]] = ()) -> PrefixTree:
+    """Packs sequences of at most `width` tokens, at least one of them not empty. known: beginnings of some of them, each shorter than a
+    sequence, that need not be computed."""
     children: dict[tuple[int, int], int] = {}
     tokens: list[int] = []
     positions: list[int] = []
     chains: list[list[int]] = []
     inner: set[int] = set()
-    for sequence in sequences:
+    n_known = 0
+    for index, sequence in enumerate((*known, *sequences)):
+        n_known = len(tokens) if index == len(known) else n_known
         chain: list[int] = []
         parent = -1
         for position, token in enumerate(sequence):
@@ -53,7 +59,7 @@ def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device) -
     for index, chain in reversed(list(enumerate(paths.values()))):
         for position, node in enumerate(chain):
             place[node] = index * length + position
-    begins = [sum(place[node] < index * length for node in chain) for index, chain in enumerate(paths.values())]
+    begins = [sum(node < n_known or place[node] < index * length for node in chain) for index, chain in enumerate(paths.values())]
     return PrefixTree(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),
@@ -61,7 +67,9 @@ def pack(sequences: Sequence[Sequence[int]], width: int, device: torch.device) -
         torch.tensor(begins, device=device),
         torch.tensor([len(chain) for chain in paths.values()], device=device),
         torch.tensor(place, device=device),
-        torch.tensor([[*[0] * (width - len(chain)), *chain] for chain in chains], device=device),
+        torch.tensor([[*[0] * (width - len(chain)), *chain] for chain in chains[len(known) :]], device=device),
+        tuple(torch.tensor(chain, device=device) for chain in chains[: len(known)]),
+        n_known,
     )
 
 
@@ -73,7 +81,7 @@ def chunks(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int
     size = 0
     for index in sorted((i for i in range(len(sequences)) if sequences[i]), key=lambda i: tuple(sequences[i])):
         here = sequences[index]
-        new = len(here) - _shared(before, here) if group else len(here)
+        new = len(here) - shared(before, here) if group else len(here)
         if group and size + new > budget:
             yield sorted(group)
             group, size, new = [], 0, len(here)
@@ -83,7 +91,7 @@ def chunks(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int
         yield sorted(group)
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences share at their beginning."""
     for count, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:

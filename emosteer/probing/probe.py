@@ -15,7 +15,7 @@ from torch import Tensor
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance, versions
 from emosteer.base.errors import ModelError
-from emosteer.base.files import sha256_text
+from emosteer.base.files import kept_progress, sha256_text
 from emosteer.base.progress import bar, note
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_OUT, RESID_MID, RESID_POST, Site, Z
@@ -71,11 +71,18 @@ def probe(
         fresh: start over.
 
     Raises:
-        DataError: if a text cannot be read.
+        DataError: if a text cannot be read. EmosteerError: if another run keeps its progress in the folder at this moment.
     """
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    place = folder / _fingerprint(model, texts, settings)
+    with kept_progress(folder):
+        for old in folder.iterdir() if fresh else ():
+            shutil.rmtree(old, ignore_errors=True)
+        return _probe(model, texts, settings, folder / _fingerprint(model, texts, settings), steering, parents or {})
+
+
+def _probe(
+    model: Model, texts: Texts, settings: ProbeSettings, place: Path, steering: Steering | None, parents: Mapping[str, str]
+) -> Probes:
+    """place: where the progress of this very run is."""
     before = frame(model)
     rows = [text_row(model, before, text.text, settings.read, settings.longest) for text in texts.texts]
     sites = [Site(layer, SITE_KINDS[kind]) for kind in settings.kinds for layer in range(model.shape.n_layers)]
@@ -113,7 +120,7 @@ def probe(
         persistence=lasting,
         malleability=moved,
         notes=tuple(notes),
-        provenance=_provenance(model, texts, settings, parents or {}),
+        provenance=_provenance(model, texts, settings, parents),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Server:
 
     def __init__(self, served: Served, writer: WriterThread, reader: Reader, metrics: Metrics, settings: ServeSettings) -> None:
         self.served, self.writer, self.reader, self.metrics, self.settings = served, writer, reader, metrics, settings
+        self.mailbox: _Mailbox | None = None
 
     # ---- completions -----------------------------------------------------------------------------------------------------------
 
@@ -66,8 +68,9 @@ class Server:
     ) -> Response:
         answer = Answer(self.served.model.tokenizer, model, wanted, chat=chat)
         parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        writings = [Writing(ask, _deliverer(loop, parts, index), stops, raw=not chat) for index, ask in enumerate(wanted.asks)]
+        self.mailbox = self.mailbox or _Mailbox(asyncio.get_running_loop())
+        deliverers = [self.mailbox.deliverer(parts, index) for index in range(len(wanted.asks))]
+        writings = [Writing(ask, deliver, stops, raw=not chat) for ask, deliver in zip(wanted.asks, deliverers, strict=True)]
         self.writer.submit(*writings)
         if streams:
             return _Stream(self._events(answer, parts, len(writings), usage), lambda: self.writer.cancel(*writings))
@@ -187,12 +190,31 @@ def _event(data: Any) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def _deliverer(loop: asyncio.AbstractEventLoop, parts: asyncio.Queue[tuple[int, Part]], index: int) -> Callable[[Part], None]:
-    def deliver(part: Part) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(parts.put_nowait, (index, part))
+class _Mailbox:
+    """Carries parts from the writer's thread to the event loop, which is woken once for what a step brings to all replies."""
 
-    return deliver
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._posted: deque[tuple[asyncio.Queue[tuple[int, Part]], tuple[int, Part]]] = deque()
+        self._called = False
+
+    def deliverer(self, parts: asyncio.Queue[tuple[int, Part]], index: int) -> Callable[[Part], None]:
+        """What puts the parts of one reply into its queue; to be called by the writer's thread alone."""
+
+        def deliver(part: Part) -> None:
+            self._posted.append((parts, (index, part)))
+            if not self._called:
+                self._called = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    self._loop.call_soon_threadsafe(self._hand_out)
+
+        return deliver
+
+    def _hand_out(self) -> None:
+        self._called = False  # before the parts are taken out: one that is posted from now on may miss them
+        while self._posted:
+            parts, item = self._posted.popleft()
+            parts.put_nowait(item)
 
 
 async def _left(request: Request) -> None:

@@ -25,7 +25,7 @@ class ServeSettings:
     port: int = 8017
     api_key: str | None = None
     cors: tuple[str, ...] = ()
-    max_batch: int = 32
+    max_batch: int = 64
     max_queue: int = 256
     max_tokens: int = 1024
     max_body: int = 1_000_000

@@ -31,6 +31,8 @@ Result = TypeVar("Result")
 #: While half of the places are taken or more, others join every so many steps: prompts that are read together share their beginnings, and
 #: large products are faster than small ones.
 JOIN_EVERY = 4
+#: Tokens of prompts after which the others wait for the next step: whoever is written for waits while prompts are read.
+READ_AT_ONCE = 512
 #: Seconds of idleness after which freed memory goes back to the system.
 IDLE = 5.0
 
@@ -228,16 +230,18 @@ class WriterThread:
         self._since += 1
         if 2 * len(self._running) >= self.settings.max_batch and self._since < JOIN_EVERY:
             return
-        while self._waiting and self._fits(self._waiting[0]):
+        unread = READ_AT_ONCE
+        while self._waiting and unread > 0 and self._fits(self._waiting[0]):
             with self._changed:
                 writing = self._waiting.popleft()
+            unread -= len(writing.ask.request.ids)
             try:
                 writing.ticket = self.batch.join(writing.ask)
             except EmosteerError as error:
                 writing.deliver(Part(error=RequestError(str(error), code="context_length_exceeded")))
                 continue
             self._running[writing.ticket] = writing, _Text(self.model, writing)
-            self._since = 0
+            self._since = 0 if unread > 0 else JOIN_EVERY  # whoever waits for the reading alone joins before the next step
             self.metrics.waited.observe(time.monotonic() - writing.arrived)
 
     def _step(self) -> None:

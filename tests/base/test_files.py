@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,45 @@ def test_a_kill_at_any_byte_loses_at_most_the_row_being_written(tmp_path: Path) 
         assert path.read_bytes() == LINES[: ends[whole - 1] if whole else 0]
         log.append({"after": "é"})
         assert JsonlLog(path).rows == [*ROWS[:whole], {"after": "é"}]
+
+
+def test_kept_progress_is_one_runs_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "p.partial"
+    with files.kept_progress(folder):
+        (folder / "piece").write_text("1")
+        with pytest.raises(EmosteerError, match="p.partial is kept by another run"), files.kept_progress(folder):
+            pass
+        assert (folder / "piece").read_text() == "1"
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with files.kept_progress(folder):
+            os.write(writing, b"1")
+            signal.pause()
+    os.read(reading, 1)
+    with pytest.raises(EmosteerError, match="another run"), files.kept_progress(folder):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with files.kept_progress(folder):
+        assert (folder / "piece").exists()
+    with files.kept_progress(tmp_path / "empty"):
+        pass
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_folder_of_progress_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, opened, times = tmp_path / "p", os.open, iter((True, False))
+
+    def late(path: Path, *rest: int) -> int:
+        handle = opened(path, *rest)
+        if next(times):
+            folder.rmdir()
+        return handle
+
+    monkeypatch.setattr(os, "open", late)
+    with files.kept_progress(folder):
+        assert folder.is_dir()
 
 
 def test_somebody_else_who_writes_is_noticed_and_nothing_is_mixed(tmp_path: Path) -> None:

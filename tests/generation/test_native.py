@@ -162,6 +162,43 @@ def test_a_step_is_torchs_step(form: None, rows: int) -> None:
     assert all(close(*pair, 1e-5) for pair in zip(run(compiled), expected, strict=True))
 
 
+@torch.no_grad()
+def test_prompts_are_read_as_torch_reads_them_and_alike_in_any_company(form: None) -> None:
+    model = odd_model()
+    made, compiled = Lean(model), native.NativeStep(model)
+    compiled.pack()
+    prompts = [tuple(range(3, 20)), (3, 4, 5, 6, 30, 31), (3, 4, 5), (9, 8)]
+
+    def read(some: list[tuple[int, ...]], way: native.NativeStep | None, known: int = 0) -> list[Tensor]:
+        """Of each prompt [layer, 2, position, head, d_head]; known: how many tokens of the first one are taken from a reading of it."""
+        made.native, kept = way, list[Tensor]()
+        packed = pack(some, 20, torch.device("cpu"), [some[0][:known]] if known else [])
+        before = read(some[:1], way)[0][:, :, :known] if known else None
+        made.native = way
+        made.read(packed, lambda _, *states: kept.append(torch.stack(states)), before)
+        return [torch.stack(kept)[:, :, packed.rows[row, 20 - len(prompt) :]] for row, prompt in enumerate(some)]
+
+    expected = read(prompts, None)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found = read(prompts, compiled)
+        assert all(close(*pair, 1e-5) for pair in zip(found, expected, strict=True))
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(read([prompt], compiled)[0], found[row]), "neighbours change nothing"
+        for known in (1, 3, 16):
+            assert all(map(torch.equal, read(prompts, compiled, known), found)), known
+            assert all(close(*pair, 1e-5) for pair in zip(read(prompts, None, known), expected, strict=True))
+
+
+def test_many_tokens_are_left_to_torch_where_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = native.NativeStep(odd_model())
+    assert compiled.reads(1) and not compiled.reads(2), "its weights are not laid out yet"
+    compiled.pack()
+    for slow in (True, False):
+        monkeypatch.setattr(native, "_torch_is_slow", lambda slow=slow: slow)
+        assert compiled.reads(native.READ_ROWS) and compiled.reads(native.READ_ROWS + 1) == slow
+
+
 # ---- doing without ---------------------------------------------------------------------------------------------------------
 
 

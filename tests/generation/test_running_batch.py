@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import DataError
+from emosteer.generation import joining_engines
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request, generate
 from emosteer.generation.joining_cache import JoiningCache
 from emosteer.generation.joining_engines import CohortEngine, LeanJoiningEngine
 from emosteer.generation.kv_cache import ROOM
+from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.running_batch import Ask, RunningBatch, Written
 from emosteer.generation.steering import Course, SteeringPlan, compile_units
 from emosteer.models.model import Model
 from emosteer.models.tokens import reply_text
+from tests.conftest import build, tiny_tokenizer
 from tests.generation.test_steering import circuit
 
 EMPTY = (1, 5, 9, 4)
+#: What many prompts begin with.
+BEGINNING = (1, 5, 9, 4, 7, 30, 31, 8, 8, 12, 40, 41)
 SETTINGS = [
     Decoding(9, repetition_penalty=1.3),
     Decoding(14, repetition_penalty=1.3, guidance=1.5),
@@ -47,6 +52,7 @@ def cases(model: Model, count: int, seed: int = 0) -> list[Case]:
     torch.manual_seed(seed)
     for index in range(count):
         ids = tuple(draw.randrange(3, model.shape.d_vocab) for _ in range(draw.choice([1, 2, 5, 9, 40])))
+        ids = BEGINNING[: draw.choice([0, 0, 9, 12])] + ids
         kind = draw.randrange(4)
         weights = None if kind == 0 else 2 * torch.randn([1, 1, 5, 12][kind], 3)
         if kind == 3:
@@ -177,3 +183,40 @@ def test_the_cache_grows_moves_up_and_gives_its_memory_back(tiny: Model) -> None
         sizes.add(cache.store.shape[4])
         assert cache.store.shape[4] <= max(map(len, rows), default=0) + 90 + 3 * ROOM
     assert len(sizes) > 3 and 0 in sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beginnings_that_were_read_are_not_read_again(tiny: Model, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Neither those of other prompts, nor of a conversation that goes on; keys and values are those of a prompt read alone."""
+    model = tiny if dtype == torch.float32 else Model.from_hf(build("llama").hf.to(dtype), tiny_tokenizer(), "half")
+    lean = lean_of(model)
+    assert lean is not None
+    lean.prepare(8)
+    engine, read, seen = LeanJoiningEngine(lean, []), Lean.read, []
+    monkeypatch.setattr(
+        Lean, "read", lambda self, packed, *rest: (seen.append(len(packed.tokens) - packed.n_known), read(self, packed, *rest))
+    )
+    longer = (*BEGINNING, *range(20, 50))
+    waves = [
+        ([(*BEGINNING, 50, 51, 3)], [14]),
+        ([(*BEGINNING, 52, 3), (*BEGINNING, 50, 51, 3), (*BEGINNING, 52, 60, 3)], [2]),
+        ([(*longer, 3), (*longer, 9, 9, 3), (4, 3)], [33]),
+        ([(*longer, 9, 9, 3, 9, 3), (*BEGINNING[:5], 3)], [2]),
+        ([(*longer, 9, 9, 3, 9, 3), (3,)], []),
+    ]
+    plan = SteeringPlan.none
+    for prompts, fresh in waves:
+        engine.join(prompts, plan(len(prompts)))
+        assert seen == fresh
+        seen.clear()
+        for row, prompt in enumerate(prompts, len(engine.slot) - len(prompts)):
+            alone, n = LeanJoiningEngine(lean, []), len(prompt) - 1
+            alone.join([prompt], plan(1))
+            found, expected = (e.cache.block[:, :, e.slot[at], :, e.cache.end - n : e.cache.end] for e, at in ((engine, row), (alone, 0)))
+            if lean.native is not None:
+                assert torch.equal(found, expected), "to the last bit"
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+        seen.clear()
+    monkeypatch.setattr(joining_engines, "KEPT", 60)
+    engine.join([(*range(40, 80), 3), (*range(3, 40), 5), (*range(2, 80), 5)], plan(3))
+    assert sum(map(len, engine.heads.kept)) <= 60 and (*range(2, 80),) not in engine.heads.kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from emosteer.base import artifacts
 from emosteer.base.errors import ArtifactError, DataError, ModelError
-from emosteer.base.files import write_jsonl
+from emosteer.base.files import kept_progress, write_jsonl
 from emosteer.cli import main as cli
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_OUT, RESID_POST, Site, Z
@@ -26,6 +27,7 @@ from emosteer.probing.reading import SHARD, frame, read_shards, text_row
 from emosteer.probing.settings import HEADS, ProbeSettings
 from tests.conftest import build, tiny_tokenizer
 from tests.helpers.probe_setup import marked_texts, small_texts
+from tests.helpers.tiny_project import write_tiny_project
 
 SETTINGS = ProbeSettings(
     per_label=36,
@@ -301,3 +303,40 @@ def test_the_command_writes_prints_and_can_be_made_again(
     for part in ("resid_post: test texts", "heads: test texts", "zero-shot", "few-shot", "after so many neutral tokens", "system line"):
         assert part in shown
     assert json.loads(said("inspect", str(file), "--json"))["content"]["points"] == told["points"]
+
+
+def test_two_runs_of_the_same_command_do_not_share_their_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever comes second is told so, with --fresh, too, and takes nothing from the first; the first one's end leaves alone who began
+    in the moment before it."""
+    write_tiny_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = "probe -m ./tiny --scenarios sev.jsonl --replies bank.jsonl --out p --sites resid_post"
+    command += " --epochs 1 --decays 0.1 --folds 2 --hidden 0 --shuffles 2 --followed 0 --prompted 0 --moved 0"
+
+    def ended(*more: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command.split(), *more])
+        return int(end.value.code or 0)
+
+    partial = tmp_path / "p.partial"
+    with kept_progress(partial):
+        (partial / "piece").write_text("1")
+        for more in ((), ("--fresh",)):
+            assert ended(*more) == 1
+            assert "p.partial is kept by another run" in capsys.readouterr().err
+        assert (partial / "piece").read_text() == "1" and not Path("p").exists()
+
+    saved, others = Probes.save, contextlib.ExitStack()
+
+    def save(self: Probes, path: Path) -> None:
+        saved(self, path)
+        others.enter_context(kept_progress(partial))
+
+    monkeypatch.setattr(Probes, "save", save)
+    with others:
+        assert ended() == 0 and (partial / "piece").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert ended() == 0 and not partial.exists()

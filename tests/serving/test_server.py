@@ -4,6 +4,7 @@ steps; every wrong request gets its 4xx; whoever leaves frees its rows."""
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
 from emosteer.cli import main as cli  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
+from emosteer.serving import writer_thread  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
@@ -225,7 +227,7 @@ def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: Steer
     assert served.writer.batch.n_rows == 0
 
 
-def settles(done: Callable[[], bool], seconds: float = 10.0) -> None:
+def settles(done: Callable[[], bool], seconds: float = 30.0) -> None:
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until
@@ -244,7 +246,7 @@ def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatc
         settles(lambda: served.writer.batch.n_rows == 8)
     settles(lambda: served.writer.batch.n_rows == 0)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(served.url + "/v1/chat/completions", json={**body, "n": 20}, timeout=httpx.Timeout(5, read=0.05))
+        httpx.post(served.url + "/v1/chat/completions", json={**body, "n": 20}, timeout=httpx.Timeout(5, read=0.5))
     settles(lambda: metric._value.get() - before == 24)
     assert served.writer.n_running + served.writer.n_waiting == 0
 
@@ -270,6 +272,26 @@ def test_a_batch_that_is_half_full_lets_others_join_together(steered: SteeredMod
     times = sorted({at for at, _ in joined})
     late = [(before, at) for before, at in zip(times, times[1:], strict=False) if min(n for t, n in joined if t == at) >= 2]
     assert len(joined) == 14 and late and all(at - before >= JOIN_EVERY - 1 for before, at in late)
+
+
+def test_many_prompts_at_once_are_read_over_several_steps(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's first token waits until all are read, and nobody is kept waiting once there is room."""
+    monkeypatch.setattr(writer_thread, "READ_AT_ONCE", 20)
+    with running(steered, max_batch=8) as server:
+        batch, here = server.writer.batch, list[int]()
+        step = batch.step
+        monkeypatch.setattr(batch, "step", lambda: (here.append(batch.n_requests), step())[1])
+        held, calls = threading.Event(), 8
+        server.writer.call(lambda: held.wait(20))
+        with concurrent.futures.ThreadPoolExecutor(calls) as pool:
+            answers = [pool.submit(ask, server, max_tokens=12) for _ in range(calls)]
+            settles(lambda: server.writer.n_waiting == calls)
+            held.set()
+            found = {answer.result().json()["choices"][0]["message"]["content"] for answer in answers}
+    assert found == {steered.generate(TEXT, max_new_tokens=12).text}
+    new = [after - before for before, after in zip([0, *here], here, strict=False)]
+    joined = list(itertools.takewhile(lambda count: count > 0, new))
+    assert len(joined) >= 2 and sum(joined) == calls and max(joined) < calls, "step after step, until all are there"
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------------

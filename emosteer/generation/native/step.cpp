@@ -467,6 +467,21 @@ void attention(Worker& worker, const Model& model, const Batch& batch, long laye
     }
 }
 
+// What follows attention in a layer. added: what is added after attention and after the MLP, [row, d_model] or nothing; following: the
+// panels that are read next.
+void rest(
+    Worker& worker, const Model& model, const Layer& layer, long rows, const float* z, float* hidden, const float* const* added,
+    float* normed, float* inner, const float* following) {
+    linear(worker, layer.o, rows, z, hidden, true, added[0], layer.gate.panels);
+    worker.meet();
+    norm(worker, rows, model.d_model, hidden, layer.norm2, model.epsilon, normed);
+    worker.meet();
+    gate_up(worker, layer.gate, layer.up, rows, normed, inner, layer.down.panels);
+    worker.meet();
+    linear(worker, layer.down, rows, inner, hidden, true, added[1], following);
+    worker.meet();
+}
+
 }  // namespace
 
 extern "C" {
@@ -557,6 +572,27 @@ void emosteer_read(
     });
 }
 
+// A layer's queries, keys and values, not rotated: [row, heads, d_head]. normed: room for [row, d_model].
+void emosteer_queries(const Model* model, int64_t index, const float* hidden, int64_t rows, float* normed, float* qkv, int64_t threads) {
+    const Layer& layer = model->layer[index];
+    Team::run(threads, [&](Worker worker) {
+        norm(worker, rows, model->d_model, hidden, layer.norm1, model->epsilon, normed);
+        worker.meet();
+        linear(worker, layer.qkv, rows, normed, qkv, false, nullptr, nullptr);
+        worker.meet();
+    });
+}
+
+// What follows attention in a layer, added to hidden [row, d_model]. z: [row, heads * d_head]; normed, inner: room for [row, d_model] and
+// [row, d_mlp].
+void emosteer_rest(
+    const Model* model, int64_t index, const float* z, int64_t rows, float* hidden, float* normed, float* inner, int64_t threads) {
+    const float* const added[2] = {nullptr, nullptr};
+    Team::run(threads, [&](Worker worker) {
+        rest(worker, *model, model->layer[index], rows, z, hidden, added, normed, inner, nullptr);
+    });
+}
+
 void emosteer_step(const Model* model, const Batch* batch) {
     const long rows = batch->rows, width = model->d_model;
     std::vector<float> normed(rows * width), qkv(rows * (model->heads + 2 * model->kv_heads) * model->d_head);
@@ -564,7 +600,6 @@ void emosteer_step(const Model* model, const Batch* batch) {
     Team::run(batch->threads, [&](Worker worker) {
         for (long index = 0; index < model->layers; ++index) {
             const Layer& layer = model->layer[index];
-            const float* const* added = batch->added + 2 * index;
             const float* following = index + 1 < model->layers ? model->layer[index + 1].qkv.panels : nullptr;
             norm(worker, rows, width, batch->hidden, layer.norm1, model->epsilon, normed.data());
             worker.meet();
@@ -572,14 +607,7 @@ void emosteer_step(const Model* model, const Batch* batch) {
             worker.meet();
             attention(worker, *model, *batch, index, qkv.data(), z.data());
             worker.meet();
-            linear(worker, layer.o, rows, z.data(), batch->hidden, true, added[0], layer.gate.panels);
-            worker.meet();
-            norm(worker, rows, width, batch->hidden, layer.norm2, model->epsilon, normed.data());
-            worker.meet();
-            gate_up(worker, layer.gate, layer.up, rows, normed.data(), inner.data(), layer.down.panels);
-            worker.meet();
-            linear(worker, layer.down, rows, inner.data(), batch->hidden, true, added[1], following);
-            worker.meet();
+            rest(worker, *model, layer, rows, z.data(), batch->hidden, batch->added + 2 * index, normed.data(), inner.data(), following);
         }
         norm(worker, rows, width, batch->hidden, model->norm, model->epsilon_last, normed.data());
         worker.meet();

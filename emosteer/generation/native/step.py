@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from emosteer.models.architecture import parts
 from emosteer.models.memory import large_pages
 from emosteer.models.model import Model
 
+#: Rows of prompts that are read here on any processor. More are left to torch where it has fast products for them.
+READ_ROWS = 128
 #: Numbers to a line of the processor's cache, at which every matrix begins.
 _LINE = 16
 
@@ -148,6 +151,10 @@ class NativeStep:
         """Whether a batch of `rows` rows can be given."""
         return rows == 1 or self.is_packed
 
+    def reads(self, rows: int) -> bool:
+        """Whether `rows` tokens of prompts are read faster here than by torch."""
+        return self.takes(rows) and (rows <= READ_ROWS or _torch_is_slow())
+
     def step(
         self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: RowCache, added: Sequence[tuple[Tensor | None, Tensor | None]]
     ) -> Tensor:
@@ -176,6 +183,16 @@ class NativeStep:
         )
         _library().emosteer_step(ctypes.byref(self.model), ctypes.byref(batch))
         return hidden
+
+    def queries(self, layer: int, hidden: Tensor, heads: Tensor) -> None:
+        """Writes a layer's queries, keys and values, not rotated, into `heads` [row, head of the three kinds, d_head]. hidden: [row,
+        d_model]."""
+        _call("queries", ctypes.byref(self.model), layer, hidden, len(hidden), torch.empty_like(hidden), heads)
+
+    def rest(self, layer: int, hidden: Tensor, z: Tensor, room: Tensor) -> None:
+        """Adds what follows attention in a layer to `hidden` [row, d_model]. z: [row, n_heads * d_head]; room: [row, d_mlp], to be
+        written over."""
+        _call("rest", ctypes.byref(self.model), layer, z, len(hidden), hidden, torch.empty_like(hidden), room)
 
 
 def norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -223,6 +240,15 @@ def _library() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
+
+
+@functools.cache
+def _torch_is_slow() -> bool:
+    """Whether torch multiplies large matrices at half of this processor's speed: MKL on one of AMD's (100 GFLOP/s of 230)."""
+    try:
+        return torch.backends.mkl.is_available() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 @functools.cache
