@@ -9,6 +9,7 @@ from emosteer.report import (
     curve_figures,
     dial_figures,
     direction_figures,
+    head_pages,
     panel_figures,
     probe_figures,
     score_figures,
@@ -32,6 +33,7 @@ def sections(inputs: Inputs) -> list[Section]:
         _units(inputs),
         _cause(inputs),
         _circuit(inputs),
+        *([head_pages.section(inputs.heads)] if inputs.heads is not None else []),
         *([_probes(inputs.probes)] if inputs.probes is not None else []),
     ]
 
