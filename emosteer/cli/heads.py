@@ -43,14 +43,18 @@ def heads(
         Path | None,
         typer.Option(help="Where the graph goes as JSON; beside the artefact if not given.", metavar="FILE", show_default=False),
     ] = None,
-    described: Annotated[int, typer.Option(help="Heads of each emotion that get a page, the strongest.")] = HeadSettings.described,
-    nodes: Annotated[int, typer.Option(help="Strongest heads that the graph is drawn between; 0 for no graph.")] = HeadSettings.nodes,
-    edges: Annotated[int, typer.Option(help="Edges of each emotion that are kept, at most.")] = HeadSettings.edges,
-    groups: Annotated[int, typer.Option(help="Prompts of the bank to read, evenly drawn.")] = HeadSettings.groups,
-    texts: Annotated[int, typer.Option(help="Texts shown at each end of what a head fires on.")] = HeadSettings.texts,
-    tokens: Annotated[int, typer.Option(help="Tokens shown at each end of what a head writes.")] = HeadSettings.tokens,
-    checked: Annotated[int, typer.Option(help="Edges that are patched for real as well.")] = HeadSettings.checked,
-    random: Annotated[int, typer.Option(help="Random outputs of each head to compare with.")] = HeadSettings.random,
+    described: Annotated[
+        int, typer.Option(min=1, max=100, help="Heads of each emotion that get a page, the strongest.")
+    ] = HeadSettings.described,
+    nodes: Annotated[
+        int, typer.Option(min=0, max=2000, help="Strongest heads that the graph is drawn between; 0 for no graph.")
+    ] = HeadSettings.nodes,
+    edges: Annotated[int, typer.Option(min=0, max=100_000, help="Edges of each emotion that are kept, at most.")] = HeadSettings.edges,
+    groups: Annotated[int, typer.Option(min=2, max=1_000_000, help="Prompts of the bank to read, evenly drawn.")] = HeadSettings.groups,
+    texts: Annotated[int, typer.Option(min=1, max=50, help="Texts shown at each end of what a head fires on.")] = HeadSettings.texts,
+    tokens: Annotated[int, typer.Option(min=1, max=200, help="Tokens shown at each end of what a head writes.")] = HeadSettings.tokens,
+    checked: Annotated[int, typer.Option(min=0, max=10_000, help="Edges that are patched for real as well.")] = HeadSettings.checked,
+    random: Annotated[int, typer.Option(min=2, max=10_000, help="Random outputs of each head to compare with.")] = HeadSettings.random,
     seed: SeedOption = HeadSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,

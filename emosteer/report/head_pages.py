@@ -36,9 +36,9 @@ def section(study: HeadStudy) -> Section:
     """The tables, before the graph and after it."""
     intro = (
         f"The {plural(max(len(study.of(e)) for e in study.emotions), 'head')} of each emotion that the circuit adds most to, measured in "
-        f"the residual stream, while the model reads {plural(study.n_groups, 'prompt')} of the bank with all their replies. Nothing is steered "
-        "here: where a head looks, what it fires on and whom it reads is what it does of its own accord. What the circuit adds to it is "
-        "told beside that."
+        f"the residual stream, while the model reads {plural(study.n_groups, 'prompt')} of the bank with all their replies. Nothing is "
+        "steered here: where a head looks, what it fires on and whom it reads is what it does of its own accord. What the circuit adds to "
+        "it is told beside that."
     )
     notes = [
         "Words: how far the emotion's names and synonyms are raised in the logits, directly, in standard deviations over all tokens; bank: "

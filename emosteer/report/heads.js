@@ -28,7 +28,8 @@
   let emotion = 0;
   let chosen = "";
 
-  const xOf = (layer) => LEFT + 14 + (layer * (WIDTH - LEFT - 30)) / Math.max(1, data.layers - 1);
+  const start = Math.max(0, Math.min(...data.graphs.flatMap(({ nodes }) => nodes.map((node) => node[0]))) - 1);
+  const xOf = (layer) => LEFT + 14 + ((layer - start) * (WIDTH - LEFT - 40)) / Math.max(1, data.layers - 1 - start);
   const step = Math.max(13, Math.min(34, 420 / data.heads));
   const yOf = (head) => TOP + 14 + head * step;
 
@@ -36,8 +37,8 @@
     const { nodes, edges } = data.graphs[emotion];
     const height = yOf(data.heads - 1) + BOTTOM;
     const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${height}`, class: "heads", role: "group", "aria-label": `Heads of ${data.emotions[emotion]} and ${edges.length} edges` });
-    const every = Math.ceil(data.layers / 15);
-    for (let layer = 0; layer < data.layers; layer += every) {
+    const every = Math.ceil((data.layers - start) / 16);
+    for (let layer = start; layer < data.layers; layer += every) {
       svg.append(shape("line", { x1: xOf(layer), x2: xOf(layer), y1: TOP, y2: height - BOTTOM + 8, class: "grid" }));
       svg.append(shape("text", { x: xOf(layer), y: height - 14, "text-anchor": "middle" }, String(layer)));
     }
@@ -109,7 +110,7 @@
     part.append(element("h4", "", "Where it looks"));
     const table = element("table");
     const head = element("tr");
-    ["", "while it writes a reply", "before its first token"].forEach((text) => {
+    ["", "in a reply", "at its start"].forEach((text) => {
       const cell = element("th", "", text);
       cell.scope = "col";
       head.append(cell);
@@ -244,9 +245,11 @@
       ...(page ? [`what is added against what it writes: cosine ${signed(page.cosine)}`, `against the direction: ${signed(page.along)}`] : []),
     ].forEach((text) => facts.append(element("li", "", text)));
     const parts = element("div", "parts");
-    if (page) parts.append(looking(page), writing(page));
-    parts.append(neighbours(node, page));
-    if (page) parts.append(firing(page));
+    const left = element("div", "part");
+    if (page) left.append(looking(page));
+    left.append(neighbours(node, page));
+    parts.append(left);
+    if (page) parts.append(writing(page), firing(page));
     by("head-page").replaceChildren(heading, facts, parts);
   };
 

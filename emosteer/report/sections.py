@@ -11,6 +11,7 @@ from emosteer.report import (
     direction_figures,
     head_pages,
     panel_figures,
+    paper_figures,
     probe_figures,
     score_figures,
 )
@@ -33,6 +34,7 @@ def sections(inputs: Inputs) -> list[Section]:
         _units(inputs),
         _cause(inputs),
         _circuit(inputs),
+        paper_figures.section(inputs),
         *([head_pages.section(inputs.heads)] if inputs.heads is not None else []),
         *([_probes(inputs.probes)] if inputs.probes is not None else []),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from emosteer.circuits.heads.reading import CLASSES, INSTRUCTION, ITSELF, PROMPT
 from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.heads.study import added_lengths, ranked, study, told_apart
 from emosteer.circuits.heads.writing import logit_changes
+from emosteer.circuits.places import Places
+from emosteer.cli import main as cli
 from emosteer.directions.activations import make_batch, tokenize_group
 from emosteer.directions.directions import Directions
 from emosteer.directions.extract import extract
@@ -31,7 +34,9 @@ from emosteer.models.attention import frozen_scale, see, value_weights
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, RESID_MID, RESID_POST, Head, Site, Z
 from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.shipped import read_data
 from tests.conftest import build, small_data
+from tests.helpers.tiny_project import write_tiny_project
 
 EMOTIONS = ("anger", "fear", "sadness")
 SETTINGS = HeadSettings(described=3, nodes=8, edges=12, groups=8, texts=2, tokens=5, checked=12, random=4)
@@ -334,3 +339,31 @@ def test_what_cannot_be_described_is_refused(tiny: Model, made: tuple[Circuit, D
     none = replace(circuit, heads=torch.zeros_like(circuit.heads), z_delta=torch.zeros_like(circuit.z_delta))
     with pytest.raises(ArtifactError, match="a circuit with heads, found none for anger"):
         study(tiny, none, directions, *data, SETTINGS)
+
+
+def test_the_command_writes_artefact_and_graph_and_inspect_prints_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = Model.load("tiny")
+    data = read_data(Path("sev.jsonl"), Path("bank.jsonl"))
+    found = extract(model, data.groups, Settings(EMOTIONS, instruction=""), bank=data.bank)
+    found.save(Path("directions"))
+    circuit_of(model, found).save(Path("circuit"))
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        assert not ended.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    run = "heads --model tiny --circuit circuit --directions directions --scenarios sev.jsonl --replies bank.jsonl --groups 4 --checked 6"
+    summary = json.loads(said(*run.split(), "--described", "2", "--nodes", "6", "--random", "2", "--json"))
+    places = Places.of("tiny")
+    assert summary["file"] == str(places.heads) and len(summary["heads"]) == 6 and summary["prompts"] == 4
+    study = HeadStudy.load(places.heads)
+    assert json.loads(places.heads_graph.read_text()) == json.loads(json.dumps(graph(study)))
+    assert shlex.split(study.provenance.command or "")[:2] == ["emosteer", "heads"] and "--json" not in (study.provenance.command or "")
+    shown = said("inspect", str(places.heads))
+    assert "where the heads look while a reply is written" in shown and str(study.of("anger")[0]["layer"]) in shown

@@ -33,7 +33,7 @@ def graph(study: HeadStudy) -> dict[str, Any]:
 
 def _of(study: HeadStudy, e: int) -> dict[str, Any]:
     mine = study.edge_index[:, 0] == e
-    edges = sorted(
+    edges: list[dict[str, Any]] = sorted(
         (
             {"source": f"L{a}H{i}", "target": f"L{b}H{j}", "weight": _short(weight)}
             for (_, a, i, b, j), weight in zip(study.edge_index[mine].tolist(), study.edge_weight[mine].tolist(), strict=True)

@@ -24,8 +24,8 @@ class HeadStudy:
     """The product of `heads`.
 
     labels: of the replies that were read, the emotions first; length: [emotion, layer, head], how long what the circuit adds at a head is
-    in the stream, 0 outside the circuit; contrast: [emotion, layer, head], the head's mean contribution along the direction in replies of the
-    emotion less that in all emotions' replies to the same prompts; told: [emotion, layer, head], share of the other replies to the same
+    in the stream, 0 outside the circuit; contrast: [emotion, layer, head], the head's mean contribution along the direction in replies of
+    the emotion less that in all emotions' replies to the same prompts; told: [emotion, layer, head], share of the other replies to the same
     prompt in which it contributes less than in the emotion's; attention: [label, layer, head, class], over a reply's positions; at_start:
     [layer, head, class], at t* of plain prompts; even, even_at_start: [class], of a head that looks everywhere alike (the classes are
     `reading.CLASSES`); edge_index: [edge, 5] (emotion, layer, head, later layer, head) and edge_weight: [edge]; pages: one of each

@@ -107,7 +107,7 @@ def _lifts(changes: dict[str, Tensor], by_chance: Tensor, groups: Sequence[Tenso
 
 def _looks(readings: Readings, entry: int, vocab: Vocabulary, count: int) -> list[list[Any]]:
     """Tokens of prompts and replies that the head pays most attention to whenever they can be seen: [text, mean attention, chances]."""
-    enough = readings.chances >= min(LEAST_CHANCES, readings.chances.max())
+    enough = readings.chances >= min(float(LEAST_CHANCES), readings.chances.max().item())
     mean = (readings.looks[entry] / readings.chances.clamp_min(1)).masked_fill(~enough, -1)
     best = mean.topk(min(count, int(enough.sum()))).indices.tolist()
     return [
