@@ -61,8 +61,10 @@ def see(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, sites: Seque
         sites: what else to read.
 
     Raises:
-        ModelError: if the model does not hand out its patterns.
+        ModelError: if the model does not hand out its patterns, or lies on several devices.
     """
+    if model.spread:
+        raise ModelError(f"{model.name} lies on several devices; where its heads look is read on one, so leave out --device-map")
     store: dict[Site, Tensor] = {}
     with written_out(model), model.hooks({site: reading(store, site, None) for site in sites}, bridge=False) as body:
         out = body(
@@ -76,9 +78,7 @@ def see(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, sites: Seque
     found, n = getattr(out, "attentions", None), model.shape.n_layers
     if not found or len(found) != n or any(pattern is None for pattern in found):
         raise ModelError(f"{model.name} does not show where its heads look; its layers keep no attention patterns")
-    return Seen(
-        tuple(pattern.to(model.device) for pattern in found), tuple(state.to(model.device) for state in out.hidden_states[:n]), store
-    )
+    return Seen(tuple(found), tuple(out.hidden_states[:n]), store)
 
 
 def value_weights(model: Model, layer: int, seen: Seen) -> Tensor:
