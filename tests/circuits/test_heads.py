@@ -35,7 +35,8 @@ from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, RESID_MID, RESID_POST, Head, Site, Z
 from emosteer.scenarios.scenarios import Bank, Group
 from emosteer.scenarios.shipped import read_data
-from tests.conftest import build, small_data
+from tests.conftest import build, small_data, tiny_tokenizer
+from tests.helpers.families import MODELS
 from tests.helpers.tiny_project import write_tiny_project
 
 EMOTIONS = ("anger", "fear", "sadness")
@@ -137,26 +138,27 @@ def test_an_edge_is_what_cutting_the_path_takes_away_with_pattern_and_scale_held
     assert edges[:, :, :last].abs().max() > 1e-3 and not edges[:, :, last].any(), "no edge inside a layer"
 
 
-def test_all_that_arrives_adds_up_to_the_contribution(family: Model, made: tuple[Circuit, Directions]) -> None:
-    directions = random_directions(family, made[1])
-    batch, seen = one_text(family, 2)
-    layer = family.shape.n_layers - 1
-    heads = [Head(layer, h) for h in range(family.shape.n_heads)]
-    targets = targets_of(family, directions, heads, seen)
-    arrived = followed(family, seen, batch, targets)
-    parts = torch.einsum("ktsm,tem->kets", arrived.stream, targets.reads)[0]
-    z = torch.stack([batch.average(seen.values[Site(n, Z)]) for n in range(layer + 1)], 1)
-    wanted = head_contributions(family, z, directions.at(RESID_MID))[:, layer]
-    bias = family.layers[layer].self_attn.v_proj.bias
-    if bias is not None:  # of the values: the one part that is in no stream
-        constant = torch.zeros_like(z)
-        constant[0, layer] = (
-            bias.unflatten(0, (-1, family.shape.d_head)).repeat_interleave(len(heads) // family.shape.n_kv_heads, 0).flatten()
-        )
-        wanted = wanted - head_contributions(family, constant, directions.at(RESID_MID))[:, layer]
-    torch.testing.assert_close(parts.sum(-1), wanted, atol=2e-5, rtol=1e-3)
-    into = edges_into(family, targets, arrived.z)[0].sum((-1, -2)).T
-    torch.testing.assert_close(into, parts[..., 1], atol=2e-5, rtol=1e-3, msg="the heads' part is the sum over heads")
+@pytest.mark.parametrize("name", ["llama", "phi3", "glm4", "granite", "gemma2", "olmo2", "cohere", "gpt-neox, in turn", "gpt2"])
+def test_all_that_arrives_adds_up_to_the_contribution(name: str, made: tuple[Circuit, Directions]) -> None:
+    """For one matrix of queries, keys and values in each of its orders, norms before, behind and none, parallel blocks, factors. Two texts
+    are compared: what a bias of the values adds is the same in both, and in no stream."""
+    torch.manual_seed(0)
+    model = Model.from_hf(MODELS[name].make(), tiny_tokenizer(), name)
+    directions, layer = random_directions(model, made[1]), model.shape.n_layers - 1
+    heads = [Head(layer, h) for h in range(model.shape.n_heads)]
+    parts, wanted, into = [], [], []
+    for seed in (2, 4):
+        batch, seen = one_text(model, seed)
+        targets = targets_of(model, directions, heads, seen)
+        arrived = followed(model, seen, batch, targets)
+        parts.append(torch.einsum("ktsm,tem->kets", arrived.stream, targets.reads)[0])
+        z = torch.stack([batch.average(seen.values[Site(n, Z)]) for n in range(layer + 1)], 1)
+        wanted.append(head_contributions(model, z, directions.at(RESID_MID))[:, layer])
+        into.append(edges_into(model, targets, arrived.z)[0].sum((-1, -2)).T)
+    torch.testing.assert_close((parts[0] - parts[1]).sum(-1), wanted[0] - wanted[1], atol=1e-4, rtol=1e-3)
+    # what a bias of W_O adds counts with the MLPs
+    torch.testing.assert_close(into[0] - into[1], parts[0][..., 1] - parts[1][..., 1], atol=1e-4, rtol=1e-3)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
 
 
 def test_a_real_patch_agrees_where_nothing_but_values_depends_on_the_stream(tiny: Model, made: tuple[Circuit, Directions]) -> None:
