@@ -72,7 +72,7 @@ class Page(Fields):
     emotion: Text
     layer: Layer
     head: _Head
-    rank: Count
+    rank: Annotated[int, Field(ge=1, le=2**20)]
     length: Annotated[float, Field(ge=0)]
     contribution: float
     told: Share
@@ -137,6 +137,7 @@ def check(found: Artifact) -> None:
     if fields.labels[: len(fields.emotions)] != fields.emotions:
         raise ArtifactError(f"{path}: expected 'labels' to begin with the emotions, found others; make it again")
     schema.check_members([page.layer for page in fields.pages], sizes["n_layers"], "pages.layer", path)
+    schema.check_members([row[0] for page in fields.pages for row in page.reads], sizes["n_layers"], "pages.reads", path)
     for page in fields.pages:
         lifts = {len(values) for part in (page.words, page.bank) for values in (part.added, part.own)}
         fired = [number for number, _, _ in (*page.fires.most, *page.fires.least)]

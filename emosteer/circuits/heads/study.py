@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -177,43 +177,44 @@ def _targets(
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 
-class _Kept:
-    """Edges that are kept. index: [edge, 5]; weight: [edge]; floor: by emotion; kept: by emotion, as pairs."""
+@dataclass(frozen=True, eq=False)
+class _Edges:
+    """Kept edges. rows: (pair, weight), by emotion, strongest first; floor: by emotion."""
 
-    def __init__(self, n_emotions: int) -> None:
-        self.rows: list[tuple[int, int, int, int, int]] = []
-        self.weights: list[float] = []
-        self.floor: list[float] = [0.0] * n_emotions
-        self.kept: list[list[Pair]] = [[] for _ in range(n_emotions)]
+    rows: tuple[tuple[tuple[Pair, float], ...], ...]
+    floor: tuple[float, ...]
+
+    @property
+    def kept(self) -> list[list[Pair]]:
+        """The pairs of each emotion."""
+        return [[pair for pair, _ in some] for some in self.rows]
 
     @property
     def index(self) -> Tensor:
-        return torch.tensor(self.rows, dtype=torch.long).reshape(-1, 5)
+        """[edge, 5], as in `HeadStudy`."""
+        ends = [(p.emotion, p.source.layer, p.source.index, p.target.layer, p.target.index) for some in self.kept for p in some]
+        return torch.tensor(ends, dtype=torch.long).reshape(-1, 5)
 
     @property
     def weight(self) -> Tensor:
-        return torch.tensor(self.weights)
+        """[edge]."""
+        return torch.tensor([weight for some in self.rows for _, weight in some])
 
 
-def _edges(model: Model, targets: Targets, paths: Paths, nodes: Sequence[Sequence[Head]], settings: HeadSettings) -> _Kept:
+def _edges(model: Model, targets: Targets, paths: Paths, nodes: Sequence[Sequence[Head]], settings: HeadSettings) -> _Edges:
     """Edges between the nodes of each emotion, pruned: those that shuffled labels hardly reach, the strongest of them."""
-    found = _Kept(len(nodes))
     real, shuffled = (contrast(edges_into(model, targets, arrived)) for arrived in (paths.z, paths.shuffled))
     place = {head: i for i, head in enumerate(targets.heads)}
+    rows, floors = [], []
     for e, heads in enumerate(nodes):
-        pairs = [(a, b) for b in heads for a in heads if a.layer < b.layer]
-        if not pairs:
-            continue
-        entries = tuple(zip(*((place[b], e, a.layer, a.index) for a, b in pairs), strict=True))
-        weights, null = real[e][entries], shuffled[e][entries]
-        found.floor[e] = null.abs().quantile(FLOOR).item()
-        for i in weights.abs().argsort(descending=True, stable=True).tolist()[: settings.edges]:
-            if weights[i].abs() > found.floor[e]:
-                a, b = pairs[i]
-                found.rows.append((e, a.layer, a.index, b.layer, b.index))
-                found.weights.append(weights[i].item())
-                found.kept[e].append(Pair(a, b, e))
-    return found
+        pairs = [Pair(a, b, e) for b in heads for a in heads if a.layer < b.layer]
+        ends = [(place[p.target], e, p.source.layer, p.source.index) for p in pairs]
+        weights, null = (torch.stack([table[e][end] for end in ends]) if ends else torch.zeros(0) for table in (real, shuffled))
+        floor = null.abs().quantile(FLOOR).item() if ends else 0.0
+        strongest = weights.abs().argsort(descending=True, stable=True).tolist()[: settings.edges]
+        rows.append(tuple((pairs[i], weights[i].item()) for i in strongest if weights[i].abs() > floor))
+        floors.append(floor)
+    return _Edges(tuple(rows), tuple(floors))
 
 
 def _checks(
