@@ -114,6 +114,7 @@ cuda:
 
 # The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
 reproduce: circuits
+	$(BIN)/emosteer heads --model $(MODEL) $(OPTIONS)
 	$(BIN)/emosteer calibrate --check --model $(MODEL) $(OPTIONS)
 	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)
 	$(BIN)/emosteer report --model $(MODEL)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 PIECE = 2600
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
+    from emosteer.api.describing import describe_heads
     from emosteer.api.loading import load
     from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from emosteer.attribution.scores import Scores
     from emosteer.base.errors import EmosteerError
     from emosteer.circuits.circuit import Circuit
+    from emosteer.circuits.heads.heads import HeadStudy
     from emosteer.directions.directions import Directions
     from emosteer.generation.decoding import Decoding
     from emosteer.generation.generate import Reply
@@ -40,11 +42,13 @@ _HOMES = {
     "calibrate": "emosteer.api.stages",
     "evaluate": "emosteer.api.contest",
     "probe": "emosteer.api.probing",
+    "describe_heads": "emosteer.api.describing",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
     "Circuit": "emosteer.circuits.circuit",
     "Probes": "emosteer.probing.probes",
+    "HeadStudy": "emosteer.circuits.heads.heads",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -58,6 +62,7 @@ __all__ = [
     "Decoding",
     "Directions",
     "EmosteerError",
+    "HeadStudy",
     "Model",
     "Probes",
     "Reply",
@@ -67,6 +72,7 @@ __all__ = [
     "ablate",
     "assemble",
     "calibrate",
+    "describe_heads",
     "evaluate",
     "extract",
     "load",

@@ -44,6 +44,8 @@ from emosteer.base.cache_folder import silent
 from emosteer.base.errors import EmosteerError
 from emosteer.base.jsonl import JsonlLog, KeyedLog, whole_rows
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.heads.graph import graph
+from emosteer.circuits.heads.heads import HeadStudy, overview
 from emosteer.circuits.methods import Part
 from emosteer.circuits.places import Places
 from emosteer.cli import print_artifacts
@@ -58,6 +60,7 @@ from emosteer.models.weights.gguf import read_manifest
 from emosteer.models.weights.model_folder import gap
 from emosteer.models.weights.resolve import resolve
 from emosteer.models.weights.whole import packed_by
+from emosteer.report import head_pages
 from emosteer.report.inputs import read_inputs
 from emosteer.report.page import drawn
 from emosteer.scenarios.prompt_sets import read_events, read_groups
@@ -271,6 +274,15 @@ def use_scores(path: Path) -> None:
     show(path)
 
 
+def use_heads(path: Path) -> None:
+    """Reads what heads do, and draws it as the report does and for other tools."""
+    study = HeadStudy.load(path)
+    overview(study)
+    json.dumps([graph(study), head_pages.data(study).data])
+    head_pages.section(study)
+    show(path)
+
+
 def use_judges(path: Path) -> None:
     """Reads heads and an adapter, and asks them."""
     for head in load_heads(path).values():
@@ -348,6 +360,7 @@ KINDS: dict[str, Kind] = {
     "circuit": Kind(lambda path: whole_artefacts.circuit().save(path), break_artefact, use_circuit),
     "directions": Kind(lambda path: whole_artefacts.directions().save(path), break_artefact, use_directions),
     "scores": Kind(lambda path: whole_artefacts.scores().save(path), break_artefact, use_scores),
+    "heads": Kind(lambda path: whole_artefacts.heads().save(path), break_artefact, use_heads),
     "judge": Kind(whole_artefacts.write_judges, break_artefact, use_judges),
     "scenarios": Kind(lines_of(*_SEV), break_lines, lambda path: (read_scenarios(path), read_groups(path), read_events(path))),
     "prompts": Kind(lines_of(*_PROMPTS, *_SEV), break_lines, lambda path: (read_groups(path), read_events(path))),

@@ -53,7 +53,7 @@ LIGHT = (
     ),
     "judges.by_hand_scores",
 )
-LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_probes")
+LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_heads", "cli.print_probes")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

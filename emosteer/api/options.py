@@ -105,6 +105,20 @@ class CalibrateOptions(TypedDict, total=False):
     ratio: float
 
 
+class HeadOptions(TypedDict, total=False):
+    """`circuits.heads.settings.HeadSettings`."""
+
+    described: int
+    nodes: int
+    edges: int
+    groups: int
+    texts: int
+    tokens: int
+    checked: int
+    random: int
+    seed: int
+
+
 class ProbeOptions(TypedDict, total=False):
     """`probing.settings.ProbeSettings`."""
 

@@ -76,6 +76,16 @@ class Places:
         """What `probe` writes."""
         return self.folder / "probes.safetensors"
 
+    @property
+    def heads(self) -> Path:
+        """What `heads` writes."""
+        return self.folder / "heads.safetensors"
+
+    @property
+    def heads_graph(self) -> Path:
+        """The graph of it, for other tools."""
+        return self.folder / "heads-graph.json"
+
 
 def own_bank_of(directions: Directions, path: Path) -> Path | None:
     """The bank of the model's own replies, beside the directions that were made with it; None for directions made with another."""

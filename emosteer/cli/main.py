@@ -22,6 +22,7 @@ from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
 from emosteer.cli.generate import generate
+from emosteer.cli.heads import heads
 from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
 from emosteer.cli.models import models
@@ -55,6 +56,7 @@ app.command(cls=CheckedCommand)(circuit)
 app.command(cls=CheckedCommand)(calibrate)
 app.command(cls=CheckedCommand)(evaluate)
 app.command(cls=CheckedCommand)(probe)
+app.command(cls=CheckedCommand)(heads)
 app.command(cls=CheckedCommand)(report)
 app.command(cls=CheckedCommand)(inspect)
 app.command(cls=CheckedCommand)(generate)

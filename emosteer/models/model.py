@@ -241,17 +241,17 @@ class Model:
 
     def w_o(self, layer: int) -> Tensor:
         """Output weights of the heads of a layer. Shape [n_heads, d_head, d_model]."""
-        weight = self._weight(part(self.layers[layer], self.family.w_o))
+        weight = self.matrix(part(self.layers[layer], self.family.w_o))
         return einops.rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.shape.n_heads)
 
     def w_down(self, layer: int) -> Tensor:
         """Output weights of the neurons of a layer. Shape [d_mlp, d_model]."""
         if self.family.w_down is None:
             return torch.zeros(0, self.shape.d_model, device=self.device, dtype=self.dtype)
-        return self._weight(part(self.layers[layer], self.family.w_down)).T
+        return self.matrix(part(self.layers[layer], self.family.w_down)).T
 
-    def _weight(self, linear: Any) -> Tensor:
-        """What a linear map that writes into the stream multiplies by. Shape [d_model, width]."""
+    def matrix(self, linear: Any) -> Tensor:
+        """What a linear map of a layer multiplies by, however its weights are kept. Shape [width out, width in]."""
         if self.quantised is not None:
             return self._unpacked.get(linear, self.dtype).to(self.device)
         return output_matrix(linear, self.family).to(self.device)  # moves only where a model is spread

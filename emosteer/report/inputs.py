@@ -13,6 +13,7 @@ from emosteer.base.errors import ArtifactError
 from emosteer.base.files import read_jsonl, read_text, sha256_file
 from emosteer.base.strict_json import loads
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
 from emosteer.directions.directions import Directions
@@ -49,6 +50,7 @@ class Inputs:
     absent: Sequence[Absent]
     warnings: Sequence[str]
     probes: Probes | None = None
+    heads: HeadStudy | None = None
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -63,7 +65,7 @@ class Inputs:
         return [item for item in self.absent if item.what == WHAT[name]]
 
 
-TITLES = {"check": "Check of the intensity dial", "replies": "Test replies"}
+TITLES = {"check": "Check of the intensity dial", "replies": "Test replies", "heads": "What heads do"}
 WHAT = {
     "directions": "the emotion directions",
     "scores": "the scores of heads and neurons, with ablation and enhancement curves",
@@ -96,6 +98,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("circuit", _circuit_file(places), Circuit.load),
         ("check", places.folder / "calibration-check.json", _read_check),
         ("probes", places.probes, Probes.load),
+        ("heads", places.heads, HeadStudy.load),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
         ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
@@ -123,6 +126,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         absent=_absent(value, outdated, reference),
         warnings=_warnings(value, sources),
         probes=value.get("probes"),
+        heads=value.get("heads"),
     )
 
 
@@ -163,7 +167,7 @@ def _read_check(path: Path) -> dict[str, Any]:
 
 
 def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
-    for kind in ("circuit", "directions", "scores", "probes"):
+    for kind in ("circuit", "directions", "scores", "probes", "heads"):
         if kind in present:
             return str(present[kind][1].provenance.model)
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
@@ -258,7 +262,9 @@ def _contest_facts(contest: Measured) -> dict[str, str]:
 def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
     """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
     warnings = []
-    weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes") if kind in value}
+    weights = {
+        kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes", "heads") if kind in value
+    }
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
         weights["evaluation"] = value["evaluation"].raw["model_sha256"]
     if len(set(weights.values())) > 1:
@@ -271,6 +277,12 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
             warnings.append(
                 f"The {kind} {were} made from other directions ({parent[:12]}) than those shown here; `{again}` makes {them} again."
             )
+    if "heads" in value:
+        made = value["heads"].provenance.parents
+        here = {kind: sources[kind].sha256 for kind in ("circuit", "directions") if kind in sources}
+        if other := [kind for kind, sha in here.items() if made.get(kind, sha) != sha]:
+            again = commands.maker("heads", value["heads"].provenance.model)
+            warnings.append(f"What heads do was told from another {' and other '.join(other)} than shown here; `{again}` makes it again.")
     if "circuit" in value:
         # a circuit that was calibrated after it was evaluated is still the same circuit
         circuit_hashes = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))

@@ -20,6 +20,7 @@ from emosteer.base.files import write_text
 from emosteer.circuits.places import Places
 from emosteer.report.disputes import disputes
 from emosteer.report.figures import Absent, CellValue, FigureTable
+from emosteer.report.head_pages import data as head_data
 from emosteer.report.inputs import Inputs, read_inputs
 from emosteer.report.replies import Browser, browser, clean
 from emosteer.report.sections import sections
@@ -29,6 +30,8 @@ from emosteer.report.wording import THIN
 #: The page stays below this, and replies below their share of it.
 MAX_BYTES, REPLY_BYTES = 4_900_000, 2_500_000
 _HERE = Path(__file__).parent
+#: What the page runs, in this order; each does nothing where its part of the page is not there.
+_SCRIPTS = ("filters.js", "heads.js")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def render(inputs: Inputs) -> tuple[str, Browser]:
         "verdict": verdict(inputs.contest, inputs.circuit, inputs.check, inputs.model),
         "inputs": inputs,
         "disputes": disputes(inputs.replies),
+        "heads": head_data(inputs.heads) if inputs.heads is not None else None,
         "version": __version__,
     }
     templates = environment()
@@ -114,7 +118,7 @@ def environment() -> jinja2.Environment:
 
 
 def _page(templates: jinja2.Environment, fixed: Mapping[str, Any], shown: Browser) -> str:
-    style, script = stylesheet(), (_HERE / "filters.js").read_text(encoding="utf-8")
+    style, script = stylesheet(), "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     return clean(
         templates.get_template("template.html").render(
             **fixed, browser=shown, style=Markup(style), script=Markup(script), **digests(style=style, script=script)

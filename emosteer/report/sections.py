@@ -9,7 +9,9 @@ from emosteer.report import (
     curve_figures,
     dial_figures,
     direction_figures,
+    head_pages,
     panel_figures,
+    paper_figures,
     probe_figures,
     score_figures,
 )
@@ -32,6 +34,8 @@ def sections(inputs: Inputs) -> list[Section]:
         _units(inputs),
         _cause(inputs),
         _circuit(inputs),
+        paper_figures.section(inputs),
+        *([head_pages.section(inputs.heads)] if inputs.heads is not None else []),
         *([_probes(inputs.probes)] if inputs.probes is not None else []),
     ]
 

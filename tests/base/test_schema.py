@@ -17,6 +17,7 @@ from emosteer.base import artifacts
 from emosteer.base.artifacts import Artifact
 from emosteer.base.errors import ArtifactError
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.directions.directions import Directions
 from emosteer.judges.storage import load_adapter, load_heads
 from emosteer.models.model import Model
@@ -28,6 +29,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "circuit": Circuit.load,
     "directions": Directions.load,
     "scores": Scores.load,
+    "heads": HeadStudy.load,
     "judge": lambda path: (load_heads(path), load_adapter(path, "embedded")),
 }
 
@@ -36,7 +38,12 @@ READERS: dict[str, Callable[[Path], object]] = {
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """A whole artefact of every kind."""
     root = tmp_path_factory.mktemp("whole")
-    for name, made in (("circuit", whole.circuit()), ("directions", whole.directions()), ("scores", whole.scores())):
+    for name, made in (
+        ("circuit", whole.circuit()),
+        ("directions", whole.directions()),
+        ("scores", whole.scores()),
+        ("heads", whole.heads()),
+    ):
         made.save(root / name)
     whole.write_judges(root / "judge")
     return {name: artifacts.load(root / name, name) for name in READERS}
@@ -154,9 +161,25 @@ JUDGE: list[tuple[Change, str]] = [
     (at("labels", value=3), "expected 'labels' to be a valid dictionary, found int 3"),
     (tensor("embedded:up.encoder.layer.5.output.dense", lambda t: t[:, :1]), "to be float .*, 2.*found float16"),
 ]
+HEADS: list[tuple[Change, str]] = [
+    (at("pages", 0, "layer", value=9), "expected 'pages.layer' to be layers from 0 to 2, found 9"),
+    (at("pages", 0, "head", value=4), "expected the page of L0H4 to fit the tensors"),
+    (at("pages", 0, "words", "own", value=[0.1]), "expected the page of L0H0 to fit the tensors"),
+    (at("pages", 0, "fires", "most", value=[[99, 0.1, [0.5]]]), "expected a page to name texts that are there, found 99"),
+    (at("pages", 0, "fires", "most", 0, 2, 0, value=7.0), "expected 'pages.0.fires.most.0.2.0' to be less than or equal to 1"),
+    (at("pages", 0, "added", "promoted", value=[["word", "much", False]]), "expected 'pages.0.added.promoted.0.1' to be a valid number"),
+    (at("pages", 0, "reads", value=[[9, 0, 0.1, True]]), "expected 'pages.reads' to be layers from 0 to 2, found 9"),
+    (at("pages", value=[]), "expected 'pages' to .*at least 1 item"),
+    (at("pages", 0, "rank", value=0), "expected 'pages.0.rank' to be greater than or equal to 1"),
+    (at("labels", value=["fear", "anger", "sadness", "neutral"]), "expected 'labels' to begin with the emotions"),
+    (at("texts", 0, "tokens", value=["\x1b[2J"]), "expected 'texts.0.tokens.0' to be a text without control characters"),
+    (tensor("edge_index", put(0, 3, value=5)), "expected 'edge_index' to lie between 0 and 2, found 5"),
+    (tensor("edge_weight", lambda t: t[:1]), r"expected 'edge_weight' to be float \[6\]"),
+    (tensor("told", lambda t: t + 2), "expected 'told' to lie between"),
+]
 CASES = [
     pytest.param(kind, change, told, id=f"{kind}-{number}")
-    for kind, cases in {"circuit": CIRCUIT, "directions": DIRECTIONS, "scores": SCORES, "judge": JUDGE}.items()
+    for kind, cases in {"circuit": CIRCUIT, "directions": DIRECTIONS, "scores": SCORES, "judge": JUDGE, "heads": HEADS}.items()
     for number, (change, told) in enumerate(cases)
 ]
 

@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.calibration.settings import CalibrateSettings, Guard
+from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.cli.main import app
@@ -67,6 +68,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "sites": ",".join(PROBE["kinds"]),
         **{name: ",".join(f"{value:g}" for value in PROBE[name]) for name in ("decays", "distances")},
     },
+    "heads": dict(vars(HeadSettings())),
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
 #: Options that no settings class holds: where things are, and what a command alone decides.

@@ -14,11 +14,13 @@ from emosteer.attribution.scores import Scores
 from emosteer.attribution.unit_scores import UnitScores
 from emosteer.base.artifacts import Provenance
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.directions.directions import Directions, Evidence, UnitStats
 from emosteer.judges.adapters import Adapter
 from emosteer.judges.embedded import LinearHead
 from emosteer.judges.storage import save_judges
 from emosteer.models.sites import residual_sites
+from tests.helpers.heads_setup import head_study
 
 EMOTIONS = ("anger", "sadness", "fear")
 LAYERS, HEADS, D_HEAD, D, D_MLP = 3, 4, 8, 32, 48
@@ -103,6 +105,11 @@ def scores() -> Scores:
     ]
     verified = {"prompts": 1, "heads": checked, "neurons": checked}
     return Scores(EMOTIONS, forms, _draw(e, LAYERS, 2), (1, 2), verified, patched, rows, SOURCE)
+
+
+def heads() -> HeadStudy:
+    """Two heads of each emotion, with edges and texts."""
+    return head_study(SOURCE, EMOTIONS, LAYERS, HEADS)
 
 
 def write_judges(path: Path) -> None:
