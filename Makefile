@@ -99,9 +99,9 @@ docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-# The outputs that are kept in the notebook.
+# The outputs that are kept in the notebooks.
 notebook: setup
-	$(BIN)/jupyter execute --inplace examples/quickstart.ipynb
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
 
 bench: setup
 	$(BIN)/python -m bench $(OPTIONS)

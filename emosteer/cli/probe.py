@@ -11,6 +11,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -81,6 +82,7 @@ def probe(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Probe the model's states for the emotions of labelled texts: where they are, for how long, and what moves them."""
@@ -108,9 +110,13 @@ def probe(
     target = out or Places.of(loaded.name, root).probes
     partial = target.with_name(target.name + ".partial")
     given: Any = {**vars(settings), "batch_tokens": batch_tokens or batch_tokens_for(loaded)}
-    found = run(loaded, texts, circuit=circuit, scenarios=scenarios, replies=replies, partial=partial, fresh=fresh, artifacts=root, **given)
-    found = with_command(found, command_line(context))
-    found.save(target)
+    from emosteer.api.estimates import probe as estimate
+
+    inputs: Any = {"circuit": circuit, "scenarios": scenarios, "replies": replies, "partial": partial, "fresh": fresh, "artifacts": root}
+    with announced(lambda: estimate(loaded, texts, scenarios=scenarios, replies=replies, **given), dry_run, as_json):
+        found = run(loaded, texts, **inputs, **given)
+        found = with_command(found, command_line(context))
+        found.save(target)
     shutil.rmtree(partial, ignore_errors=True)
     from emosteer.cli.print_probes import print_probes, probes_summary
 
