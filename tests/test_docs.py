@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from emosteer.cli.main import app
@@ -68,6 +69,35 @@ def test_every_page_is_on_the_site_and_one_click_from_the_readme() -> None:
     start = {"README.md", "docs/index.md"}
     linked = {Path(link).name for name in start for link in re.findall(r"\]\(([\w/]+\.md)", (ROOT / name).read_text("utf-8"))}
     assert pages <= linked
+
+
+#: What a newcomer asks: the page and section that answers, and what the answer says.
+QUESTIONS = {
+    "Where is the circuit's file?": ("docs/GUIDES.md", "Find the circuit's file", "artifacts/MODEL/circuit.safetensors"),
+    "How strong should I set it?": ("docs/GUIDES.md", "Choose how strong", "Stay at 75 or below"),
+    "Does it work with my model?": ("docs/GUIDES.md", "Use another model", "emosteer models check REF"),
+    "How long will it take?": ("docs/GUIDES.md", "Know what it costs before it begins", "emosteer extract --dry-run"),
+    "Do I need a GPU?": ("docs/GUIDES.md", "Know what it costs before it begins", "Nothing needs a GPU"),
+    "What is missing on my machine?": ("docs/GUIDES.md", "See what is missing on your machine", "emosteer doctor"),
+    "Can it do other emotions, from my own texts?": ("docs/GUIDES.md", "Bring your own data and emotions", "--emotions pride,shame,envy"),
+    "How good are the replies?": ("docs/RESULTS.md", "Limits", "135M"),
+    "Are my texts sent anywhere?": ("docs/SECURITY.md", "What leaves the machine", "endpoint"),
+    "Does it run on Windows or a Mac?": ("docs/GUIDES.md", "Use it on Windows or macOS", "Untested"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_a_newcomer_asks_is_answered_within_two_clicks_of_the_readme(question: str) -> None:
+    """One click to a page, or to one that links it, and the section is named so that it is found there."""
+    page, title, answer = QUESTIONS[question]
+    section = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    assert section and answer in section[1], f"{page} has no section '{title}' that says '{answer}'"
+    clicked, seen = {ROOT / "README.md"}, set[Path]()
+    for _ in range(2):
+        links = [(at, link) for at in clicked for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.md)", at.read_text("utf-8"))]
+        clicked = {(at.parent / link).resolve() for at, link in links}
+        seen |= clicked
+    assert (ROOT / page).resolve() in seen
 
 
 def readme_commands() -> list[list[str]]:
