@@ -14,7 +14,14 @@ from emosteer.cli.options import JsonOption
 if TYPE_CHECKING:
     from emosteer.api.caching import Entry
 
-cache = typer.Typer(help="See and clean the cache folder: models, judges, compiled code.", no_args_is_help=True)
+cache = typer.Typer(help="See and clean the cache folder: models, judges, compiled code.")
+
+
+@cache.callback(invoke_without_command=True)
+def show(context: typer.Context) -> None:
+    """See and clean the cache folder: models, judges, compiled code. Without a command, lists it."""
+    if context.invoked_subcommand is None:
+        list_cache()
 
 
 @cache.command("list", cls=CheckedCommand)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from emosteer.base.cache_folder import silent
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.learning import Compared, Comparisons, loss
-from emosteer.circuits.precision import reader
+from emosteer.circuits.precision import chosen_dtype, reader
 from emosteer.circuits.settings import GainSettings
 from emosteer.directions.activations import TokenRow, read_rows, read_states
 from emosteer.directions.extract import Work, read_sites
@@ -100,7 +101,7 @@ def learning(
     data, draw = Comparisons.of(groups, bank, emotions), random.Random(settings.seed)
     by_length = sorted(data.usable, key=lambda group: sum(map(len, bank[group.key].values())))
     compared = Compared.draw(by_length[len(by_length) // 2], data, settings, draw)
-    copy = reader(model, settings.dtype)
+    copy = reader(model, chosen_dtype(model, settings.dtype, silent))  # the stage says what it chooses
     free = torch.zeros(len(emotions), model.shape.n_layers, model.shape.d_model, device=model.device, requires_grad=True)
 
     def one() -> None:

@@ -114,7 +114,7 @@ def listed(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def test_an_empty_cache_is_listed_and_cleaned(run: Run) -> None:
-    assert listed(run) == {}
+    assert listed(run) == {} and run("cache") == run("cache", "list") and "0.0 MiB in " in run("cache")[1]
     assert run("cache", "clean", "--yes") == (0, "nothing to remove\n", "")
 
 
