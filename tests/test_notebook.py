@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,15 @@ FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
-def executed(name: str, folder: Path) -> str:
-    """Runs a notebook in a folder; what it printed, pictures as "image/png"."""
+def executed(name: str, folder: Path, model: Path, circuit: Path | None = None) -> str:
+    """Runs a notebook in a folder, with this package; what it printed, and the kinds of what it showed."""
     from nbclient import NotebookClient
 
+    given = {"EMOSTEER_NOTEBOOK_MODEL": str(model), "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    given |= {"EMOSTEER_NOTEBOOK_CIRCUIT": str(circuit)} if circuit else {}
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    done = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
-    return printed(done)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    return printed(client.execute(env={**os.environ, **given}))
 
 
 def printed(notebook: Any) -> str:
@@ -48,40 +53,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def environment(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Has notebooks take the tiny model and this package."""
-    monkeypatch.setenv("EMOSTEER_NOTEBOOK_MODEL", str(project / "tiny"))
-    monkeypatch.setenv("EMOSTEER_NOTEBOOK_CIRCUIT", str(project / "circuit.safetensors"))
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    return project
+@pytest.fixture(scope="module")
+def running(project: Path) -> Iterator[dict[str, Future[str]]]:
+    """The notebooks, two at a time: most of each is its start."""
+    wordy_model(project / "wordy")
+    circuit = project / "circuit.safetensors"
+    with ThreadPoolExecutor(2) as pool:
+        named = ["quickstart", "inside_a_circuit", "evaluate_a_model"]
+        found = {name: pool.submit(executed, name, project, project / "tiny", circuit) for name in named}
+        yield found | {"your_own_emotions": pool.submit(executed, "your_own_emotions", project, project / "wordy")}
 
 
-def test_the_quickstart_runs(environment: Path) -> None:
-    out = executed("quickstart", environment)
-    assert "the same as m.generate: True" in out and "image/png" in out
-
-
-def test_inside_a_circuit_runs(environment: Path) -> None:
-    out = executed("inside_a_circuit", environment)
-    assert "image/png" in out and "shared heads" in out and "without its 1 strongest heads:" in out
-
-
-def test_evaluate_a_model_runs(environment: Path) -> None:
-    from emosteer.base.errors import ModelError
-    from emosteer.judges.embedded import ENCODER
-    from emosteer.models.weights.resolve import packaged_folder
-
-    try:
-        packaged_folder(ENCODER)
-    except ModelError as error:
-        pytest.skip(f"the judges' encoder is not here: {error}")
-    out = executed("evaluate_a_model", environment)
-    assert re.search(r"reads as \w+ \d", out) and re.search(r"^circuit +\d+ +\d+ +\d+ +\d+$", out, re.M) and "image/png" in out
-
-
-def test_your_own_emotions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model that knows the notebook's words."""
+def wordy_model(folder: Path) -> None:
+    """Writes a tiny model that knows the words of the notebook with replies of its own."""
     text = " ".join(cell.source for cell in nbformat.read(FOLDER / "your_own_emotions.ipynb", as_version=4).cells)
     special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system"]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*special, *re.findall(r"\w+|[^\w\s]", text)]))}
@@ -92,11 +76,35 @@ def test_your_own_emotions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(vocabulary)})).save_pretrained(tmp_path / "wordy")
-    tokenizer.save_pretrained(tmp_path / "wordy")
-    monkeypatch.setenv("EMOSTEER_NOTEBOOK_MODEL", str(tmp_path / "wordy"))
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    out = executed("your_own_emotions", tmp_path)
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(vocabulary)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_the_quickstart_runs(running: dict[str, Future[str]]) -> None:
+    out = running["quickstart"].result()
+    assert "the same as m.generate: True" in out and "image/png" in out
+
+
+def test_inside_a_circuit_runs(running: dict[str, Future[str]]) -> None:
+    out = running["inside_a_circuit"].result()
+    assert "image/png" in out and "shared heads" in out and "without its 1 strongest heads:" in out
+
+
+def test_evaluate_a_model_runs(running: dict[str, Future[str]]) -> None:
+    from emosteer.base.errors import ModelError
+    from emosteer.judges.embedded import ENCODER
+    from emosteer.models.weights.resolve import packaged_folder
+
+    try:
+        packaged_folder(ENCODER)
+    except ModelError as error:
+        pytest.skip(f"the judges' encoder is not here: {error}")
+    out = running["evaluate_a_model"].result()
+    assert re.search(r"reads as \w+ \d", out) and re.search(r"^circuit +\d+ +\d+ +\d+ +\d+$", out, re.M) and "image/png" in out
+
+
+def test_your_own_emotions_runs(running: dict[str, Future[str]]) -> None:
+    out = running["your_own_emotions"].result()
     assert "8 situations, 2 of them held out" in out and out.count("pride:") == out.count("envy:") == 2
 
 
