@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from emosteer.cli.main import app
 from emosteer.generation.decoding import Decoding
-from tests import commands
+from tests import commands, from_wheel
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("emosteer", "tests") for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
@@ -118,6 +118,25 @@ def test_the_commands_that_the_documents_print_are_known_to_the_command_line() -
             name, *words = words
             command = command.commands[name]
         command.make_context(command.name, [word for word in words if word != "\\"])
+
+
+def test_the_wheel_is_tried_with_every_command_and_with_what_the_readme_shows() -> None:
+    """The lines of tests/from_wheel.py are parsed here, not run."""
+    lines = [shlex.split(line)[1:] for line in from_wheel.EVERY.format(package=ROOT).strip().splitlines()]
+    tried = set()
+    for words in lines:
+        command, name = get_command(app), []
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
+            name.append(words[0])
+            command, words = command.commands[words[0]], words[1:]
+        if name:
+            command.make_context(command.name, words) if words != ["--help"] else None
+            tried.add(" ".join(name))
+    names = re.findall(r"^## emosteer ([a-z ]+)$", commands.page(), re.M)
+    assert {*names} - tried <= {"models pull"}, "a new command belongs into EVERY of tests/from_wheel.py"
+    steps = from_wheel.readme_steps()
+    run = [step for step in steps if from_wheel.why_left_out(step) is None]
+    assert len(run) >= 3 and run[0].startswith("emosteer generate") and sum(step.startswith("python -c") for step in run) == 1
 
 
 def test_the_readme_is_a_screen_or_two_and_its_first_reply_stands_at_the_top() -> None:
