@@ -47,7 +47,7 @@ emosteer circuit --gain-steps 2 --no-learn-residual --no-tune
 emosteer ablate --shares 0.1 --neuron-shares '' --kinds zero --randoms 0 --prompts 1 --patch-groups 1 --true-units 2 --verify-prompts 0
 emosteer calibrate --groups 8 --points 2 --refine 0 --max-new-tokens 8
 emosteer evaluate --groups 8 --dev-groups 8 --doses 1 --methods none,circuit --max-new-tokens 8
-emosteer probe --per-label 6 --epochs 2 --sites resid_post --hidden 0 --followed 0 --prompted 0 --moved 0
+emosteer probe --per-label 24 --epochs 2 --sites resid_post --hidden 0 --followed 0 --prompted 0 --moved 0
 emosteer report --out report.html
 emosteer generate --input prompts.jsonl --method none --max-new-tokens 8 --out replies.jsonl
 emosteer judge replies.jsonl --judge linear --out judged.jsonl
