@@ -32,7 +32,6 @@ FROM_THE_HUB = re.compile(r"--model \w+/")
 #: Every command once, as small as it can be; {package} is where the wheel was installed.
 EVERY = """
 emosteer --version
-emosteer --show-completion bash
 emosteer doctor
 emosteer models list
 emosteer models path smollm2-135m
