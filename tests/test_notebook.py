@@ -23,8 +23,6 @@ pytest.importorskip("ipykernel")
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-#: Those that are kept without outputs, until `make notebook` has run them on an idle machine.
-BARE = {"evaluate_a_model"}
 
 
 def executed(name: str, folder: Path, model: Path, circuit: Path | None = None) -> str:
@@ -110,7 +108,7 @@ def test_your_own_emotions_runs(running: dict[str, Future[str]]) -> None:
     assert "8 situations, 2 of them held out" in out and out.count("pride:") == out.count("envy:") == 2
 
 
-@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name not in BARE])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_kept_outputs_are_those_of_the_embedded_model(name: str) -> None:
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
