@@ -10,7 +10,7 @@ OPTIONS ?=
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo serve test test-everywhere fuzz check format clean circuits judge evaluate report reproduce bench notebook families commands showcase docs cuda
+.PHONY: help setup demo serve test test-everywhere fuzz from-wheel check format clean circuits judge evaluate report reproduce bench notebook families commands showcase docs cuda
 
 help:
 	@echo "make demo         replies of the shipped circuit beside unsteered ones, read by the judges, and a small extraction (half a minute)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test         the tests (no network beyond installing)"
 	@echo "make test-everywhere  the tests as other processors would run them, on one thread and on two, in random orders (six times make test)"
 	@echo "make fuzz         broken files for every reader, nonsense for every option, kills at random moments (about half an hour)"
+	@echo "make from-wheel   the wheel alone in a fresh environment: the README's commands in order, then every command once (three minutes)"
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
 	@echo "make judge        fit the judges again from data/judge/ and PUBLIC=FOLDER (bit for bit on one machine) and print their card"
@@ -56,6 +57,10 @@ fuzz: setup
 	$(BIN)/python tests/fuzz_readers.py
 	$(BIN)/python tests/fuzz_options.py
 	$(BIN)/python tests/kills.py
+
+# Builds the wheel and the sdist, has twine check them, and runs the README's commands and every other one from the wheel alone.
+from-wheel: setup
+	$(BIN)/python tests/from_wheel.py $(if $(TORCH),--torch '$(TORCH)')
 
 check: setup
 	$(BIN)/ruff format --check emosteer tests bench
@@ -99,9 +104,9 @@ docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-# The outputs that are kept in the notebook.
+# The outputs that are kept in the notebooks.
 notebook: setup
-	$(BIN)/jupyter execute --inplace examples/quickstart.ipynb
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
 
 bench: setup
 	$(BIN)/python -m bench $(OPTIONS)

@@ -20,15 +20,24 @@ PAGE = Path(__file__).parents[1] / "docs" / "COMMANDS.md"
 HEAD = """# Commands
 
 Made from the commands by `make commands`; `emosteer COMMAND --help` says the same. `--debug`, anywhere on the line, shows the traceback of
-an error, and `emosteer --version` prints the version.
+an error, and `emosteer --version` prints the version. `emosteer --install-completion` teaches your shell (bash, zsh, fish, PowerShell) to
+complete commands, options, models and emotions; `--show-completion` prints what that would add.
 """
 
 
 def page() -> str:
     """The whole page: a list of all commands, then each with its arguments and options."""
     commands = list(_commands("emosteer", get_command(app)))
-    listed = [f"- [`{name}`](#{name.replace(' ', '-')}): {_first(command)}" for name, command in commands]
-    return "\n".join([HEAD, *listed, "", *(_section(name, command) for name, command in commands)])
+    listed: dict[str, list[str]] = defaultdict(list)
+    for name, command in commands:
+        listed[panel_of(name)].append(f"- [`{name}`](#{name.replace(' ', '-')}): {_first(command)}")
+    contents = [line for panel, lines in listed.items() for line in (f"**{panel}**", "", *lines, "")]
+    return "\n".join([HEAD, *contents, *(_section(name, command) for name, command in commands)])
+
+
+def panel_of(name: str) -> str:
+    """The panel of `emosteer --help` that a command stands in; a command of a group in the group's."""
+    return str(getattr(get_command(app).commands[name.split()[1]], "rich_help_panel", None))  # type: ignore[attr-defined]
 
 
 def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:

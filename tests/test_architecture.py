@@ -27,6 +27,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("probing",),
     ("writing", "export", "report"),
     ("calibration", "evaluation", "serving"),
+    ("costs",),
     ("api",),
     ("cli",),
     ("__main__",),
@@ -50,6 +51,8 @@ LIGHT = (
         "generation.decoding",
         "judges.registry",
         "judges.by_hand",
+        "costs.cost",
+        "costs.memory",
     ),
     "judges.by_hand_scores",
 )

@@ -6,11 +6,12 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from emosteer.cli.main import app
 from emosteer.generation.decoding import Decoding
-from tests import commands
+from tests import commands, from_wheel
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("emosteer", "tests") for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
@@ -70,6 +71,35 @@ def test_every_page_is_on_the_site_and_one_click_from_the_readme() -> None:
     assert pages <= linked
 
 
+#: What a newcomer asks: the page and section that answers, and what the answer says.
+QUESTIONS = {
+    "Where is the circuit's file?": ("docs/GUIDES.md", "Find the circuit's file", "artifacts/MODEL/circuit.safetensors"),
+    "How strong should I set it?": ("docs/GUIDES.md", "Choose how strong", "Stay at 75 or below"),
+    "Does it work with my model?": ("docs/GUIDES.md", "Use another model", "emosteer models check REF"),
+    "How long will it take?": ("docs/GUIDES.md", "Know what it costs before it begins", "emosteer extract --dry-run"),
+    "Do I need a GPU?": ("docs/GUIDES.md", "Know what it costs before it begins", "Nothing needs a GPU"),
+    "What is missing on my machine?": ("docs/GUIDES.md", "See what is missing on your machine", "emosteer doctor"),
+    "Can it do other emotions, from my own texts?": ("docs/GUIDES.md", "Bring your own data and emotions", "--emotions pride,shame,envy"),
+    "How good are the replies?": ("docs/RESULTS.md", "Limits", "135M"),
+    "Are my texts sent anywhere?": ("docs/SECURITY.md", "What leaves the machine", "endpoint"),
+    "Does it run on Windows or a Mac?": ("docs/GUIDES.md", "Use it on Windows or macOS", "Untested"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_a_newcomer_asks_is_answered_within_two_clicks_of_the_readme(question: str) -> None:
+    """One click to a page, or to one that links it, and the section is named so that it is found there."""
+    page, title, answer = QUESTIONS[question]
+    section = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    assert section and answer in section[1], f"{page} has no section '{title}' that says '{answer}'"
+    clicked, seen = {ROOT / "README.md"}, set[Path]()
+    for _ in range(2):
+        links = [(at, link) for at in clicked for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.md)", at.read_text("utf-8"))]
+        clicked = {(at.parent / link).resolve() for at, link in links}
+        seen |= clicked
+    assert (ROOT / page).resolve() in seen
+
+
 def readme_commands() -> list[list[str]]:
     """The command lines of README's, the tutorial's and the guides' code blocks that start with `emosteer`."""
     texts = [(ROOT / name).read_text("utf-8") for name in ("README.md", "docs/TUTORIAL.md", "docs/GUIDES.md")]
@@ -88,6 +118,25 @@ def test_the_commands_that_the_documents_print_are_known_to_the_command_line() -
             name, *words = words
             command = command.commands[name]
         command.make_context(command.name, [word for word in words if word != "\\"])
+
+
+def test_the_wheel_is_tried_with_every_command_and_with_what_the_readme_shows() -> None:
+    """The lines of tests/from_wheel.py are parsed here, not run."""
+    lines = [shlex.split(line)[1:] for line in from_wheel.EVERY.format(package=ROOT).strip().splitlines()]
+    tried = set()
+    for words in lines:
+        command, name = get_command(app), []
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
+            name.append(words[0])
+            command, words = command.commands[words[0]], words[1:]
+        if name:
+            command.make_context(command.name, words) if words != ["--help"] else None
+            tried.add(" ".join(name))
+    names = re.findall(r"^## emosteer ([a-z ]+)$", commands.page(), re.M)
+    assert {*names} - tried <= {"models pull"}, "a new command belongs into EVERY of tests/from_wheel.py"
+    steps = from_wheel.readme_steps()
+    run = [step for step in steps if from_wheel.why_left_out(step) is None]
+    assert len(run) >= 3 and run[0].startswith("emosteer generate") and sum(step.startswith("python -c") for step in run) == 1
 
 
 def test_the_readme_is_a_screen_or_two_and_its_first_reply_stands_at_the_top() -> None:

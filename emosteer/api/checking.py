@@ -6,18 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from emosteer.api.support import Support, support
-from emosteer.directions.settings import Settings
-from emosteer.scenarios.scenarios import EMOTIONS
-from emosteer.writing.settings import BATCH_SIZE
+from emosteer.costs.memory import memory_of
 
 if TYPE_CHECKING:
     from emosteer.models.chat_templates import Template
     from emosteer.models.model import Model
-
-#: Tokens of a prompt with its reply, and of a step of learning, that memory is reckoned for.
-REPLY_TOKENS, STEP_TOKENS = 192, 640
-#: Strata of an extraction beside its themes, and themes at most (`directions.contrast`).
-STRATA = 20
 
 
 @dataclass(frozen=True)
@@ -76,22 +69,3 @@ def _proofs(model: Model, stages: dict[str, Support]) -> tuple[str, ...]:
     found += ["gradients pass the packed weights"] if model.quantised else []
     found += ["the TransformerBridge has the same states, and the same effect of an edit at every site"] if model.on_bridge else []
     return (*found, *(["the fast pass writes the same logits"] if stages["generate, fast"].works else []))
-
-
-def memory_of(model: Model) -> dict[str, int]:
-    """About how many bytes a stage takes with the default settings, the weights included (docs/SCALING.md)."""
-    from emosteer.generation.kv_cache import position_bytes
-
-    shape, size = model.shape, model.dtype.itemsize
-    weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.hf.parameters()}.values())
-    units, emotions = shape.n_heads * shape.d_head + shape.d_mlp, len(EMOTIONS)
-    per_token = 8 * shape.d_model + 3 * shape.d_mlp + 2 * shape.n_heads * shape.d_head  # one layer's activations
-    statistics = 16 * (STRATA * emotions * 2 * shape.n_layers * shape.d_model + 2 * emotions * shape.n_layers * units)
-    kept = STEP_TOKENS * (shape.n_layers * 2 * per_token * size + shape.d_vocab * (size + 8))  # what a backward pass needs
-    cache = position_bytes(shape, model.dtype) * REPLY_TOKENS
-    return {
-        "weights": weights,
-        "extract": weights + statistics + Settings.batch_tokens * per_token * size,
-        "circuit": weights + kept + 3 * 4 * emotions * shape.n_layers * shape.n_heads * shape.d_head,
-        f"generate, {BATCH_SIZE} guided replies at once": weights + 2 * BATCH_SIZE * cache,
-    }

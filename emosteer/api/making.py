@@ -31,10 +31,20 @@ def ensure_circuit(model: Identified, given: Path | None, root: Path, loaded: Ca
 
 def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     """From nothing to a circuit with the shipped data and default settings."""
+    from emosteer.api.estimates import first_reply
     from emosteer.api.stages import assemble
+    from emosteer.costs.cost import spoken
 
-    places = Places.of(model.name, root)
-    ensure_directions(model, places, read_data(None, None))
+    places, data = Places.of(model.name, root), read_data(None, None)
+    ready = usable_directions(model, places.directions)
+    costs = first_reply(model, data, EMOTIONS, checkpoint_of(places), ready is not None)
+    times = [cost.seconds for cost in costs]
+    if not any(time is None for time in times):
+        note(f"{model.name} is new here: about {spoken(sum(time or 0.0 for time in times))} until the first reply, once")
+    for cost in costs:
+        note(cost.line)
+    if ready is None:
+        ensure_directions(model, places, data)
     note("assembling the circuits and tuning their strength")
     circuit = assemble(model, places.directions)
     circuit.save(places.circuit)
@@ -51,11 +61,16 @@ def ensure_directions(model: Model, places: Places, data: Data) -> Directions:
     if ready is not None:
         return ready
     note(f"extracting emotion directions from {len(data.groups)} scenario-events -> {places.directions}")
-    checkpoint = places.directions.with_name(places.directions.name + ".partial")
+    checkpoint = checkpoint_of(places)
     made = extract(model, data.groups, Settings(EMOTIONS), bank=data.bank, data=data.hashes, checkpoint=checkpoint)
     made.save(places.directions)
     finish_checkpoint(checkpoint)
     return made
+
+
+def checkpoint_of(places: Places) -> Path:
+    """Where an extraction keeps its progress."""
+    return places.directions.with_name(places.directions.name + ".partial")
 
 
 def usable_directions(model: Model, path: Path) -> Directions | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from emosteer.directions.directions import Directions
     from emosteer.judges.protocol import EmotionJudge
     from emosteer.models.model import Model
+    from emosteer.scenarios.scenarios import Group
+    from emosteer.scenarios.shipped import Data
 
 
 def extract(
@@ -148,6 +151,58 @@ def assemble(
     from emosteer.circuits import assemble as stage
 
     bare = plain_model(model)
+    named = {"learn": learn, "gain_steps": gain_steps, "keep": keep, "content": content, "learn_residual": learn_residual}
+    inputs = {"scenarios": scenarios, "replies": replies, "tune": tune, "strength": strength, "artifacts": artifacts}
+    work = assembly_of(bare, directions, **named, **inputs, **settings)  # type: ignore[arg-type]
+    circuit = stage.assemble(
+        bare,
+        work.directions,
+        work.groups,
+        work.settings,
+        data={**work.directions.provenance.data, **work.data.hashes},
+        parents={"directions": work.sha256},
+        bank=work.data.bank,
+        gain_settings=work.gains,
+        vector_settings=VectorSettings() if work.residual else None,
+    )
+    if work.tunes:
+        circuit = tune_strength(bare, circuit, work.data.groups, TuneSettings(seed=work.settings.seed))
+    return circuit.with_strength(_per_emotion(work.strengths, circuit)) if work.strengths else circuit
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """What `assemble` works with. gains: how the heads are learned, None for a ranking; residual: whether vectors of the stream are, too;
+    strengths: default strengths by emotion that were asked for, "" for all others; tunes: whether the others are found."""
+
+    directions: Directions
+    sha256: str
+    data: Data
+    groups: Sequence[Group]
+    settings: CircuitSettings
+    gains: GainSettings | None
+    residual: bool
+    strengths: dict[str, float]
+    tunes: bool
+
+
+def assembly_of(
+    bare: Model,
+    directions: Directions | PathLike | None,
+    *,
+    scenarios: PathLike | None,
+    replies: PathLike | None,
+    learn: str | None,
+    gain_steps: int | None,
+    keep: float | None,
+    content: float | None,
+    learn_residual: bool | None,
+    tune: bool,
+    strength: float | Mapping[str, float] | None,
+    artifacts: PathLike,
+    **settings: Unpack[AssembleOptions],
+) -> Assembly:
+    """Reads what `assemble` needs, and decides what its arguments, which these are, leave open. Errors as there."""
     chosen = CircuitSettings(**settings)
     named = {"learn": learn, "steps": gain_steps, "keep": keep, "content": content}
     given = {name: value for name, value in named.items() if value is not None}
@@ -164,20 +219,9 @@ def assemble(
         )
     file, bank = path_of(scenarios), path_of(replies) or (own_bank_of(made, path) if path else None)
     data = read_data(file, bank, "reply" if learns else "self")
-    circuit = stage.assemble(
-        bare,
-        made,
-        without_development(data.groups, file) if learns else data.groups,
-        chosen,
-        data={**made.provenance.data, **data.hashes},
-        parents={"directions": sha256},
-        bank=data.bank,
-        gain_settings=gains if learns else None,
-        vector_settings=None if learn_residual is False else VectorSettings(),
-    )
-    if tune and "" not in wanted and not wanted.keys() >= set(map(emotion_key, circuit.emotions)):
-        circuit = tune_strength(bare, circuit, data.groups, TuneSettings(seed=chosen.seed))
-    return circuit.with_strength(_per_emotion(wanted, circuit)) if wanted else circuit
+    groups = without_development(data.groups, file) if learns else data.groups
+    tunes = tune and "" not in wanted and not wanted.keys() >= set(map(emotion_key, made.emotions))
+    return Assembly(made, sha256, data, groups, chosen, gains if learns else None, learn_residual is not False, wanted, tunes)
 
 
 def _per_emotion(wanted: Mapping[str, float], circuit: Circuit) -> list[float]:

@@ -144,7 +144,7 @@ def curves(
     crew.meet()  # nobody writes before all have read
     names = {point: json.dumps(asdict(point), sort_keys=True) for point in points}
     todo = [point for point in points if names[point] not in done]
-    run = _Runner(model, directions, scores, chosen, TextScore(model, directions, band, directions.instruction), settings)
+    run = Runner(model, directions, scores, chosen, TextScore(model, directions, band, directions.instruction), settings)
     with bar("ablation curves (points)", len(points), len(points) - len(todo)) as advance:
         for point in crew.claim(todo):
             done[names[point]] = run(point)
@@ -156,7 +156,12 @@ def curves(
     return [{**asdict(p), "emotion": e, "score": s, "n": len(chosen)} for p in points for e, s in done[names[p]].items()]
 
 
-class _Runner:
+def kept_points(partial: Path) -> int:
+    """How many points earlier runs left on disk, whatever their settings."""
+    return len({row["point"] for path in parts(partial).values() for row in whole_rows(path)})
+
+
+class Runner:
     """Writes and scores the replies of one condition: every emotion and prompt in one batch."""
 
     def __init__(

@@ -91,6 +91,10 @@ class KeyedLog:
                 raise DataError(f"expected every line of {path} to have a 'key', found {json.dumps(row)[:60]}; move the file away")
             self.rows.setdefault(row["key"], row)
 
+    def close(self) -> None:
+        """Removes the file if it was created here and nothing was added."""
+        self._log.close()
+
     def add(self, rows: Mapping[str, dict[str, Any]]) -> None:
         """Keeps rows by key, except those whose key is there already."""
         with self._lock:

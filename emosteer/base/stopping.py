@@ -57,7 +57,8 @@ def install(*numbers: signal.Signals) -> None:
         return
     _State.watched = True
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    with contextlib.suppress(AttributeError, OSError):  # Windows before Python 3.12
+        os.set_blocking(writing, False)
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), daemon=True, name="end of the command").start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ from emosteer.models.sites import ATTN_OUT, Site
 TOKENS, REPEATS, QUICK = 128, 3, 0.05
 
 
-def chosen_dtype(model: Model, wanted: str) -> str:
+def chosen_dtype(model: Model, wanted: str, say: Callable[[str], None] = note) -> str:
     """The precision to take gradients in, by name: as wanted, or for "auto" the faster one, found by one short step in each.
+
+    Args:
+        say: told what was found.
 
     Returns:
         "auto" never; for a model that is not read in float32, or that no copy can be made of (spread, quantised), its own.
@@ -35,7 +39,7 @@ def chosen_dtype(model: Model, wanted: str) -> str:
         return "float32"
     rough = step_seconds(reader(model, "bfloat16"))
     faster = "bfloat16" if rough < exact else "float32"
-    note(f"gradients in {faster}: a step of {TOKENS} tokens takes {exact:.2f} s in float32, {rough:.2f} s in bfloat16")
+    say(f"gradients in {faster}: a step of {TOKENS} tokens takes {exact:.2f} s in float32, {rough:.2f} s in bfloat16")
     return faster
 
 

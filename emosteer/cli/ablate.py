@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from emosteer.attribution.settings import ABLATIONS, ENHANCE, AblateSettings, Cu
 from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -64,6 +65,7 @@ def ablate(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score every head and neuron, check the scores by intervening, and draw ablation and enhancement curves."""
@@ -93,9 +95,13 @@ def ablate(
         curves=settings if curves else None,
     )
     partial = target.with_name(target.name + ".partial.jsonl")
-    scores = run(loaded, directions, scenarios=scenarios, replies=replies, partial=partial, artifacts=root, crew=crew, **vars(wanted))
-    scores = with_command(scores, command_line(context))
-    scores.save(target)
+    from emosteer.api.estimates import ablate as estimate
+
+    inputs: Any = {"scenarios": scenarios, "replies": replies, "partial": partial, "artifacts": root}
+    with announced(lambda: estimate(loaded, directions, settings=wanted, **inputs), dry_run, as_json):
+        scores = run(loaded, directions, crew=crew, **inputs, **vars(wanted))
+        scores = with_command(scores, command_line(context))
+        scores.save(target)
     for file in (partial, *parts(partial).values()):
         file.unlink(missing_ok=True)
     clear(pieces_of(partial))

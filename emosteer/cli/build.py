@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import UsageError
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.judges.registry import KEY_ENV
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from emosteer.scenarios.scenarios import Bank, Group, Scenario
 
 SHOWN_PROBLEMS = 20
+#: Of a scenario with its events.
+ANSWER_TOKENS = 512
 
 
 def build(
@@ -58,6 +61,7 @@ def build(
     attempts: Annotated[int, typer.Option(min=1, max=100, help="Answers per scenario before it is given up.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the author's sampling.")] = 0.9,
     seed: Annotated[int, typer.Option(help="Fixes the split, and the author's order of themes.")] = 0,
+    dry_run: DryRunOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every problem.")] = False,
 ) -> None:
     """Check, count and split a dataset, or write a new one for your domain.
@@ -72,10 +76,12 @@ def build(
         if out is None:
             raise UsageError("--author needs --out FILE.jsonl: where the scenarios go")
         names = themes.split(",") if themes is not None else None
-        _author(domain, count, out, names, base_url, model, api_key_env, seed, attempts, temperature, as_json)
+        _author(domain, count, out, names, base_url, model, api_key_env, seed, attempts, temperature, dry_run, as_json)
         return
     if file is None:
         raise UsageError("expected a FILE.jsonl to check, or --author to write one; see emosteer build --help")
+    if dry_run:
+        raise UsageError("--dry-run has a meaning with --author only; a check takes no time")
     given = {"--domain": domain, "--themes": themes, "--base-url": base_url, "--model": model}
     if stray := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"{stray[0]} has a meaning with --author only; add --author, or leave it out")
@@ -295,17 +301,22 @@ def _author(
     seed: int,
     attempts: int,
     temperature: float,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     from emosteer.base import progress
+    from emosteer.costs.cost import of_author
     from emosteer.scenarios.author_prompts import THEMES
     from emosteer.scenarios.authoring import AuthorEvent, author_scenarios
 
-    writer = _writer(base_url, model, api_key_env, temperature)
     held = 0
     with contextlib.suppress(OSError):  # no file yet; whatever else is wrong with it is told by the run
         held = min(out.read_bytes().count(b"\n"), count)
-    with progress.bar("scenarios", count, held) as advance:
+    writer = None if dry_run else _writer(base_url, model, api_key_env, temperature)
+    with (
+        announced(lambda: of_author(count, held, attempts, ANSWER_TOKENS, base_url is not None), dry_run, as_json),
+        progress.bar("scenarios", count, held) as advance,
+    ):
 
         def show(event: AuthorEvent) -> None:
             nonlocal held
@@ -314,6 +325,7 @@ def _author(
             if event.kind != "accepted":
                 progress.note(f"{event.kind}: {event.message}")
 
+        assert writer is not None  # a dry run has ended
         report = author_scenarios(writer, domain, count, out, THEMES if themes is None else themes, None, seed, attempts, show)
     _print_report(report, out, as_json)
     if report.interrupted:
@@ -338,7 +350,7 @@ def _writer(base_url: str | None, model: str | None, api_key_env: str, temperatu
             raise UsageError("--model is a URL; give the address as --base-url, and the model's name there as --model")
         from emosteer.generation.generate import completer
 
-        return LocalAuthor(completer(model, temperature=temperature, max_new_tokens=512))
+        return LocalAuthor(completer(model, temperature=temperature, max_new_tokens=ANSWER_TOKENS))
     if api_key_env != KEY_ENV and not os.environ.get(api_key_env):
         raise UsageError(f"the environment variable {api_key_env} that --api-key-env names is not set")
     return OpenAIAuthor(base_url, model, key_env=api_key_env, temperature=temperature, notify=progress.note)

@@ -12,6 +12,7 @@ from emosteer.base.errors import ArtifactError, UsageError
 from emosteer.calibration.settings import GROUPS, MAX_HALVINGS, MAX_POINTS, CalibrateSettings, Guard
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, followed_by, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -81,6 +82,7 @@ def calibrate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Write every reply again instead of going on.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,16 +111,24 @@ def calibrate(
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
-    if fresh:
+    if fresh and not dry_run:
         log.unlink(missing_ok=True)
     kept = KeyedLog(log)
     readers = jury(kept)
     refuse_same_weights(readers.judges, loaded.sha256)
-    trials = Trials(loaded, found, readers, prompts.groups, kept, decoding, batch_size)
-    if check:
-        _check(trials, path, prompts, target, command_line(context), as_json)
-    else:
-        _fit(trials, settings, path, prompts, target, command_line(context), as_json)
+    from emosteer.costs.stages import of_calibrate
+
+    try:
+        with announced(
+            lambda: of_calibrate(loaded, found, readers, prompts.groups, settings, decoding, batch_size, check), dry_run, as_json
+        ):
+            trials = Trials(loaded, found, readers, prompts.groups, kept, decoding, batch_size)
+            if check:
+                _check(trials, path, prompts, target, command_line(context), as_json)
+            else:
+                _fit(trials, settings, path, prompts, target, command_line(context), as_json)
+    finally:
+        kept.close()
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import MAX_STEPS, CircuitSettings, GainSettings
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -73,6 +74,7 @@ def circuit(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Assemble the circuits and measure how faithful they are."""
@@ -85,24 +87,18 @@ def circuit(
 
     gains = GainSettings(gain_steps, keep=keep, content=content, seed=seed, learn=learn)  # what is wrong with it is said before loading
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
-    made = assemble(
-        loaded,
-        directions,
-        scenarios=scenarios,
-        replies=replies,
-        learn=gains.learn,
-        gain_steps=gains.steps,
-        keep=gains.keep,
-        content=gains.content,
-        learn_residual=learn_residual,
-        tune=tune,
-        strength=wanted,
-        artifacts=root,
-        **vars(settings),
-    )
+    given: Any = {
+        **{"scenarios": scenarios, "replies": replies, "artifacts": root, "tune": tune, "strength": wanted},
+        **{"learn": gains.learn, "gain_steps": gains.steps, "keep": gains.keep, "content": gains.content},
+        **{"learn_residual": learn_residual, **vars(settings)},
+    }
     target = out or Places.of(loaded.name, root).circuit
-    made = with_command(made, command_line(context))
-    made.save(target)
+    from emosteer.api.estimates import assemble as estimate
+
+    with announced(lambda: estimate(loaded, directions, **given), dry_run, as_json):
+        made = assemble(loaded, directions, **given)
+        made = with_command(made, command_line(context))
+        made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_circuit(summary)
 

@@ -12,6 +12,7 @@ from emosteer.api.contest import DEV_GROUPS, GROUPS
 from emosteer.base.errors import UsageError
 from emosteer.circuits.methods import CONTEST, METHODS
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -88,6 +89,7 @@ def evaluate(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
@@ -119,9 +121,19 @@ def evaluate(
     settings, known = with_directions(settings, loaded, ready, directions, root, methods is not None)
     contest = contest_of(loaded, ready, known, settings, decoding, batch_size, folder, crew)
     if jury is None:
-        contest.serve()
+        if not dry_run:
+            contest.serve()
         return
-    result = hold(contest, jury, splits, ready, sha256_file(path), settings, folder, command_line(context))
+    from emosteer.circuits.circuit import default_strengths
+    from emosteer.costs.stages import of_evaluate
+
+    known_strengths, dev, test = default_strengths(ready, settings.methods), splits.dev.groups, splits.test.groups
+    try:
+        with announced(lambda: of_evaluate(contest, ready, jury, dev, test, known_strengths, settings), dry_run, as_json):
+            result = hold(contest, jury, splits, ready, sha256_file(path), settings, folder, command_line(context))
+    finally:
+        contest.replies.close()
+        jury.kept.close()
     if as_json:
         typer.echo(json.dumps(result, indent=1, ensure_ascii=False))
     else:

@@ -10,6 +10,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -67,6 +68,7 @@ def extract(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Extract context-agnostic emotion directions, and contrast statistics of every head and neuron."""
@@ -95,11 +97,16 @@ def extract(
     places = Places.of(loaded.name, root)
     target = out or places.directions
     settings = Settings(wanted, elicitation, instruction, holdout, seed, batch_tokens or batch_tokens_for(loaded), packed)
+    if own and dry_run:
+        raise UsageError("--dry-run cannot count replies that are not written yet; leave out --replies self")
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
-    found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
-    found = with_command(found, command_line(context))
-    found.save(target)
+    from emosteer.costs.stages import of_extract
+
+    with announced(lambda: of_extract(loaded, data.groups, settings, bank, None if fresh else checkpoint), dry_run, as_json):
+        found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)
+        found = with_command(found, command_line(context))
+        found.save(target)
     finish_checkpoint(checkpoint)
     from emosteer.cli.print_artifacts import directions_summary, print_directions
 

@@ -25,6 +25,7 @@ from emosteer.cli.options import (
     ModelOption,
     RootOption,
     SeedOption,
+    complete_emotion,
     one_of,
 )
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
@@ -46,7 +47,10 @@ ENGINES = ("builtin", "vllm")
 def generate(
     text: Annotated[str | None, typer.Argument(help="What the user says; '-' or nothing reads stdin.", show_default=False)] = None,
     emotion: Annotated[
-        str | None, typer.Option("--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False)
+        str | None,
+        typer.Option(
+            "--emotion", "-e", help="One emotion, several with commas, or 'all'.", show_default=False, autocompletion=complete_emotion
+        ),
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="circuit, residual, learned-residual, prompt (just asks) or none (unsteered).")] = CIRCUIT,

@@ -14,10 +14,12 @@ from emosteer.base import processes, stopping
 from emosteer.base.errors import EmosteerError, says_out_of_memory
 from emosteer.cli.ablate import ablate
 from emosteer.cli.build import build
+from emosteer.cli.cache import cache
 from emosteer.cli.calibrate import calibrate
 from emosteer.cli.chat import chat
 from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
+from emosteer.cli.doctor import doctor
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
@@ -40,30 +42,45 @@ GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "j
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
+#: The panels of `--help`, by what people want to do, in this order; a new command names its own.
+USE, DISCOVER, EVALUATE, SHIP, SET_UP = "Use an emotion", "Discover a circuit", "Evaluate it", "Ship it", "Set up and look after"
+#: Blank lines keep the lines apart: `--help` flows what stands between them.
+EXAMPLES = """Examples:
+
+emosteer generate "My landlord came by this morning." --emotion anger
+
+emosteer generate "..." --emotion fear --model Qwen/Qwen2.5-1.5B-Instruct --auto
+
+emosteer extract --dry-run: what it would do, and how long that takes here
+
+emosteer doctor: what is missing, and the command that mends it"""
+
 app = typer.Typer(
     name="emosteer",
     help="Find emotion circuits in language models and write with them.",
+    epilog=EXAMPLES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=CheckedCommand)(build)
-app.add_typer(models, name="models")
-app.command(cls=CheckedCommand)(extract)
-app.command(cls=CheckedCommand)(ablate)
-app.command(cls=CheckedCommand)(circuit)
-app.command(cls=CheckedCommand)(calibrate)
-app.command(cls=CheckedCommand)(evaluate)
-app.command(cls=CheckedCommand)(probe)
-app.command(cls=CheckedCommand)(heads)
-app.command(cls=CheckedCommand)(report)
-app.command(cls=CheckedCommand)(inspect)
-app.command(cls=CheckedCommand)(generate)
-app.command(cls=CheckedCommand)(export)
-app.command(cls=CheckedCommand)(judge)
-app.command(cls=CheckedCommand)(chat)
-app.command(cls=CheckedCommand)(serve)
+app.command(cls=CheckedCommand, rich_help_panel=USE)(generate)
+app.command(cls=CheckedCommand, rich_help_panel=USE)(chat)
+app.command(cls=CheckedCommand, rich_help_panel=USE)(serve)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(build)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(extract)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(ablate)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(circuit)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(probe)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(heads)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(inspect)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(calibrate)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(judge)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(evaluate)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(report)
+app.command(cls=CheckedCommand, rich_help_panel=SHIP)(export)
+app.add_typer(models, name="models", rich_help_panel=SET_UP)
+app.command(cls=CheckedCommand, rich_help_panel=SET_UP)(doctor)
+app.add_typer(cache, name="cache", rich_help_panel=SET_UP)
 
 
 def _version(wanted: bool) -> None:

@@ -12,9 +12,27 @@ from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import DEFAULT_MODEL as DEFAULT_MODEL
 from emosteer.judges.registry import JUDGE_FORMS
+from emosteer.scenarios.emotions import EMOTIONS
 from emosteer.scenarios.prompt_sets import KINDS
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF")]
+
+def complete_model(begun: str) -> list[str]:
+    """Models at hand whose names begin so, for the shell."""
+    from emosteer.models.weights.resolve import known
+
+    return [model.name for model in known() if model.name.startswith(begun)]
+
+
+def complete_emotion(begun: str) -> list[str]:
+    """The six emotions and all of them together; of several with commas, the last."""
+    before, comma, last = begun.rpartition(",")
+    return [f"{before}{comma}{name}" for name in (*EMOTIONS, "all") if name.startswith(last)]
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Packaged name, hub id, local folder or GGUF file.", metavar="REF", autocompletion=complete_model),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DeviceMapOption = Annotated[
     str | None,

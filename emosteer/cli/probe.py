@@ -13,6 +13,7 @@ import typer
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.files import kept_progress
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -83,6 +84,7 @@ def probe(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Probe the model's states for the emotions of labelled texts: where they are, for how long, and what moves them."""
@@ -110,9 +112,13 @@ def probe(
     target = out or Places.of(loaded.name, root).probes
     partial = target.with_name(target.name + ".partial")
     given: Any = {**vars(settings), "batch_tokens": batch_tokens or batch_tokens_for(loaded)}
-    found = run(loaded, texts, circuit=circuit, scenarios=scenarios, replies=replies, partial=partial, fresh=fresh, artifacts=root, **given)
-    found = with_command(found, command_line(context))
-    found.save(target)
+    from emosteer.api.estimates import probe as estimate
+
+    inputs: Any = {"circuit": circuit, "scenarios": scenarios, "replies": replies, "partial": partial, "fresh": fresh, "artifacts": root}
+    with announced(lambda: estimate(loaded, texts, scenarios=scenarios, replies=replies, **given), dry_run, as_json):
+        found = run(loaded, texts, **inputs, **given)
+        found = with_command(found, command_line(context))
+        found.save(target)
     with contextlib.suppress(EmosteerError), kept_progress(partial):  # whoever has begun in it meanwhile will remove it
         shutil.rmtree(partial, ignore_errors=True)
     from emosteer.cli.print_probes import print_probes, probes_summary

@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,11 @@ def extract(
         DataError: if an emotion has no reply, or no group compares it with others. DegenerateDirection: if the data do not tell the
             emotions apart.
     """
-    samples, dropped = _samples(model, groups, settings, bank)
-    plan = make_plan([(s.key.scenario, s.theme) for s in samples], settings.emotions, settings.holdout, settings.seed)
-    batches, n_fit = _ordered(samples, plan, settings)
-    shape = model.shape
-    contrasts = Contrasts(plan, shape.n_layers, shape.d_model, shape.n_heads * shape.d_head, shape.d_mlp, model.device)
-    share = Share(contrasts, checkpoint, _fingerprint(model, samples, settings, plan), crew)
+    work = work_of(model, groups, settings, bank)
+    plan, batches, contrasts = work.plan, work.batches, work.sums(model)
+    share = Share(contrasts, checkpoint, work.fingerprint, crew)
     share.resume(fresh, batches)
-    for todo in (range(n_fit), range(n_fit, len(batches))):
+    for todo in (range(work.n_fit), range(work.n_fit, len(batches))):
         mine = [index for index in todo if index not in share.known]
         if mine and todo.start and not crew.alone:
             share.exchange()  # held-out groups are read with the directions of all others, whoever summed those
@@ -98,10 +95,50 @@ def extract(
         contrasts,
         elicitation=settings.elicitation,
         instruction=settings.instruction,
-        dropped=dropped,
+        dropped=work.dropped,
         provenance=provenance,
-        incomplete=sum(bool(sample.emotions) for sample in samples),
+        incomplete=sum(bool(sample.emotions) for sample in work.samples),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What an extraction reads. batches: of groups, the first `n_fit` of which make directions; fingerprint: of everything that its
+    progress depends on."""
+
+    samples: list[Sample]
+    dropped: dict[str, int]
+    plan: Plan
+    batches: list[list[Sample]]
+    n_fit: int
+    fingerprint: str
+
+    def sums(self, model: Model) -> Contrasts:
+        """Sums of nothing yet."""
+        shape = model.shape
+        return Contrasts(self.plan, shape.n_layers, shape.d_model, shape.n_heads * shape.d_head, shape.d_mlp, model.device)
+
+    def kept(self, checkpoint: Path) -> set[int]:
+        """Numbers of the batches that earlier runs left on disk."""
+        rows = (artifacts.load_fields(path, CHECKPOINT) or {} for path in parts(checkpoint).values())
+        return {number for row in rows if row.get("fingerprint") == self.fingerprint for number in row.get("batches", [])}
+
+
+def work_of(model: Model, groups: Sequence[Group], settings: Settings, bank: Bank | None) -> Work:
+    """What an extraction with these settings reads.
+
+    Raises:
+        DataError, DegenerateDirection: as `extract`.
+    """
+    samples, dropped = _samples(model, groups, settings, bank)
+    plan = make_plan([(s.key.scenario, s.theme) for s in samples], settings.emotions, settings.holdout, settings.seed)
+    batches, n_fit = _ordered(samples, plan, settings)
+    return Work(samples, dropped, plan, batches, n_fit, _fingerprint(model, samples, settings, plan))
+
+
+def read_sites(model: Model) -> list[Site]:
+    """Where an extraction reads."""
+    return [*residual_sites(model.shape.n_layers), *(Site(layer, kind) for layer in range(model.shape.n_layers) for kind in (Z, MLP_POST))]
 
 
 def finish_checkpoint(checkpoint: Path) -> None:
@@ -189,7 +226,7 @@ def _run(
     on_batch: Callable[[int], None] | None,
 ) -> None:
     """Claims and sums batches until none is left. todo: the batches' numbers."""
-    sites = [*residual_sites(model.shape.n_layers), *(Site(layer, kind) for layer in range(model.shape.n_layers) for kind in (Z, MLP_POST))]
+    sites = read_sites(model)
 
     def compute(samples: list[Sample]) -> tuple[list[Sample], dict[Site, Tensor]]:
         return samples, read_states(model, samples, sites, packed=settings.packed)

@@ -228,7 +228,7 @@ def test_a_point_equals_hand_hooked_greedy_generation(case: Case, point: Conditi
 
 
 def test_resampling_draws_from_another_emotions_distribution(case: Case) -> None:
-    run = ablation._Runner(case.model, case.directions, case.scores, case.groups[:2], lambda a, b: torch.zeros(1), CURVES)
+    run = ablation.Runner(case.model, case.directions, case.scores, case.groups[:2], lambda a, b: torch.zeros(1), CURVES)
     point, rows = Condition("resample", "heads", 0.25, "top"), [(0, prompt) for prompt in range(4000)]
     for site, stats in ((Site(1, Z), case.directions.z), (Site(2, MLP_POST), case.directions.mlp)):
         means = stats.base[site.layer] + stats.mean[:, site.layer]
@@ -258,8 +258,8 @@ def test_curves_go_on_after_a_kill(case: Case, tmp_path: Path, monkeypatch: pyte
     whole = curves(*arguments)
     assert len(whole) == 3 * len(conditions(settings)) == 3 * 10
     path, ran = tmp_path / "curves.jsonl", []
-    run, append = ablation._Runner.__call__, JsonlLog.append
-    monkeypatch.setattr(ablation._Runner, "__call__", lambda self, point: ran.append(point) or run(self, point))
+    run, append = ablation.Runner.__call__, JsonlLog.append
+    monkeypatch.setattr(ablation.Runner, "__call__", lambda self, point: ran.append(point) or run(self, point))
 
     def dying(self: JsonlLog, row: dict[str, Any]) -> None:
         if len(self.path.read_bytes().splitlines()) == 4:
@@ -427,7 +427,7 @@ def test_the_truth_in_the_patches_is_real(case: Case, made: Scores) -> None:
     e = EMOTIONS.index(found["emotion"])
     patch = made.forms["patch"]
     assert units[:6] == top_units(patch.heads[e], 3, Head) + top_units(patch.neurons[e], 3, Neuron)
-    samples = scores._compared(case.model, case.directions, case.groups, case.bank, 2)
+    samples = scores.compared_groups(case.model, case.directions, case.groups, case.bank, 2)
     v_ref = scores.reference_directions(case.directions, case.band)
     truth = true_patches(case.model, samples, v_ref, e, units)
     assert found["truth"] == pytest.approx(truth.tolist(), abs=1e-4)
@@ -473,7 +473,7 @@ def test_complete_groups_are_patched_first_and_every_emotion_is(case: Case) -> N
     bank = {keys[0]: case.bank[keys[0]], keys[4]: {"anger": "no"}, keys[1]: two}
 
     def chosen(bank: Bank, count: int) -> list[tuple[GroupKey, tuple[int, ...]]]:
-        return [(s.key, s.emotions) for s in scores._compared(case.model, case.directions, case.groups, bank, count)]
+        return [(s.key, s.emotions) for s in scores.compared_groups(case.model, case.directions, case.groups, bank, count)]
 
     assert chosen(bank, 5) == [(keys[0], ()), (keys[1], (0, 1))] and chosen(bank, 1) == [(keys[0], ())]
     last = {e: case.bank[keys[2]][e] for e in EMOTIONS[1:]}

@@ -27,19 +27,31 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "
 PATIENCE = 120
 #: Set to 0 to do without.
 SWITCH = "EMOSTEER_NATIVE"
+#: Why there is none on a machine that could have one.
+NO_COMPILER = "no C++ compiler"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step; None where it is switched off, the machine is none of those it is written for, or nothing can compile it."""
-    if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or platform.machine() != "x86_64":
-        return None
+    found = place()
+    return None if isinstance(found, str) else _load(*found)
+
+
+def place() -> tuple[Path, str] | str:
+    """Where this machine's library lies, or would, and the compiler that makes it; else why there is none, in a few words."""
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"written for Linux on x86-64, found {platform.system()} on {platform.machine()}"
     compiler, processor = _compiler(), _processor()
-    if compiler is None or not {"avx2", "fma"} <= set(processor.split()):
-        return None
+    if not {"avx2", "fma"} <= set(processor.split()):
+        return "written for processors with AVX2 and FMA"
+    if compiler is None:
+        return NO_COMPILER
     parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, processor]
     name = f"step-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
-    return _load(cache_dir() / "native" / f"{name}.so", compiler)
+    return cache_dir() / "native" / f"{name}.so", compiler
 
 
 def _load(path: Path, compiler: str) -> ctypes.CDLL | None:

@@ -80,7 +80,10 @@ def _load_and_save(gguf: Path, folder: Path) -> None:
     from emosteer.models.weights.whole import load_whole
 
     link = folder / "model.gguf"  # alone in its folder, so that no stray config or tokenizer beside the GGUF file is mixed in
-    link.symlink_to(gguf.resolve())
+    try:
+        link.symlink_to(gguf.resolve())
+    except (OSError, NotImplementedError):  # Windows lets few users make links
+        shutil.copyfile(gguf, link)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=link.name)
     model: Any = load_whole(folder, gguf.name, gguf_file=link.name, dtype=torch.float32)
     link.unlink()

@@ -1,0 +1,71 @@
+"""What a stage will cost, from what its command is given: the data read and the settings filled in as the stage itself does. No torch at
+import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emosteer.api.inputs import PathLike, directions_of, path_of
+from emosteer.api.stages import assembly_of
+from emosteer.attribution.settings import AblateSettings
+from emosteer.circuits.places import own_bank_of
+from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.costs.cost import Cost
+from emosteer.probing.settings import ProbeSettings
+from emosteer.probing.texts import texts_of
+from emosteer.scenarios.shipped import Data, read_data, without_development
+
+if TYPE_CHECKING:
+    from emosteer.directions.directions import Directions
+    from emosteer.models.model import Model
+
+
+def ablate(
+    model: Model,
+    directions: Directions | PathLike | None,
+    *,
+    settings: AblateSettings,
+    scenarios: PathLike | None = None,
+    replies: PathLike | None = None,
+    partial: PathLike | None = None,
+    artifacts: PathLike,
+) -> Cost:
+    """Of `api.stages.ablate` with the same arguments; raises what it raises of its data."""
+    from emosteer.costs.stages import of_ablate
+
+    made, _, path = directions_of(model, directions, Path(artifacts))
+    bank = path_of(replies) or (own_bank_of(made, path) if path else None)
+    data = read_data(path_of(scenarios), bank, made.elicitation)
+    return of_ablate(model, made, data.groups, settings, data.bank, path_of(partial))
+
+
+def assemble(model: Model, directions: Directions | PathLike | None, **given: Any) -> Cost:
+    """Of `api.stages.assemble` with the same arguments; raises what it raises of its data."""
+    from emosteer.costs.stages import of_circuit
+
+    work = assembly_of(model, directions, **given)
+    made = work.directions
+    return of_circuit(
+        model, made.emotions, made.instruction, work.groups, work.data.bank, work.settings, work.gains, work.residual, work.tunes
+    )
+
+
+def probe(model: Model, texts: PathLike | None, *, scenarios: PathLike | None, replies: PathLike | None, **settings: Any) -> Cost:
+    """Of `api.probing.probe` with the same arguments; raises what it raises of its data."""
+    from emosteer.costs.stages import of_probe
+
+    chosen = ProbeSettings(**settings)
+    return of_probe(model, texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen), chosen)
+
+
+def first_reply(model: Model, data: Data, emotions: Sequence[str], checkpoint: Path, extracted: bool) -> tuple[Cost, ...]:
+    """Of everything that `--auto` does before the first reply of a new model. extracted: whether the directions are there already."""
+    from emosteer.costs.stages import of_circuit, of_extract
+    from emosteer.directions.settings import Settings
+
+    settings = Settings(tuple(emotions))
+    first = () if extracted else (of_extract(model, data.groups, settings, data.bank, checkpoint),)
+    groups = without_development(data.groups, None)
+    return (*first, of_circuit(model, emotions, settings.instruction, groups, data.bank, CircuitSettings(), GainSettings(), True, True))

@@ -1,0 +1,51 @@
+"""What a long command says before it begins, and after; with --dry-run, the first of it alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import typer
+
+from emosteer.base.processes import rank, world
+from emosteer.base.progress import note
+from emosteer.costs.cost import Cost, amount, spoken
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what it would do and how long that takes here.")]
+
+
+@contextlib.contextmanager
+def announced(estimate: Callable[[], Cost], dry_run: bool, as_json: bool = False) -> Iterator[None]:
+    """A block of work, with its cost on stderr before it and what it took after it. With `dry_run` the cost goes to stdout, and the command
+    ends. Of several processes only the first measures and speaks.
+
+    Args:
+        estimate: measures; it takes a share of the time that it speaks of.
+    """
+    if rank():
+        if dry_run:
+            raise typer.Exit
+        yield
+        return
+    cost = estimate()
+    if dry_run:
+        typer.echo(json.dumps(cost.as_json(), indent=2) if as_json else cost.line)
+        raise typer.Exit
+    note(cost.line + (f"; shared by {world()} processes" if world() > 1 else ""))
+    begin = time.monotonic()
+    yield
+    note(f"{cost.command} took {spoken(time.monotonic() - begin)}{_peak()}")
+
+
+def _peak() -> str:
+    """The most memory that this process had."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f" and {amount(size)} of memory at most"

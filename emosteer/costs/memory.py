@@ -1,0 +1,36 @@
+"""How much memory a stage takes, by the arithmetic of docs/SCALING.md. No torch at import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emosteer.directions.settings import Settings
+from emosteer.scenarios.emotions import EMOTIONS
+from emosteer.writing.settings import BATCH_SIZE
+
+if TYPE_CHECKING:
+    from emosteer.models.model import Model
+
+#: Tokens of a prompt with its reply, and of a step of learning, that memory is reckoned for.
+REPLY_TOKENS, STEP_TOKENS = 192, 640
+#: Strata of an extraction beside its themes, and themes at most (`directions.contrast`).
+STRATA = 20
+
+
+def memory_of(model: Model) -> dict[str, int]:
+    """About how many bytes a stage takes with the default settings, the weights included (docs/SCALING.md)."""
+    from emosteer.generation.kv_cache import position_bytes
+
+    shape, size = model.shape, model.dtype.itemsize
+    weights = sum(weight.nbytes for weight in {id(weight): weight for weight in model.hf.parameters()}.values())
+    units, emotions = shape.n_heads * shape.d_head + shape.d_mlp, len(EMOTIONS)
+    per_token = 8 * shape.d_model + 3 * shape.d_mlp + 2 * shape.n_heads * shape.d_head  # one layer's activations
+    statistics = 16 * (STRATA * emotions * 2 * shape.n_layers * shape.d_model + 2 * emotions * shape.n_layers * units)
+    kept = STEP_TOKENS * (shape.n_layers * 2 * per_token * size + shape.d_vocab * (size + 8))  # what a backward pass needs
+    cache = position_bytes(shape, model.dtype) * REPLY_TOKENS
+    return {
+        "weights": weights,
+        "extract": weights + statistics + Settings.batch_tokens * per_token * size,
+        "circuit": weights + kept + 3 * 4 * emotions * shape.n_layers * shape.n_heads * shape.d_head,
+        f"generate, {BATCH_SIZE} guided replies at once": weights + 2 * BATCH_SIZE * cache,
+    }

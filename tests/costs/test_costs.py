@@ -1,0 +1,209 @@
+"""What a command says before it begins holds: the counts are those of the work, and the time is that of a measured run within a factor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from emosteer.attribution.settings import AblateSettings, CurveSettings
+from emosteer.cli import main as cli
+from emosteer.costs import stages, trials
+from emosteer.costs.cost import Cost, Part, amount, of_author, spoken
+from emosteer.directions.extract import extract, finish_checkpoint, work_of
+from emosteer.directions.settings import Settings
+from emosteer.models.model import Model
+from emosteer.scenarios.scenarios import EMOTIONS
+from tests.conftest import SIZES, small_data, tiny_tokenizer
+from tests.helpers.tiny_project import EMOTIONS as THREE
+from tests.helpers.tiny_project import write_tiny_project
+
+#: How far a time may be off: twofold, and as much again for other work on the machine between the trial and the run.
+FACTOR = 4.0
+
+
+@pytest.fixture(scope="module")
+def heavy() -> Model:
+    """A random model whose passes take milliseconds, so that a time can be told from noise."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8})
+    return Model.from_hf(LlamaForCausalLM(config), tiny_tokenizer(), "heavy")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, scenarios, a bank, and directions."""
+    root = tmp_path_factory.mktemp("costs")
+    write_tiny_project(root)
+    return root
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in the folder; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+# ---- counts and times ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_an_extraction_is_that_of_a_run(heavy: Model) -> None:
+    groups, bank = small_data(24)
+    settings = Settings(EMOTIONS, batch_tokens=256)
+    cost = stages.of_extract(heavy, groups, settings, bank)
+    begin = time.perf_counter()
+    extract(heavy, groups, settings, bank=bank)
+    took = time.perf_counter() - begin
+    assert cost.seconds is not None and took / FACTOR < cost.seconds < took * FACTOR, (cost.line, took)
+
+
+def test_the_passes_and_tokens_are_those_that_are_read_and_what_is_kept_is_left_out(tiny: Model, tmp_path: Path) -> None:
+    groups, bank = small_data(12)
+    settings, checkpoint = Settings(EMOTIONS, batch_tokens=256), tmp_path / "d.partial"
+    passes: list[int] = []
+    tokens: list[int] = []
+    real = tiny.run
+
+    def counting(ids: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        tokens.append(int(ids.numel()))
+        return real(ids, *args, **more)
+
+    whole = stages.of_extract(tiny, groups, settings, bank, checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "run", counting)
+        extract(tiny, groups, settings, bank=bank, on_batch=passes.append)
+    assert whole.parts[0].count == len(passes) == len(tokens) and not whole.kept
+    assert whole.parts[0].tokens <= sum(tokens) < 1.5 * whole.parts[0].tokens, "but for padding"
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("emosteer.directions.extract.CHECKPOINT_SECONDS", 0.0)
+        extract(tiny, groups, settings, bank=bank, checkpoint=checkpoint, on_batch=stop)
+    kept = len(work_of(tiny, groups, settings, bank).kept(checkpoint))
+    rest = stages.of_extract(tiny, groups, settings, bank, checkpoint)
+    assert kept and rest.parts[0].count == len(passes) - kept and rest.kept == f"{kept} of {len(passes)} passes are kept"
+    finish_checkpoint(checkpoint)
+
+
+def test_the_points_of_the_curves_are_those_that_are_measured(tiny: Model) -> None:
+    groups, bank = small_data(12)
+    directions = extract(tiny, groups, Settings(EMOTIONS), bank=bank)
+    curves = CurveSettings(shares=(0.25,), kinds=("zero",), n_random=1, n_prompts=2, max_new_tokens=4)
+    settings = AblateSettings(patch_groups=2, true_units=4, verify_prompts=0, effect_prompts=2, curves=curves)
+    parts = {part.what.split(",")[0]: part for part in stages.of_ablate(tiny, directions, groups, settings, bank).parts}
+    from emosteer.attribution.ablate import ablate
+
+    scores = ablate(tiny, directions, groups, settings, bank=bank)
+    points = {(row["kind"], row["unit"], row["share"], row["who"]) for row in scores.curves}
+    assert parts["points of curves"].count == len(points) and parts["prompts with gradients"].count == 2
+    assert all(part.seconds is not None and part.seconds > 0 for part in parts.values())
+
+
+def test_a_trial_that_does_not_fit_in_memory_gives_no_time_and_other_errors_are_told() -> None:
+    def broken(error: Exception) -> Callable[[], None]:
+        def run() -> None:
+            raise error
+
+        return run
+
+    assert trials.timed(broken(RuntimeError("CUDA out of memory"))) is None
+    with pytest.raises(RuntimeError, match="shapes"):
+        trials.timed(broken(RuntimeError("shapes differ")))
+    assert trials.times(3, None) is None and trials.plus(1.0, None) is None and trials.plus(1.0, 2.0) == 3.0
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_is_one_line_and_one_object() -> None:
+    cost = Cost(
+        "extract", (Part("passes", 120, 98_304, 61.0), Part("replies", 4, 0, 2.0, at_most=True)), 2**31, 5 * 2**20, "3 kept", ("x",)
+    )
+    assert cost.line == (
+        "extract: 120 passes (98,304 tokens), at most 4 replies; up to about 63 s here; 2.0 GiB of memory; writes 5 MiB; 3 kept; x"
+    )
+    assert cost.as_json()["seconds"] == 63.0 and cost.as_json()["parts"][0]["tokens"] == 98_304
+    assert Cost("probe", (Part("texts", 0),)).line == "probe: nothing left to do; about a second here"
+    assert Cost("probe", (Part("texts", 3),)).line.endswith("how long is not known before the first of them")
+    assert [spoken(s) for s in (0.2, 59.6, 600, 7200)] == ["a second", "60 s", "10 min", "2.0 h"]
+    assert amount(10) == "1 MiB" and amount(3 * 2**30) == "3.0 GiB"
+    assert of_author(40, 40, 4, 512, True).seconds == 0 and of_author(40, 0, 4, 512, True).seconds is None
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------------------
+
+DATA = ("-m", "./tiny", "--scenarios", "sev.jsonl", "--replies", "bank.jsonl")
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing_and_a_run_says_it_before_and_after(
+    run: Callable[..., Any], folder: Path
+) -> None:
+    options = (*DATA, "--emotions", ",".join(THREE), "--holdout", "0.2")
+    before = sorted(folder.rglob("*"))
+    code, out, err = run("extract", *options, "--dry-run")
+    assert (code, err) == (0, "") and out.startswith("extract: ") and out.count("\n") == 1
+    found = json.loads(run("extract", *options, "--dry-run", "--json")[1])
+    assert found["command"] == "extract" and found["parts"][0]["count"] > 0 and sorted(folder.rglob("*")) == before
+    code, _, err = run("extract", *options)
+    lines = err.splitlines()
+    assert code == 0 and lines[0].startswith("extract: ") and lines[-1].startswith("extract took ")
+    small = ("--gain-steps", "2", "--strength", "1")
+    ablate = ("--shares", "0.25", "--prompts", "1", "--randoms", "1", "--kinds", "zero", "--verify-prompts", "0")
+    commands = (("circuit", *DATA, *small), ("ablate", *DATA, *ablate), ("probe", *DATA, "--epochs", "2"))
+    for command in (*commands, ("build", "--author", "--domain", "x", "--out", "new.jsonl", "--model", "./tiny")):
+        before = sorted(folder.rglob("*"))
+        code, out, err = run(*command, "--dry-run", "--json")
+        found = json.loads(out)
+        assert code == 0 and found["command"].startswith(command[0]) and sum(part["count"] for part in found["parts"]) > 0
+        assert sorted(folder.rglob("*")) == before, "nothing was written"
+    assert run("build", "sev.jsonl", "--dry-run")[0] == 2
+
+
+@pytest.fixture
+def small_circuit(run: Callable[..., Any], folder: Path) -> Path:
+    """A circuit of the tiny model."""
+    made = folder / "artifacts" / "tiny" / "circuit.safetensors"
+    if not made.exists():
+        assert run("extract", *DATA, "--emotions", ",".join(THREE), "--holdout", "0.2")[0] == 0
+        assert run("circuit", *DATA, "--gain-steps", "0", "--heads", "0.25", "--strength", "1", "--no-tune")[0] == 0
+    return made
+
+
+def test_writing_commands_count_replies_and_readings_and_leave_no_file(run: Callable[..., Any], folder: Path, small_circuit: Path) -> None:
+    before = sorted(folder.rglob("*.json*"))
+    judged = ("-m", "./tiny", "--judge", "linear", "--max-new-tokens", "4", "--dry-run", "--json")
+    code, out, _ = run("calibrate", *judged, "--groups", "8", "--points", "3", "--refine", "1")
+    assert code == 0 and [part["count"] for part in json.loads(out)["parts"]] == [8 * (1 + 3 * 3)] * 2
+    code, out, _ = run("evaluate", *judged, "--groups", "8", "--dev-groups", "8", "--doses", "1,2", "--methods", "none,circuit")
+    assert code == 0 and json.loads(out)["parts"][0]["count"] == 8 * (1 + 2 * 3) + 8 * (1 + 3)
+    assert sorted(folder.rglob("*.json*")) == before
+
+
+def test_the_first_reply_of_a_new_model_is_promised(folder: Path, tiny: Model) -> None:
+    from emosteer.api.estimates import first_reply
+    from emosteer.scenarios.shipped import read_data
+
+    data = read_data(None, None, limit=6)
+    costs = first_reply(tiny, data, EMOTIONS, folder / "none.partial", extracted=False)
+    assert [cost.command for cost in costs] == ["extract", "circuit"] and all(cost.seconds for cost in costs)
+    assert [cost.command for cost in first_reply(tiny, data, EMOTIONS, folder / "none.partial", extracted=True)] == ["circuit"]
