@@ -22,6 +22,7 @@ from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
 from emosteer.cli.generate import generate
+from emosteer.cli.geometry import geometry
 from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
 from emosteer.cli.models import models
@@ -57,6 +58,7 @@ app.command(cls=CheckedCommand)(evaluate)
 app.command(cls=CheckedCommand)(probe)
 app.command(cls=CheckedCommand)(report)
 app.command(cls=CheckedCommand)(inspect)
+app.command(cls=CheckedCommand)(geometry)
 app.command(cls=CheckedCommand)(generate)
 app.command(cls=CheckedCommand)(export)
 app.command(cls=CheckedCommand)(judge)

@@ -7,7 +7,7 @@ Russell and Mehrabian (1977) published; all others are our own judgement, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -119,14 +119,18 @@ def place_of(name: str) -> Place | None:
     return None if emotion is None else emotion.place
 
 
-def families_in(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The parents among some emotions with their children among them, by every set: parent -> children. A child that has its parent's
-    name (Parrott's surprise) is none."""
-    found: dict[str, list[str]] = {}
+def families_in(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The parents among some emotions with their children among them: parent -> children, by the set that finds the most of them (love is a
+    parent to Parrott and a child to GoEmotions). A name that is in several tiers (Parrott's surprise, rage's anger) counts in the first."""
+    best: dict[str, list[str]] = {}
     for name in TAXONOMIES:
+        found: dict[str, list[str]] = {}
+        parents = taxonomy(name).parents
+        above = set() if parents is None else {emotion.name for emotion in taxonomy(parents).tier()}
         for members in taxonomy(name).tiers.values():
             for emotion in members:
-                if emotion.parent in names and emotion.name in names and emotion.parent != emotion.name:
-                    children = found.setdefault(emotion.parent, [])
-                    children += [emotion.name] * (emotion.name not in children)
-    return {parent: tuple(children) for parent, children in found.items()}
+                if emotion.parent in names and emotion.name in names and emotion.name not in above:
+                    found.setdefault(emotion.parent, []).append(emotion.name)
+            above |= {emotion.name for emotion in members}
+        best = max(best, found, key=lambda families: sum(map(len, families.values())))
+    return {parent: tuple(dict.fromkeys(children)) for parent, children in best.items()}

@@ -61,8 +61,12 @@ def test_sets_stand_for_their_emotions_wherever_these_are_read() -> None:
     assert both[0] == "pride" and len(both) == 29 and len(set(both)) == 29, "what the tiers and the list share counts once"
     assert parse_emotions("plutchik8", PLUTCHIK) == PLUTCHIK
     families = families_in(both)
+    assert "love" not in families["happiness"], "one set at a time"
     assert families["love"] == ("affection", "lust", "longing") and "surprise" not in families, "a child of its own name is none"
-    assert families_in(("happiness", "amusement", "joy", "cheerfulness"))["happiness"] == ("cheerfulness", "amusement")
+    assert set(families) == set(PRIMARY) - {"surprise"} and "sadness" not in families["sadness"]
+    three = families_in(("happiness", "amusement", "joy", "cheerfulness", "rage", "anger"))
+    assert three == {"happiness": ("cheerfulness",), "anger": ("rage",), "cheerfulness": ("amusement", "joy")}
+    assert families_in(("happiness", "amusement", "anger", "annoyance")) == {"happiness": ("amusement",), "anger": ("annoyance",)}
 
 
 @pytest.mark.parametrize(
