@@ -55,7 +55,8 @@ def parse_point(value: str | Sequence[float]) -> Place:
     if len(numbers) != len(AXES) or not all(-1 <= number <= 1 for number in numbers):
         shown = value if isinstance(value, str) else ",".join(map(str, value))
         raise UsageError(f"expected {', '.join(AXES)} as three numbers from -1 to 1, such as 0.2,0.9,0.3, found '{shown[:60]}'")
-    return numbers
+    valence, arousal, dominance = numbers
+    return valence, arousal, dominance
 
 
 def mixture_at(point: Place, emotions: Sequence[str]) -> Reached:

@@ -62,9 +62,9 @@ def _scatter(rows: list[dict[str, object]], plane: Circumplex, width: int) -> pl
     place = {"x": x, "y": y}
     layers = [
         plots.mark("point", {**place, "description": plots.told()}, size=50, filled=True, opacity=1, color=plots.var("series-1")),
-        plots.mark("text", {**place, "text": {"field": "text"}}, dy=-9, fontSize=11),
+        plots.mark("text", {**place, "text": {"field": "text"}}, dy=-9, fontSize=11 if len(rows) < 12 else 10),
     ]
-    return plots.chart(rows, layers, 340, width)
+    return plots.chart(rows, layers, 300 + 10 * len(rows), width)
 
 
 def _map_words(plane: Circumplex) -> str:
@@ -77,10 +77,14 @@ def _map_words(plane: Circumplex) -> str:
     }[len(there)]
     few = " With so few emotions only a large effect could be told from chance." if len(plane.emotions) < 10 else ""
     return (
-        f"A model that knew the circumplex would have valence and arousal on the first two components. A component correlates with valence "
-        f"by {number(valence.value)} (p = {number(valence.p, 3)}) and with arousal by {number(arousal.value)} (p = {number(arousal.p, 3)}), "
-        f"signs apart. {verdict}; p counts random deals of the emotions' places that do as well.{few}"
+        f"A model that knew the circumplex would have valence and arousal on the first two components. A component correlates with "
+        f"valence by {_with_p(valence)} and with arousal by {_with_p(arousal)}, signs apart. {verdict}; p counts random deals of the "
+        f"emotions' places that do as well.{few}"
     )
+
+
+def _with_p(tested: Tested) -> str:
+    return f"{number(tested.value)} (p = {number(tested.p, 3)})"
 
 
 def _points(plane: Circumplex) -> FigureTable:
@@ -91,9 +95,10 @@ def _points(plane: Circumplex) -> FigureTable:
 
 
 def _nulls(plane: Circumplex, error: Mapping[str, Tested]) -> FigureTable:
-    rows: list[list[CellValue]] = [[f"Larger correlation of a component with {axis}", *_cells(t)] for axis, t in plane.axes.items()]
+    axes = plane.axes.items()
+    rows: list[list[CellValue]] = [[f"Larger correlation of a component with {axis}", *_cells(tested)] for axis, tested in axes]
     rows.append(["Rank correlation of distances with those in valence and arousal", *_cells(plane.distances)])
-    rows += [[f"Error of a linear map, {axis}, emotion left out", *_cells(t)] for axis, t in error.items()]
+    rows += [[f"Error of a linear map to places, left out: {axis}", *_cells(tested)] for axis, tested in error.items()]
     return FigureTable("Directions against places, and places dealt at random", ("Measure", "Found", "Dealt at random", "p"), rows)
 
 
@@ -114,7 +119,7 @@ def _tree(tree: Tree) -> Figure:
         f"Cosine of a parent's direction with the mean of its children's: {number(tree.cosine.value)} in the mean, "
         f"{number(tree.cosine.null)} for random children."
     )
-    low = min(0.0, *(row["value"] for row in rows))  # type: ignore[type-var]
+    low = -0.05 + min(0.0, *(min(family.cosine.value, family.cosine.null) for family in tree.families))
     panel = Panel(
         "Cosine with the mean of the children",
         plots.svg(plots.dots(rows, FAMILIES, percent=False, at=0.0, domain=(low, 1.0)), alt_text),

@@ -57,13 +57,12 @@ class Taxonomy:
         Raises:
             UsageError: for an unknown tier, or none where there are several.
         """
-        if name is None and len(self.tiers) == 1:
-            name = next(iter(self.tiers))
-        if name not in self.tiers:
+        chosen = next(iter(self.tiers)) if name is None and len(self.tiers) == 1 else name
+        if chosen is None or chosen not in self.tiers:
             choices = " or ".join(f"{self.name}:{tier}" for tier in self.tiers)
             found = f"'{self.name}'" if name is None else f"'{self.name}:{name}'{suggest(name, self.tiers)}"
             raise UsageError(f"expected {choices}, found {found}")
-        return self.tiers[name]
+        return self.tiers[chosen]
 
 
 @lru_cache
@@ -129,7 +128,7 @@ def families_in(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         above = set() if parents is None else {emotion.name for emotion in taxonomy(parents).tier()}
         for members in taxonomy(name).tiers.values():
             for emotion in members:
-                if emotion.parent in names and emotion.name in names and emotion.name not in above:
+                if emotion.parent is not None and {emotion.parent, emotion.name} <= set(names) and emotion.name not in above:
                     found.setdefault(emotion.parent, []).append(emotion.name)
             above |= {emotion.name for emotion in members}
         best = max(best, found, key=lambda families: sum(map(len, families.values())))
