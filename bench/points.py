@@ -1,6 +1,7 @@
 """Do replies written at a point of valence, arousal and dominance read like that point? `emosteer generate --vad` against a judge.
 
     python bench/points.py                     # 8 points x 12 development prompts, some two minutes on one core
+    python bench/points.py --reach             # how much of the cube the sets' emotions reach, without a model
 
 For every axis the correlation, over replies, of what was asked for with where the judge's reading stands (the mean of the emotions' places,
 weighted by how likely the judge finds each), the same against where the nearest mixture stands, and beside it the share of random deals of
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 
 import torch
 
@@ -19,6 +21,7 @@ import emosteer
 from emosteer.base.tables import print_table
 from emosteer.circuits.points import mixture_at
 from emosteer.judges.reader import Reader
+from emosteer.scenarios.emotions import parse_emotions
 from emosteer.scenarios.shipped import development_groups
 from emosteer.scenarios.taxonomies import AXES, place_of
 
@@ -41,7 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--out", help="JSON lines of the replies", metavar="FILE")
+    parser.add_argument("--reach", action="store_true", help="no replies: which share of random points can be reached")
     chosen = parser.parse_args()
+    if chosen.reach:
+        return reach()
     m, read = emosteer.load(), Reader()
     said = [
         [*(turn._asdict() for turn in g.earlier), {"role": "user", "content": g.text}] for g in development_groups(chosen.prompts).groups
@@ -58,6 +64,18 @@ def main() -> None:
         with open(chosen.out, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     report(rows)
+
+
+def reach() -> None:
+    """Of random points of the cube, how many each set's emotions reach, and how far off the nearest mixture is."""
+    draw = random.Random(0)
+    points = [(draw.uniform(-1, 1), draw.uniform(-1, 1), draw.uniform(-1, 1)) for _ in range(1000)]
+    table = []
+    for name in ("ekman6", "plutchik8", "parrott:primary"):
+        found = [mixture_at(point, parse_emotions(name, closed=False)) for point in points]
+        far = sorted(one.distance for one in found)
+        table.append([name, f"{sum(one.there for one in found) / len(found):.1%}", f"{far[len(far) // 2]:.2f}"])
+    print_table(("emotions", "reached", "median distance"), table, f"{len(points)} random points")
 
 
 def report(rows: list[dict[str, object]]) -> None:
