@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def geometry(
-    file: Annotated[Path, typer.Argument(help="What `extract` wrote.", metavar="DIRECTIONS")],
+    file: Annotated[Path, typer.Argument(help="What `extract` or `circuit` wrote.", metavar="FILE")],
     layers: Annotated[
         str | None, typer.Option(help="Layers with commas that are averaged over; the stable band if not given.", show_default=False)
     ] = None,
@@ -26,15 +26,23 @@ def geometry(
 ) -> None:
     """Say whether directions know valence, arousal and dominance, and whether parents lie among their children, each beside its null."""
     wanted = _layers(layers)
+    from emosteer.base import artifacts
+    from emosteer.circuits import circuit as circuits
     from emosteer.directions.directions import Directions
     from emosteer.directions.geometry import geometry as measure
+    from emosteer.directions.geometry import geometry_of
 
-    directions = Directions.load(file)
-    found = measure(directions, wanted, seed=seed)
-    if as_json:
-        typer.echo(json.dumps({"file": str(file), "model": directions.provenance.model, **asdict(found)}, indent=2))
+    artifact = artifacts.load(file)
+    if artifact.kind == circuits.KIND:
+        circuit = circuits.Circuit.from_artifact(artifact)
+        found = geometry_of(circuit.vectors, circuit.emotions, wanted or circuit.residual_layers, seed=seed)
     else:
-        _print(file, directions.provenance.model, found)
+        found = measure(Directions.load(file), wanted, seed=seed)  # says what it is where it is none
+    model = artifact.provenance.model
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "model": model, **asdict(found)}, indent=2))
+    else:
+        _print(file, model, found)
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import UsageError
-from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.directions.directions import Directions, band_mean, stable_band
+from emosteer.models.sites import RESID_POST
 from emosteer.scenarios.taxonomies import families_in, place_of
 
 #: Random deals behind each p-value, and the fewest emotions that a map is drawn of: with four places there are only 24 deals.
@@ -94,18 +95,24 @@ def geometry(directions: Directions, layers: Sequence[int] | None = None, deals:
         UsageError: for layers that the model does not have. DegenerateDirection: if their directions cancel out.
     """
     band = tuple(layers) if layers is not None else stable_band(directions)
-    if not band or not all(0 <= layer < directions.n_layers for layer in band):
-        raise UsageError(f"expected layers from 0 to {directions.n_layers - 1}, found {', '.join(map(str, band)) or 'none'}")
-    vectors = reference_directions(directions, band).double()
-    placed = [index for index, emotion in enumerate(directions.emotions) if place_of(emotion) is not None]
-    names = tuple(directions.emotions[index] for index in placed)
+    return geometry_of(directions.at(RESID_POST), directions.emotions, band, deals, seed)
+
+
+def geometry_of(vectors: Tensor, emotions: Sequence[str], layers: Sequence[int], deals: int = DEALS, seed: int = 0) -> Geometry:
+    """The same of vectors. Shape [emotion, layer, d_model], of unit length; errors as `geometry`."""
+    n_layers = vectors.shape[1]
+    if not layers or not all(0 <= layer < n_layers for layer in layers):
+        raise UsageError(f"expected layers from 0 to {n_layers - 1}, found {', '.join(map(str, layers)) or 'none'}")
+    mean = band_mean(vectors, layers).double()
+    placed = [index for index, emotion in enumerate(emotions) if place_of(emotion) is not None]
+    names = tuple(emotions[index] for index in placed)
     enough = len(placed) >= LEAST_EMOTIONS
-    families = families_in(directions.emotions)
+    families = families_in(emotions)
     return Geometry(
-        layers=band,
-        circumplex=circumplex(vectors[placed], names, deals, seed) if enough else None,
-        error=map_error(vectors[placed], places_of(names), deals, seed) if enough else None,
-        tree=tree(vectors, directions.emotions, families, deals, seed) if len(families) > 1 else None,
+        layers=tuple(layers),
+        circumplex=circumplex(mean[placed], names, deals, seed) if enough else None,
+        error=map_error(mean[placed], places_of(names), deals, seed) if enough else None,
+        tree=tree(mean, emotions, families, deals, seed) if len(families) > 1 else None,
     )
 
 

@@ -56,6 +56,8 @@ def test_a_set_from_end_to_end(run: Callable[..., Any]) -> None:
     assert found["layers"] == [0, 1] and found["tree"] is None
     assert set(found["error"]["arousal"]) == {"value", "null", "p"} and found["circumplex"]["emotions"] == list(EIGHT)
     assert run("circuit", *DATA, "--gain-steps", "1", "--no-tune", "--no-learn-residual", "--strength", "1")[0] == 0
+    of_circuit = json.loads(run("geometry", "artifacts/tiny/circuit.safetensors", "--layers", "0,1", "--json")[1])
+    assert {**of_circuit, "file": MADE} == found, "a circuit keeps the directions that it was made from"
     code, out, _ = run("generate", "the boss", "-m", "./tiny", "--emotion", "plutchik8", "--max-new-tokens", "3", "--json")
     assert code == 0 and [json.loads(line)["emotion"] for line in out.splitlines()] == list(EIGHT)
     assert "'parrott:primary' holds love, which is not known here" in run("generate", "it", "-m", "./tiny", "-e", "parrott:primary")[2]
