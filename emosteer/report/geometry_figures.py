@@ -40,7 +40,7 @@ def _map(plane: Circumplex, error: Mapping[str, Tested]) -> Figure:
         }
         for emotion, point in zip(plane.emotions, plane.points, strict=True)
     ]
-    told = "; ".join(f"{axis} {number(t.value)} against {number(t.null)} at random, p {number(t.p, 3)}" for axis, t in plane.axes.items())
+    told = "; ".join(f"{axis} {number(t.value)} against {number(t.null)} at random, {_p(t)}" for axis, t in plane.axes.items())
     alt_text = f"Map of {len(plane.emotions)} emotions. Largest correlation of a component with {told}."
     drawings = [plots.svg(_scatter(rows, plane, width), alt_text) for width in (WIDE, PANEL)]
     panel = Panel("The directions on their first two components", drawings[0], alt_text, drawings[1])
@@ -84,7 +84,11 @@ def _map_words(plane: Circumplex) -> str:
 
 
 def _with_p(tested: Tested) -> str:
-    return f"{number(tested.value)} (p = {number(tested.p, 3)})"
+    return f"{number(tested.value)} ({_p(tested)})"
+
+
+def _p(tested: Tested) -> str:
+    return f"p = {number(tested.p, 3)}" if tested.p >= 0.001 else "p < 0.001"
 
 
 def _points(plane: Circumplex) -> FigureTable:
@@ -128,13 +132,13 @@ def _tree(tree: Tree) -> Figure:
     cells: list[list[CellValue]] = [[f.parent, ", ".join(f.children), *_cells(f.cosine)] for f in tree.families]
     cells += [["All", "mean cosine", *_cells(tree.cosine)], ["All", "children nearest to their own parent", *_cells(tree.named)]]
     caption = (
-        f"A parent's own direction beside the mean of its children's, and beside the mean of as many random children (p = "
-        f"{number(tree.cosine.p, 3)}). The reverse: {percent(tree.named.value)} of the children are nearest to their own parent, "
-        f"{percent(tree.named.null)} where parents are dealt at random (p = {number(tree.named.p, 3)})."
+        f"A parent's own direction beside the mean of its children's, and beside the mean of as many random children "
+        f"({_p(tree.cosine)}). The reverse: {percent(tree.named.value)} of the children are nearest to their own parent, "
+        f"{percent(tree.named.null)} where parents are dealt at random ({_p(tree.named)})."
     )
     table = FigureTable("Parents and children", ("Parent", "Children", "Cosine", "Random children", "p"), cells)
     return Figure("tree", "Do parents lie among their children?", caption, [panel], [table], SOURCES, keys(FAMILIES))
 
 
 def _cells(tested: Tested) -> list[CellValue]:
-    return [number(tested.value), number(tested.null), number(tested.p, 3)]
+    return [number(tested.value), number(tested.null), number(tested.p, 4)]
