@@ -40,6 +40,7 @@ emosteer cache list
 emosteer cache clean
 emosteer inspect {package}/assets/smollm2-135m.circuit.safetensors
 emosteer build {package}/data/sev/test.jsonl
+emosteer geometry {package}/assets/smollm2-135m.circuit.safetensors
 emosteer extract --limit 12 --dry-run --json
 emosteer extract --limit 12
 emosteer circuit --gain-steps 2 --no-learn-residual --no-tune

@@ -47,6 +47,7 @@ LINES = {
     "judge": "judge texts.jsonl --judge linear --out judged.jsonl",
     "probe": f"probe {_DATA} --per-label 12 --folds 2 --epochs 1 --hidden 0 --sites resid_post --followed 3 --prompted 3 --moved 3",
     "inspect": "inspect artifacts/tiny/circuit.safetensors",
+    "geometry": "geometry artifacts/tiny/directions.safetensors",
     "report": "report --model ./tiny --out report.html",
     "export": "export --model ./tiny --emotion anger --out exported --force",
     "models list": "models list",

@@ -46,6 +46,7 @@ class FeelingOptions(TypedDict, total=False):
     arc_tokens: int | None
     fade: float | None
     personality: str | Mapping[str, float] | None
+    vad: str | Sequence[float] | None
 
 
 class WritingOptions(SteeringOptions, FeelingOptions, DecodingOptions, total=False):

@@ -20,7 +20,7 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSett
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import PANEL
-from emosteer.scenarios.emotions import EMOTIONS, emotion_key
+from emosteer.scenarios.emotions import EMOTIONS, emotion_key, parse_emotions
 from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.shipped import development_groups, read_data, without_development
 from emosteer.writing.settings import BATCH_SIZE
@@ -52,7 +52,8 @@ def extract(
     Args:
         scenarios: SEV file; replies: bank; limit: use this many scenario-events, evenly spread.
         checkpoint: file that progress is kept in, so that the same call goes on after an interruption; fresh: start over.
-        settings: fields of `directions.settings.Settings`; all six emotions by default.
+        settings: fields of `directions.settings.Settings`; all six emotions by default. emotions may be a text as the command takes it, a
+            set of emotions among others ("plutchik8").
 
     Raises:
         UsageError, DataError: if the data or a setting makes no sense. DegenerateDirection: if the data do not tell the emotions apart.
@@ -62,10 +63,12 @@ def extract(
     bare = plain_model(model)
     defaults: ExtractOptions = {"emotions": EMOTIONS, "batch_tokens": stage.batch_tokens_for(bare)}
     named: ExtractOptions = {**defaults, **settings}
-    chosen = Settings(**{**named, "emotions": tuple(named["emotions"])})  # type: ignore[arg-type]
+    wanted = named["emotions"]
+    names = parse_emotions(wanted, closed=False) if isinstance(wanted, str) else tuple(wanted)
+    chosen = Settings(**{**named, "emotions": names})  # type: ignore[arg-type]
     if len(chosen.emotions) < 2:
         raise UsageError(f"expected at least two emotions to tell apart, found {', '.join(chosen.emotions) or 'none'}")
-    data = read_data(path_of(scenarios), path_of(replies), chosen.elicitation, limit)
+    data = read_data(path_of(scenarios), path_of(replies), chosen.elicitation, limit, chosen.emotions)
     file = path_of(checkpoint)
     made = stage.extract(bare, data.groups, chosen, bank=data.bank, data=data.hashes, checkpoint=file, fresh=fresh)
     if file is not None:
@@ -100,7 +103,7 @@ def ablate(
     bare = plain_model(model)
     made, sha256, path = directions_of(bare, directions, Path(artifacts))
     bank = path_of(replies) or (own_bank_of(made, path) if path else None)
-    data = read_data(path_of(scenarios), bank, made.elicitation)
+    data = read_data(path_of(scenarios), bank, made.elicitation, emotions=made.emotions)
     return stage.ablate(
         bare,
         made,
@@ -218,7 +221,7 @@ def assembly_of(
             "use directions of the elicitation 'reply'"
         )
     file, bank = path_of(scenarios), path_of(replies) or (own_bank_of(made, path) if path else None)
-    data = read_data(file, bank, "reply" if learns else "self")
+    data = read_data(file, bank, "reply" if learns else "self", emotions=made.emotions)
     groups = without_development(data.groups, file) if learns else data.groups
     tunes = tune and "" not in wanted and not wanted.keys() >= set(map(emotion_key, made.emotions))
     return Assembly(made, sha256, data, groups, chosen, gains if learns else None, learn_residual is not False, wanted, tunes)

@@ -99,6 +99,8 @@ class SteeredModel:
                 the text bears together is weakened, with a note on stderr.
             fade: replies of a conversation after which half of what was felt at its begin is left; personality: traits
                 ({"extraversion": 0.5}), with which the mood follows what a judge reads in the user's turns (`circuits.moods`).
+            vad: valence, arousal and dominance, each -1 to 1, instead: the mixture of the circuit's emotions that comes nearest
+                (`circuits.points`), with a note on stderr where that is not the point.
             method: "circuit" (the default), "residual", "learned-residual", "prompt" (just asks) or "none".
             instruction: appended to the last turn, "" for nothing; that of the command by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
@@ -224,16 +226,19 @@ class SteeredModel:
         from emosteer.writing.jobs import felt_job
 
         feeling = Feeling.of(
-            *(options.get(name) for name in ("mix", "arc", "arc_tokens", "fade", "personality"))  # type: ignore[arg-type]
+            *(options.get(name) for name in ("mix", "arc", "arc_tokens", "fade", "personality", "vad"))  # type: ignore[arg-type]
         )
         if feeling is None:
             return None
         method = self._method(options)
         if method != CIRCUIT or options.get("strength") is not None:
-            raise UsageError(f"mix, arc, fade and personality belong to the method '{CIRCUIT}', and go by intensities, not by strengths")
+            raise UsageError(
+                f"mix, arc, fade, personality and vad belong to the method '{CIRCUIT}', and go by intensities, not by strengths"
+            )
         intensities = per_row("intensity", options.get("intensity"), len(rows))
         check_amounts(method, [], intensities)
         feeling.tell_weakened()
+        feeling.tell_reached(self.emotions)
         read, jobs = Reader().shares, []
         for name, messages, emotion, intensity in zip(names, rows, emotions, intensities, strict=True):
             felt = feeling.starting(() if emotion is None else (emotion,), intensity)[0]

@@ -1,10 +1,10 @@
 """What is felt over the turns of a conversation: an emotion that fades, or a mood that moves with what the other one says. No torch.
 
-A mood is a point of valence, arousal and dominance, each -1 to 1, where every emotion has its place (Russell and Mehrabian 1977). Each
-turn of the other one moves it by the place of what that turn expresses, more or less so on each axis by the personality; between
-turns it returns towards neutral. The weights of the personality's traits on the three axes are Mehrabian's (1996). That is the form of
-"Automatically Select Emotion for Response via Personality-affected Emotion Transition" (Wen et al. 2021), where the movement is predicted
-by a network fitted to dialogues of series; here it is read by a judge, and nothing is fitted.
+A mood is a point of valence, arousal and dominance, each -1 to 1, where every emotion of the shipped sets has its place
+(`scenarios.taxonomies`). Each turn of the other one moves it by the place of what that turn expresses, more or less so on each axis by
+the personality; between turns it returns towards neutral. The weights of the personality's traits on the three axes are Mehrabian's
+(1996). That is the form of "Automatically Select Emotion for Response via Personality-affected Emotion Transition" (Wen et al. 2021), where
+the movement is predicted by a network fitted to dialogues of series; here it is read by a judge, and nothing is fitted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from dataclasses import dataclass, fields
 
 from emosteer.base.errors import UsageError, suggest
 from emosteer.circuits.arcs import Mixture
+from emosteer.scenarios.taxonomies import TAXONOMIES, Place, place_of
 
-#: Valence, arousal and dominance of the six emotions.
-PLACES: dict[str, tuple[float, float, float]] = {
-    "anger": (-0.51, 0.59, 0.25),
-    "sadness": (-0.63, -0.27, -0.33),
-    "happiness": (0.81, 0.51, 0.46),
-    "fear": (-0.64, 0.60, -0.43),
-    "surprise": (0.40, 0.67, -0.13),
-    "disgust": (-0.60, 0.35, 0.11),
-}
 #: Turns after which half of a mood is left, unless told otherwise.
 HALF_LIFE = 2.0
 #: The intensity of a mood as far from neutral as an emotion's place: the strongest that most replies bear (docs/RESULTS.md, the dial).
@@ -96,7 +88,7 @@ class Personality:
 class Mood:
     """A point of valence, arousal and dominance."""
 
-    place: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    place: Place = (0.0, 0.0, 0.0)
 
     @classmethod
     def of(cls, mixture: Mixture) -> Mood:
@@ -106,13 +98,15 @@ class Mood:
             UsageError: for an emotion whose place is not known.
         """
         for emotion in mixture.intensities:
-            if emotion not in PLACES:
-                raise UsageError(f"the valence, arousal and dominance of '{emotion}' are not known; moods know {', '.join(PLACES)}")
+            if place_of(emotion) is None:
+                sets = f"{', '.join(TAXONOMIES[:-1])} and {TAXONOMIES[-1]}"
+                raise UsageError(f"the valence, arousal and dominance of '{emotion}' are not known; moods know the emotions of {sets}")
         return cls().moved({emotion: value / FULL for emotion, value in mixture.intensities.items()}, Personality())
 
     def moved(self, shares: Mapping[str, float], personality: Personality) -> Mood:
-        """The mood after something was said. shares: emotion -> how much of it was expressed; others than the six are passed over."""
-        sums = [sum(share * PLACES[emotion][axis] for emotion, share in shares.items() if emotion in PLACES) for axis in range(3)]
+        """The mood after something was said. shares: emotion -> how much of it was expressed; those without a place are passed over."""
+        placed = [(share, place) for emotion, share in shares.items() if (place := place_of(emotion)) is not None]
+        sums = [sum(share * place[axis] for share, place in placed) for axis in range(3)]
         moves = zip(self.place, sums, personality.weights, strict=True)
         v, a, d = (max(-1.0, min(1.0, at + weight * step)) for at, step, weight in moves)
         return Mood((v, a, d))
@@ -126,14 +120,14 @@ class Mood:
         """The mood as a mixture of the emotions (of those given) that lie nearest to its direction."""
         length = math.hypot(*self.place)
         near = {}
-        for emotion in emotions:
-            if emotion in PLACES and length:
-                place = PLACES[emotion]
+        places = {emotion: place for emotion in emotions if (place := place_of(emotion)) is not None}
+        for emotion, place in places.items():
+            if length:
                 near[emotion] = sum(a * b for a, b in zip(self.place, place, strict=True)) / (length * math.hypot(*place))
         nearest = sorted((e for e in near if near[e] > 0), key=lambda e: -near[e])[:NEAREST]
         weights = {emotion: near[emotion] ** 8 for emotion in nearest}  # a power, so that the nearer one has most of it
         total = sum(weights.values())
-        size = {emotion: FULL * min(1.0, length / math.hypot(*PLACES[emotion])) for emotion in nearest}
+        size = {emotion: FULL * min(1.0, length / math.hypot(*places[emotion])) for emotion in nearest}
         found = {emotion: size[emotion] * weight / total for emotion, weight in weights.items()}
         return Mixture.of({emotion: round(value, 1) for emotion, value in found.items() if value >= LEAST})
 

@@ -14,6 +14,7 @@ from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
+    SETS,
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
@@ -47,7 +48,7 @@ def extract(
     elicitation: Annotated[
         str, typer.Option(help="reply (states of the reply), tone, system or stimulus (state before it).")
     ] = Settings.elicitation,
-    emotions: Annotated[str, typer.Option(help="Names with commas, any set; 'all' is the six.")] = "all",
+    emotions: Annotated[str, typer.Option(help=f"Names with commas, any set; 'all' is the six; or {SETS}.")] = "all",
     out: OutOption = None,
     instruction: Annotated[str, typer.Option(help="Appended to every prompt.")] = Settings.instruction,
     holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of scenarios that evidence is measured on.")] = Settings.holdout,
@@ -83,7 +84,7 @@ def extract(
     own = replies == "self"
     if own and elicitation != "reply":
         raise UsageError("--replies self belongs to --elicitation reply")
-    data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit)
+    data = read_data(scenarios, Path(replies) if replies and not own else None, "self" if own else elicitation, limit, wanted)
     from emosteer.base.processes import join
     from emosteer.directions.extract import batch_tokens_for, finish_checkpoint
     from emosteer.directions.extract import extract as run

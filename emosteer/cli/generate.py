@@ -95,6 +95,14 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    vad: Annotated[
+        str | None,
+        typer.Option(
+            help="A point of valence, arousal and dominance (-1 to 1), such as 0.2,0.9,0.3: the nearest mixture of the circuit's emotions.",
+            metavar="V,A,D",
+            show_default=False,
+        ),
+    ] = None,
     positions: Annotated[
         str | None,
         typer.Option(
@@ -145,7 +153,7 @@ def generate(
     if method not in GENERATE:
         raise UsageError(f"unknown method '{method}'{suggest(method, GENERATE)}; expected {', '.join(GENERATE)}")
     chosen = METHODS[method]
-    feeling = _feeling(Feeling.of(mix, arc, arc_tokens, fade, personality), strength, method, engine)
+    feeling = _feeling(Feeling.of(mix, arc, arc_tokens, fade, personality, vad), strength, method, engine)
     if chosen.kind is not Kind.UNSTEERED and emotion is None and feeling is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     if not chosen.steers and strength is not None:
@@ -179,6 +187,7 @@ def generate(
     known = steers.emotions if steers else EMOTIONS
     names = () if emotion is None else parse_emotions(emotion, known, closed=steers is not None)
     if feeling is not None and found:
+        feeling.tell_reached(found[0].emotions)
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
         author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
         return _write(author, jobs, out, found[1], fresh, as_json, crew)
@@ -219,12 +228,12 @@ def _feeling(feeling: Feeling | None, strength: float | None, method: str, engin
         return None
     if method != CIRCUIT:
         raise UsageError(
-            f"--mix, --arc, --fade and --personality have no meaning with --method {method}; they belong to --method {CIRCUIT}"
+            f"--mix, --arc, --fade, --personality and --vad have no meaning with --method {method}; they belong to --method {CIRCUIT}"
         )
     if strength is not None:
-        raise UsageError("--mix, --arc, --fade and --personality go by intensities; leave --strength out")
+        raise UsageError("--mix, --arc, --fade, --personality and --vad go by intensities; leave --strength out")
     if engine != "builtin":
-        raise UsageError("vLLM writes one emotion at one strength; leave --mix, --arc, --fade and --personality out, or the engine")
+        raise UsageError("vLLM writes one emotion at one strength; leave --mix, --arc, --fade, --personality and --vad out, or the engine")
     feeling.tell_weakened()
     return feeling
 

@@ -24,6 +24,7 @@ from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
 from emosteer.cli.generate import generate
+from emosteer.cli.geometry import geometry
 from emosteer.cli.heads import heads
 from emosteer.cli.inspect import inspect
 from emosteer.cli.judge import judge
@@ -72,6 +73,7 @@ app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(ablate)
 app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(circuit)
 app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(probe)
 app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(heads)
+app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(geometry)
 app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(inspect)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(calibrate)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(judge)

@@ -63,6 +63,8 @@ GuidanceOption = Annotated[
     float,
     typer.Option(max=100, help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none, and faster."),
 ]
+#: How a set of emotions is named, for the help of options.
+SETS = "a set: ekman6, plutchik8, goemotions27, parrott:primary, parrott:secondary or parrott:tertiary"
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, max=1_000_000, help="Use this many scenario-events, evenly spread.")]
 
 

@@ -270,7 +270,12 @@ def reference_directions(directions: Directions, band: Sequence[int]) -> Tensor:
     Raises:
         DegenerateDirection: if the band's directions cancel out.
     """
-    mean = directions.at(RESID_POST)[:, list(band)].mean(1)
+    return band_mean(directions.at(RESID_POST), band)
+
+
+def band_mean(vectors: Tensor, band: Sequence[int]) -> Tensor:
+    """The same of vectors. Shape [emotion, layer, d_model] -> [emotion, d_model]."""
+    mean = vectors[:, list(band)].mean(1)
     norms = mean.norm(dim=-1, keepdim=True)
     if not (norms > 1e-3).all():
         raise DegenerateDirection(f"the directions of layers {band[0]} to {band[-1]} cancel out; choose a narrower band")

@@ -9,6 +9,7 @@ from emosteer.report import (
     curve_figures,
     dial_figures,
     direction_figures,
+    geometry_figures,
     head_pages,
     panel_figures,
     paper_figures,
@@ -133,7 +134,11 @@ def _directions(inputs: Inputs) -> Section:
         f"Each emotion's direction is the mean difference between replies that express it and the same scenarios' other replies, over "
         f"{plural(directions.n_groups, 'scenario-event')} ({directions.elicitation} elicitation), at every layer."
     )
-    figures = [*direction_figures.evidence(directions), direction_figures.layer_similarity(directions)]
+    figures = [
+        *direction_figures.evidence(directions),
+        direction_figures.layer_similarity(directions),
+        *geometry_figures.figures(directions),
+    ]
     notes = [] if directions.evidence else ["No evidence was measured for these directions: too few scenarios were held out."]
     return Section("directions", title, intro, figures, notes=notes)
 

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from emosteer.base.errors import DataError, UsageError, suggest
+from emosteer.scenarios.taxonomies import emotions_of
 
 #: The paper's six. The set is data, not code: every stage takes any list of names.
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
@@ -101,27 +102,51 @@ def find_emotion(name: str, known: Sequence[str], who: str) -> str:
 
 
 def parse_emotions(text: str, known: Sequence[str] = EMOTIONS, *, closed: bool = True) -> tuple[str, ...]:
-    """Reads "all" or a comma-separated list of emotions.
+    """Reads "all" or a comma-separated list of emotions and sets of them ("plutchik8", "parrott:secondary"). What sets share counts once.
 
     Args:
         closed: refuse names that are not in `known` (with the nearest as a hint).
 
     Raises:
-        UsageError: for an unknown, repeated, reserved or missing name.
+        UsageError: for an unknown, repeated, reserved or missing name, and for a set that holds what is not in `known`.
     """
     if emotion_key(text) == "all":
         return tuple(known)
     parts = [part for part in _COMMAS.split(text) if part.strip()]
     if not parts:
         raise UsageError("expected an emotion or 'all', found nothing")
-    names = []
+    names: list[str] = []
+    from_sets: list[str] = []
     for part in parts:
-        try:
-            names.append(find_emotion(part, known, "known:"))
-        except UsageError:
-            if closed:
-                raise
-            names.append(emotion_name(part))
+        members = emotions_of(part)
+        if members is None:
+            names.append(_read(part, known, closed))
+        else:
+            from_sets += _members(part, members, known, closed)
     if len(set(names)) != len(names):
         raise UsageError(f"an emotion is named twice in '{text}'")
-    return tuple(names)
+    return tuple(dict.fromkeys([*names, *from_sets]))
+
+
+def _read(part: str, known: Sequence[str], closed: bool) -> str:
+    try:
+        return find_emotion(part, known, "known:")
+    except UsageError:
+        if closed:
+            raise
+        return emotion_name(part)
+
+
+def _members(part: str, members: Sequence[str], known: Sequence[str], closed: bool) -> Sequence[str]:
+    """The emotions of a set.
+
+    Raises:
+        UsageError: naming those that are not known, where only those count.
+    """
+    lacking = [name for name in members if closed and name not in {emotion_key(one) for one in known}]
+    if lacking:
+        raise UsageError(
+            f"'{part.strip()}' holds {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not known here; "
+            f"known: {', '.join(known)}"
+        )
+    return members

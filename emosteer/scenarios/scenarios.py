@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from emosteer.base.errors import DataError, suggest
 from emosteer.base.files import read_jsonl
+from emosteer.scenarios.data_files import data_path as data_path
 from emosteer.scenarios.emotions import EMOTIONS as EMOTIONS
 from emosteer.scenarios.emotions import NEUTRAL as NEUTRAL
 from emosteer.scenarios.emotions import label_of
@@ -74,22 +75,6 @@ class Group:
     def said(self) -> str:
         """The whole conversation as one text."""
         return " ".join([*(message.content for message in self.earlier), self.text])
-
-
-# ---- where the shipped data is -------------------------------------------------------------------------------------
-
-
-def data_path(name: str) -> Path:
-    """Path of a file of the shipped data (``sev/train.jsonl``): inside an installed package or beside it in a checkout.
-
-    Raises:
-        DataError: if it is in neither place.
-    """
-    here = Path(__file__).parent.parent
-    for root in (here / "data", here.parent / "data"):
-        if (root / name).exists():
-            return root / name
-    raise DataError(f"the shipped data file {name} is missing; install emosteer again")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -10,12 +10,15 @@ from typing import Any
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import sha256_file
+from emosteer.scenarios.emotions import EMOTIONS
 from emosteer.scenarios.prompt_sets import KINDS, of_kinds, read_events, read_groups
 from emosteer.scenarios.scenarios import Bank, Group, data_path, groups_of, read_bank, read_scenarios
 from emosteer.scenarios.splits import split, spread, unread
 
 #: What directions and circuits are made from where nobody names data: prompts, and their reply bank.
 TRAIN, BANK = "prompts/train.jsonl", "replies/plain.jsonl"
+#: Replies in further emotions (trust, anticipation, love) to some of the same prompts.
+MORE = "replies/more.jsonl"
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,19 @@ class Data:
     hashes: dict[str, str]
 
 
-def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "reply", limit: int | None = None) -> Data:
+def read_data(
+    scenarios: Path | None,
+    replies: Path | None,
+    elicitation: str = "reply",
+    limit: int | None = None,
+    emotions: Sequence[str] = EMOTIONS,
+) -> Data:
     """Reads scenarios and, for the `reply` elicitation, a bank; the shipped training files by default.
+
+    Args:
+        limit: use this many scenario-events, evenly spread; emotions: that are wanted. Where the default bank lacks some that
+            `replies/more.jsonl` holds, both are read, and only the prompts that have all of them are kept, so that every emotion is told
+            from the others on the same prompts.
 
     Raises:
         DataError: for whatever is wrong with them.
@@ -41,6 +55,8 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
         bank_file = replies or data_path(BANK)
         bank = read_bank(bank_file)
         hashes[f"replies/{bank_file.name}"] = sha256_file(bank_file)
+        if replies is None and (more := _more(bank, emotions)) is not None:
+            bank, hashes[MORE] = more, sha256_file(data_path(MORE))
         groups = [group for group in groups if group.key in bank]
         if not groups:
             raise DataError(
@@ -49,6 +65,21 @@ def read_data(scenarios: Path | None, replies: Path | None, elicitation: str = "
     if limit is not None and limit < len(groups):
         groups = spread(groups, limit)
     return Data(groups, bank, hashes)
+
+
+def _more(bank: Bank, emotions: Sequence[str]) -> Bank | None:
+    """The default bank with the shipped replies in further emotions, at the prompts that have all that is wanted of both; None where
+    these hold nothing that is wanted."""
+    lacking = set(emotions) - {emotion for replies in bank.values() for emotion in replies}
+    if not lacking:
+        return None
+    more = read_bank(data_path(MORE))
+    added = lacking & {emotion for replies in more.values() for emotion in replies}
+    if not added:
+        return None
+    both = {key: {**bank.get(key, {}), **replies} for key, replies in more.items()}
+    wanted = {emotion for emotion in emotions if emotion in added or emotion not in lacking}
+    return {key: replies for key, replies in both.items() if wanted <= replies.keys()}
 
 
 def without_development(groups: list[Group], scenarios: Path | None = None) -> list[Group]:

@@ -14,6 +14,7 @@ from emosteer.base.strict_json import loads
 from emosteer.scenarios.emotions import emotion_key
 from emosteer.scenarios.scenarios import data_path
 from emosteer.scenarios.scripts import is_unspaced, marks, spaced_out
+from emosteer.scenarios.taxonomies import known_emotions
 
 
 @lru_cache
@@ -71,16 +72,20 @@ def _own_name(name: str) -> WordPattern:
 
 
 def _listed(emotion: str, kind: str) -> WordPattern:
-    """The words of one emotion in the list, else its own name."""
+    """The words of one emotion in the list, else those that a set of emotions has for it, else its own name."""
     words: dict[str, list[str]] = lexicon()[kind]
     name = emotion_key(emotion)
-    return word_pattern(tuple(words[name])) if name in words else _own_name(name)
+    if name in words:
+        return word_pattern(tuple(words[name]))
+    shipped = known_emotions().get(name)
+    found = () if shipped is None else shipped.stems if kind == "stems" else shipped.names
+    return word_pattern(found) if found else _own_name(name)
 
 
 def name_pattern(emotion: str | None = None) -> WordPattern:
     """Matches the names and close synonyms of one emotion, or of every emotion of the list.
 
-    An emotion that the list does not hold is matched by its own name as a stem.
+    An emotion that the list does not hold is matched by the words of the set that holds it (`taxonomies`), else by its own name as a stem.
     """
     if emotion is None:
         names: dict[str, list[str]] = lexicon()["names"]

@@ -63,7 +63,7 @@ def felt_fields(served: Served, wanted: Feels, model: str) -> Feels:
         raise RequestError(message, status=404, param="model", code="model_not_found")
     if not colon:
         return wanted
-    if wanted.emotion is not None or wanted.mix is not None or wanted.arc is not None:
+    if any(given is not None for given in (wanted.emotion, wanted.mix, wanted.arc, wanted.vad)):
         raise RequestError("the model's name asks for an emotion, and so does the request; expected one of the two", param="model")
     if not any(mark in feeling for mark in "@:=+>\N{RIGHTWARDS ARROW}"):
         return wanted.model_copy(update={"emotion": feeling})
@@ -81,10 +81,10 @@ def job_for(served: Served, feels: Feels, messages: tuple[Message, ...], longest
         EmosteerError: for what makes no sense, or what the circuit does not know.
     """
     circuit, emotion = served.circuit, feels.emotion.lower() if feels.emotion is not None else None
-    feeling = Feeling.of(feels.mix, feels.arc, feels.arc_tokens, feels.fade, feels.personality)
+    feeling = Feeling.of(feels.mix, feels.arc, feels.arc_tokens, feels.fade, feels.personality, feels.vad)
     if feeling is not None:
         if feels.strength is not None:
-            raise RequestError("mix, arc, fade and personality go by intensities; leave the strength out", param="strength")
+            raise RequestError("mix, arc, fade, personality and vad go by intensities; leave the strength out", param="strength")
         felt = feeling.starting(() if emotion is None else (emotion,), feels.intensity)[0]
         return felt_job(TEXT, messages, felt.now(messages, circuit.emotions, served.read), circuit, longest)
     if feels.strength is not None and feels.intensity is not None:

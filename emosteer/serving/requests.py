@@ -38,6 +38,7 @@ class Feels(_Fields):
     arc_tokens: int | None = None
     fade: _Amount | None = None
     personality: dict[str, _Amount] | str | None = None
+    vad: Annotated[list[_Amount], Field(min_length=3, max_length=3)] | str | None = None
 
 
 class StreamOptions(_Fields):

@@ -80,7 +80,7 @@ from tests.helpers.report_setup import (
 )
 
 FIGURES = {"outcome", "frontier", "differences", "by-emotion", "by-valence", "confusion", "calibration", "dial-check", "naming", "holding"}
-FIGURES |= {"by-kind", "judges", "contamination", "layers", "heads", "neurons", "importance", "curves", "drawn", "shared"}
+FIGURES |= {"by-kind", "judges", "contamination", "layers", "map", "heads", "neurons", "importance", "curves", "drawn", "shared"}
 TRUTH_IN_ORDER = ordered(TRUTH)
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 
@@ -580,7 +580,7 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "lost", "figures"),
     [
-        (("directions",), ("scores", "circuit", "evaluation", "replies"), {"naming", "holding", "layers"}),
+        (("directions",), ("scores", "circuit", "evaluation", "replies"), {"naming", "holding", "layers", "map"}),
         (("scores",), ("directions", "circuit", "evaluation", "replies"), {"heads", "neurons", "importance", "curves"}),
         (("circuit",), ("directions", "scores", "check", "evaluation", "replies"), {"importance", "drawn", "shared", "calibration"}),
         (("replies",), ("directions", "scores", "circuit", "evaluation"), set()),
