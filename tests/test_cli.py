@@ -16,6 +16,7 @@ import torch
 from emosteer.base.files import sha256_file
 from emosteer.cli import main as cli
 from emosteer.generation.native.build import library
+from emosteer.scenarios.data_files import data_path
 from emosteer.scenarios.shipped import read_data
 from tests.conftest import build
 from tests.helpers.precision import forward_bound
@@ -335,7 +336,7 @@ def test_auto_makes_what_is_missing(run: Callable[..., Any], made: Path, tmp_pat
     from emosteer.scenarios import shipped
 
     files = {shipped.TRAIN: made / "sev.jsonl", "sev/train.jsonl": made / "sev.jsonl", shipped.BANK: made / "bank.jsonl"}
-    monkeypatch.setattr(shipped, "data_path", files.__getitem__)
+    monkeypatch.setattr(shipped, "data_path", lambda name: files.get(name) or data_path(name))
     monkeypatch.setattr(making, "EMOTIONS", EMOTIONS)
     arguments = [
         "generate",

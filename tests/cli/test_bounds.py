@@ -36,7 +36,7 @@ def numbers(kind: type) -> Iterator[tuple[str, Any]]:
 #: What refuses a number: ours, or typer's in the words of its versions.
 REFUSED = "finite number|not in the range|should be (less|greater) than|valid (integer|float|number)|at most 300 digits"
 #: What a command asks for before anything else.
-NEEDED = {"judge": ["texts.jsonl"], "export": ["--emotion", "anger", "--out", "x"]}
+NEEDED = {"geometry": ["x"], "judge": ["texts.jsonl"], "export": ["--emotion", "anger", "--out", "x"]}
 INTEGERS, FLOATS = list(numbers(int)), list(numbers(float))
 
 
