@@ -13,6 +13,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
+    from emosteer.api.effects import effects
     from emosteer.api.loading import load
     from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from emosteer.base.errors import EmosteerError
     from emosteer.circuits.circuit import Circuit
     from emosteer.directions.directions import Directions
+    from emosteer.effects.side_effects import SideEffects
     from emosteer.generation.decoding import Decoding
     from emosteer.generation.generate import Reply
     from emosteer.judges.registry import make_judge
@@ -40,11 +42,13 @@ _HOMES = {
     "calibrate": "emosteer.api.stages",
     "evaluate": "emosteer.api.contest",
     "probe": "emosteer.api.probing",
+    "effects": "emosteer.api.effects",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
     "Circuit": "emosteer.circuits.circuit",
     "Probes": "emosteer.probing.probes",
+    "SideEffects": "emosteer.effects.side_effects",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -62,11 +66,13 @@ __all__ = [
     "Probes",
     "Reply",
     "Scores",
+    "SideEffects",
     "SteeredModel",
     "__version__",
     "ablate",
     "assemble",
     "calibrate",
+    "effects",
     "evaluate",
     "extract",
     "load",

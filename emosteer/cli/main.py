@@ -18,6 +18,7 @@ from emosteer.cli.calibrate import calibrate
 from emosteer.cli.chat import chat
 from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
+from emosteer.cli.effects import effects
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
@@ -35,7 +36,7 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
 #: Commands that keep what they have finished, and what is said of it when they are stopped.
-GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe")
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe", "effects")
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
@@ -55,6 +56,7 @@ app.command(cls=CheckedCommand)(circuit)
 app.command(cls=CheckedCommand)(calibrate)
 app.command(cls=CheckedCommand)(evaluate)
 app.command(cls=CheckedCommand)(probe)
+app.command(cls=CheckedCommand)(effects)
 app.command(cls=CheckedCommand)(report)
 app.command(cls=CheckedCommand)(inspect)
 app.command(cls=CheckedCommand)(generate)

@@ -15,8 +15,10 @@ from emosteer.base.tables import print_table
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import strength_for
 from emosteer.circuits.methods import METHODS
+from emosteer.cli.print_effects import effects_summary, print_effects
 from emosteer.cli.print_probes import print_probes, probes_summary
 from emosteer.directions.directions import Directions
+from emosteer.effects.side_effects import SideEffects
 from emosteer.models.sites import RESID_POST, Head, Neuron
 from emosteer.probing.probes import Probes
 from emosteer.report.commands import made_by
@@ -282,7 +284,7 @@ def artifact_summary(found: Artifact) -> Summary:
         "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
-    value: Directions | Circuit | Scores | Probes
+    value: Directions | Circuit | Scores | Probes | SideEffects
     if found.kind == "directions":
         value = Directions.from_artifact(found)
         summary["content"] = directions_summary(value)
@@ -295,6 +297,9 @@ def artifact_summary(found: Artifact) -> Summary:
     elif found.kind == "probes":
         value = Probes.from_artifact(found)
         summary["content"] = probes_summary(value)
+    elif found.kind == "effects":
+        value = SideEffects.from_artifact(found)
+        summary["content"] = effects_summary(value)
     else:
         return summary
     return {**summary, "command": made_by(found.kind, value, p.model)}
@@ -317,6 +322,7 @@ def print_artifact(summary: Summary) -> None:
     ]
     print_table(("provenance", ""), lines)
     printers = {"directions": print_directions, "circuit": print_circuit, "scores": print_scores, "probes": print_probes}
+    printers["effects"] = print_effects
     if summary["kind"] in printers:
         printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
     print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])
