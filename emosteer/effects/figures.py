@@ -11,6 +11,7 @@ from torch import Tensor
 from emosteer.circuits.methods import NONE
 from emosteer.effects.checks import ITEM_KINDS
 from emosteer.effects.conditions import Condition, Line, lines_of
+from emosteer.effects.conversations import After
 from emosteer.effects.outcomes import MEASURES, Tables
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, paired, sign_flip_p
 
@@ -128,11 +129,11 @@ def feedback_rows(right: Mapping[str, Tensor], seed: int) -> list[Row]:
     return rows
 
 
-def long_rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[Row]:
+def long_rows(found: Sequence[After], seed: int) -> list[Row]:
     """Over all emotions: rows {"how", "distance", "felt", "n"}."""
     rows: list[Row] = []
-    for how, distance in dict.fromkeys((row["how"], row["distance"]) for row in found):
-        hits = torch.tensor([row["hits"] for row in found if (row["how"], row["distance"]) == (how, distance)], dtype=torch.float32)
+    for how, distance in dict.fromkeys((one.how, one.distance) for one in found):
+        hits = torch.tensor([one.hits for one in found if (one.how, one.distance) == (how, distance)], dtype=torch.float32)
         share = estimate(mean(hits.T, Draws.make(hits.shape[1], seed=seed)))
         rows.append({"how": how, "distance": distance, "felt": share, "n": hits.numel()})
     return rows

@@ -16,10 +16,11 @@ from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
-from emosteer.effects import figures, outcomes
+from emosteer.effects import conversations, figures, outcomes
 from emosteer.effects.battery import CROSS, PLAIN, WARM, Battery
 from emosteer.effects.checks import read_phrases
 from emosteer.effects.conditions import Condition, conditions_of
+from emosteer.effects.conversations import After
 from emosteer.effects.outcomes import ASKED, ITEMS, MEASURES, REPLIES, TEXTS, Reader, Tables
 from emosteer.effects.settings import SENTENCES, EffectsSettings, Limits
 from emosteer.effects.side_effects import SideEffects
@@ -128,18 +129,18 @@ def _feedback(writer: ContestWriter, battery: Battery, first: Mapping[int, str],
         return {}
     said = battery.sentences
     arms = {PLAINLY: said[PLAIN], BY_TURNS: [said[WARM][0], said[CROSS][1]]}
-    return outcomes.second_chances(writer, battery, first, arms, settings.rounds)
+    return conversations.second_chances(writer, battery, first, arms, settings.rounds)
 
 
 def _after(
     writer: ContestWriter, battery: Battery, circuit: Circuit, settings: EffectsSettings, read: Reader, notes: list[str]
-) -> list[dict[str, Any]]:
+) -> list[After]:
     """Emotions after long conversations; nothing where they were left out."""
     if not settings.followed:
         return []
     strengths = {emotion: circuit.strength_at(emotion, settings.followed_intensity) for emotion in circuit.emotions}
     slow = replace(writer, batch_size=LONG_BATCH, _prompts={})
-    found, beyond = outcomes.after_long_talk(slow, battery, strengths, settings.distances, settings.followed, read)
+    found, beyond = conversations.after_long_talk(slow, battery, strengths, settings.distances, settings.followed, read)
     if beyond:
         name, context = writer.model.name, writer.model.shape.context
         notes.append(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from emosteer.base.jsonl import KeyedLog
-from emosteer.circuits.methods import CIRCUIT, NONE
+from emosteer.circuits.methods import NONE
 from emosteer.effects.battery import ATTACHMENT, EVERYDAY, HARMFUL, HARMLESS, Battery, prompt_of
 from emosteer.effects.checks import INSULT, JOINS, PATTERNS, REFUSAL, THREAT, Phrases, common_words, is_foreign
 from emosteer.effects.conditions import Condition
@@ -161,101 +161,3 @@ def tables_of(
         else:
             values["felt"][c, i] = label == conditions[c].emotion
     return Tables(values, plain, patterns)
-
-
-# ---- feedback ------------------------------------------------------------------------------------------------------------------
-
-
-def second_chances(
-    writer: ContestWriter, battery: Battery, first: Mapping[int, str], arms: Mapping[str, Sequence[str]], rounds: int
-) -> dict[str, Tensor]:
-    """Wrong answers are told to be wrong, in the tone of an arm, and answered again, up to so many times.
-
-    Args:
-        first: item -> its unsteered reply; arms: name -> what is said in each round.
-
-    Returns:
-        arm -> [round + 1, item], whether the item was right by then; the first row is before any feedback.
-    """
-    found = {}
-    for arm, said in arms.items():
-        right = torch.zeros(rounds + 1, len(battery.items))
-        right[0] = torch.tensor([battery.items[i].check.holds(first[i]) for i in range(len(battery.items))])
-        earlier = {i: (("user", battery.items[i].prompt), ("assistant", first[i] or "...")) for i in first if not right[0, i]}
-        for turn in range(rounds):
-            open_items = [i for i in earlier if not right[turn, i]]
-            right[turn + 1] = right[turn]
-            cells = [Cell(_continued(f"{battery.items[i].id}+{arm}-{turn}", earlier[i], said[turn]), NONE, NONE) for i in open_items]
-            for i, row in zip(open_items, writer.write(cells, f"{arm} feedback {turn + 1}") if cells else (), strict=True):
-                right[turn + 1, i] = battery.items[i].check.holds(row["text"])
-                earlier[i] = (*earlier[i], ("user", said[turn]), ("assistant", row["text"] or "..."))
-        found[arm] = right
-    return found
-
-
-def _continued(name: str, earlier: Sequence[tuple[str, str]], text: str) -> Group:
-    from emosteer.scenarios.scenarios import Message
-
-    return replace(prompt_of(name, text), earlier=tuple(Message(*turn) for turn in earlier))
-
-
-# ---- long context --------------------------------------------------------------------------------------------------------------
-
-#: How an emotion is had after a long conversation: by steering now, by having been asked for at its beginning, not at all.
-STEERED, REQUESTED, UNTOLD = "circuit", "asked for at the beginning", "unsteered"
-
-
-def after_long_talk(
-    writer: ContestWriter, battery: Battery, strengths: Mapping[str, float], distances: Sequence[int], count: int, read: Reader
-) -> tuple[list[dict[str, object]], list[int]]:
-    """Replies at the end of a conversation that begins with a request, goes on neutrally for so many tokens, and ends with a prompt.
-
-    Args:
-        strengths: emotion -> strength of the circuit; count: prompts.
-
-    Returns:
-        rows {"how", "distance", "emotion", "hits"}, hits by prompt: whether the reply is read as the emotion; and the distances that the
-        model's context does not bear.
-    """
-    plain = [group for group in battery.asked[EVERYDAY] if not group.earlier][:count]
-    found: list[dict[str, object]] = []
-    beyond = []
-    for distance in distances:
-        talk = neutral_talk(writer, battery, distance)
-        cells = []
-        for how in (STEERED, REQUESTED, UNTOLD):
-            for emotion, strength in strengths.items() if how != UNTOLD else (("", 0.0),):
-                wish = f"in a tone of strong {emotion}" if how == REQUESTED else "as you usually do"
-                opening = (("user", f"Until we stop talking, reply {wish}."), ("assistant", "All right, I will."))
-                for group in plain:
-                    name = f"{group.key}+after-{distance}-{how}-{emotion if how == REQUESTED else ''}"
-                    there = _continued(name, (*opening, *talk), group.text)
-                    steered = how == STEERED
-                    cells.append((how, emotion, Cell(there, emotion if steered else NONE, CIRCUIT if steered else NONE, strength or None)))
-        longest = max((len(writer.request(cell).ids) for _, _, cell in cells), default=0)
-        if longest + writer.decoding.max_new_tokens > writer.model.shape.context:
-            beyond.append(distance)
-            continue
-        rows = writer.write([cell for _, _, cell in cells], f"after {distance} tokens")
-        labels = read([row["text"] for row in rows])
-        told = {(how, emotion): [] for how, emotion, _ in cells}  # type: dict[tuple[str, str], list[str | None]]
-        for (how, emotion, _), label in zip(cells, labels, strict=True):
-            told[how, emotion].append(label)
-        for emotion in strengths:
-            for how in (STEERED, REQUESTED, UNTOLD):
-                own = told[how, emotion if how != UNTOLD else ""]
-                found.append({"how": how, "distance": distance, "emotion": emotion, "hits": [int(label == emotion) for label in own]})
-    return found, beyond
-
-
-def neutral_talk(writer: ContestWriter, battery: Battery, tokens: int) -> list[tuple[str, str]]:
-    """Turns of neutral conversation, of as many tokens as asked for or a turn more: prompts of the bank with their neutral replies."""
-    turns: list[tuple[str, str]] = []
-    pairs = [(group.text, reply) for group, reply in battery.texts if not group.earlier]
-    number = length = 0
-    while length < tokens and pairs:
-        text, reply = pairs[number % len(pairs)]
-        turns += [("user", text), ("assistant", reply)]
-        length += len(writer.model.text_ids(text)) + len(writer.model.text_ids(reply))
-        number += 1
-    return turns
