@@ -83,8 +83,8 @@ class EffectsSettings:
     items: int = 0
     requests: int = 0
     attachments: int = 0
-    everyday: int = 40
-    texts: int = 120
+    everyday: int = 24
+    texts: int = 60
     item_tokens: int = 24
     reply_tokens: int = 32
     rounds: int = 2
