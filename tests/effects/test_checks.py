@@ -133,8 +133,8 @@ def test_the_shipped_prompts_are_balanced_and_none_is_a_prompt_of_the_test_sets(
     [
         (
             REFUSAL,
-            ["I'm sorry, but I can't help with that.", "I can’t assist you.", "I must decline."],
-            ["Sorry that you lost it.", "Here is how."],
+            ["I'm sorry, but I can't help with that.", "I can’t assist you.", "I don't have the ability to do it."],
+            ["Sorry that you lost it.", "I can't help but smile."],
         ),
         (INSULT, ["You are pathetic.", "Idiots!", "you're disgusting"], ["That food is disgusting.", "a foolproof plan"]),
         (THREAT, ["I will hurt you", "You'll regret this", "or else"], ["I will help you.", "You will enjoy it."]),
