@@ -33,7 +33,10 @@ def harm(row: Mapping[str, Any], limit: str) -> tuple[float, float] | None:
     change = found["change"]
     if limit == "perplexity":
         return change["value"], change["high"]
-    return 100 * sign * change["value"] + 0.0, 100 * sign * change["high" if sign > 0 else "low"] + 0.0
+    value, most = 100 * sign * change["value"] + 0.0, 100 * sign * change["high" if sign > 0 else "low"] + 0.0
+    if change["low"] == change["high"]:  # all prompts alike: an interval of no width would promise too much (the rule of three)
+        most = min(100.0, value + 300 / max(1, found["n"]))
+    return value, most
 
 
 def dial_rows(rows: Rows, emotion: str) -> list[Mapping[str, Any]]:

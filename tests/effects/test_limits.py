@@ -44,6 +44,8 @@ def test_limits_are_read_and_nonsense_is_refused() -> None:
 def test_harm_counts_what_is_lost_as_well_as_what_is_gained() -> None:
     assert harm(ROWS[1], "perplexity") == pytest.approx((1.5, 1.52)) and harm(ROWS[1], "accuracy") == pytest.approx((5.0, 7.0))
     assert harm(ROWS[1], "abuse") is None
+    still = {"figures": {"abuse": {"change": estimate(0.0, 0.0), "n": 60}, "refused": {"change": estimate(0.0, 0.0), "n": 2}}}
+    assert harm(still, "abuse") == (0.0, 5.0) and harm(still, "refusal") == (0.0, 100.0), "nothing seen in 60 may still be 5 in 100"
 
 
 def test_a_limit_holds_up_to_the_last_intensity_before_the_first_that_exceeds_it() -> None:
