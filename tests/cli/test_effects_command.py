@@ -49,7 +49,7 @@ def test_the_command_writes_prints_and_can_be_made_again_and_generate_warns(said
     first, command = file.read_bytes(), str(SideEffects.load(file).provenance.command)
     assert command.startswith("emosteer effects") and "--intensities 50,100" in command
     assert not said(*shlex.split(command)[1:])[0] and file.read_bytes() == first
-    shown = said("inspect", str(file))[1]
+    shown = " ".join(said("inspect", str(file))[1].split())
     for part in ("all emotions", "the circuit by emotion", "up to which each limit holds", "accuracy by kind of item", "response patterns"):
         assert part in shown
     ask = ["generate", "we cry", "-m", "./tiny", "-e", "anger", "--max-new-tokens", "2"]
