@@ -56,7 +56,7 @@ def test_the_section_says_what_was_measured(found: SideEffects, places: Places) 
     assert [cells[:2] for cells in dial.tables[0].rows] == [["anger", "50"], ["fear", "50"], ["anger", "100"], ["fear", "100"]]
     methods, limits, patterns, feedback = section.tables
     assert [cells[0] for cells in methods.rows] == ["Unsteered", "Circuit at 50", "Circuit at 100", "Prompt: tone"]
-    assert len(limits.rows) == 7 and limits.columns[1:] == ("all", "anger", "fear")
+    assert len(limits.rows) == 7 and all(len(cells) == 4 for cells in limits.rows)
     assert len(patterns.rows) == 4 and len(feedback.rows) == 2
     assert all(panel.svg.startswith("<svg") and panel.svg.count("<path") > 2 for figure in section.figures for panel in figure.panels)
 
