@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from emosteer.api.contest import evaluate
     from emosteer.api.describing import describe_heads
+    from emosteer.api.effects import effects
     from emosteer.api.loading import load
     from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.heads.heads import HeadStudy
     from emosteer.directions.directions import Directions
+    from emosteer.effects.side_effects import SideEffects
     from emosteer.generation.decoding import Decoding
     from emosteer.generation.generate import Reply
     from emosteer.judges.registry import make_judge
@@ -43,12 +45,14 @@ _HOMES = {
     "evaluate": "emosteer.api.contest",
     "probe": "emosteer.api.probing",
     "describe_heads": "emosteer.api.describing",
+    "effects": "emosteer.api.effects",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
     "Circuit": "emosteer.circuits.circuit",
     "Probes": "emosteer.probing.probes",
     "HeadStudy": "emosteer.circuits.heads.heads",
+    "SideEffects": "emosteer.effects.side_effects",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -67,12 +71,14 @@ __all__ = [
     "Probes",
     "Reply",
     "Scores",
+    "SideEffects",
     "SteeredModel",
     "__version__",
     "ablate",
     "assemble",
     "calibrate",
     "describe_heads",
+    "effects",
     "evaluate",
     "extract",
     "load",

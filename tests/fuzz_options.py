@@ -46,6 +46,7 @@ LINES = {
     "evaluate": "evaluate --model ./tiny --groups 2 --dev-groups 2",
     "judge": "judge texts.jsonl --judge linear --out judged.jsonl",
     "probe": f"probe {_DATA} --per-label 12 --folds 2 --epochs 1 --hidden 0 --sites resid_post --followed 3 --prompted 3 --moved 3",
+    "effects": "effects --model ./tiny --quick --items 2 --requests 1 --attachments 1 --everyday 1 --texts 2",
     "inspect": "inspect artifacts/tiny/circuit.safetensors",
     "geometry": "geometry artifacts/tiny/directions.safetensors",
     "report": "report --model ./tiny --out report.html",

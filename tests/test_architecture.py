@@ -25,9 +25,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("attribution",),
     ("circuits",),
     ("probing",),
-    ("writing", "export", "report"),
+    ("writing", "export"),
     ("calibration", "evaluation", "serving"),
-    ("costs",),
+    ("costs", "effects"),
+    ("report",),
     ("api",),
     ("cli",),
     ("__main__",),
@@ -48,6 +49,11 @@ LIGHT = (
         "writing.settings",
         "probing.settings",
         "probing.texts",
+        "effects.settings",
+        "effects.checks",
+        "effects.conditions",
+        "effects.battery",
+        "effects.limits",
         "generation.decoding",
         "judges.registry",
         "judges.by_hand",
@@ -56,7 +62,15 @@ LIGHT = (
     ),
     "judges.by_hand_scores",
 )
-LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_heads", "cli.print_probes")
+LIGHT_BUT = (
+    "base.artifacts",
+    "base.pieces",
+    "base.schema",
+    "cli.print_artifacts",
+    "cli.print_effects",
+    "cli.print_heads",
+    "cli.print_probes",
+)
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -140,3 +140,24 @@ class ProbeOptions(TypedDict, total=False):
     shots: int
     moved: int
     seed: int
+
+
+class EffectsOptions(TypedDict, total=False):
+    """`effects.settings.EffectsSettings`."""
+
+    methods: Sequence[str]
+    intensities: Sequence[float]
+    per_prompt: int
+    items: int
+    requests: int
+    attachments: int
+    everyday: int
+    texts: int
+    item_tokens: int
+    reply_tokens: int
+    rounds: int
+    distances: Sequence[int]
+    followed: int
+    followed_intensity: float
+    guidance: float
+    seed: int

@@ -86,6 +86,11 @@ class Places:
         """The graph of it, for other tools."""
         return self.folder / "heads-graph.json"
 
+    @property
+    def effects(self) -> Path:
+        """What `effects` writes."""
+        return self.folder / "effects.safetensors"
+
 
 def own_bank_of(directions: Directions, path: Path) -> Path | None:
     """The bank of the model's own replies, beside the directions that were made with it; None for directions made with another."""
@@ -96,6 +101,12 @@ def own_bank_of(directions: Directions, path: Path) -> Path | None:
 def packaged_circuit(model_name: str) -> Path | None:
     """The circuit shipped for a model, if there is one."""
     path = Path(__file__).parents[1] / "assets" / f"{slug(model_name)}.circuit.safetensors"
+    return path if path.exists() else None
+
+
+def packaged_effects(model_name: str) -> Path | None:
+    """The effects of the circuit shipped for a model, if they are shipped."""
+    path = Path(__file__).parents[1] / "assets" / f"{slug(model_name)}.effects.safetensors"
     return path if path.exists() else None
 
 

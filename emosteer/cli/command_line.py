@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.heads.heads import HeadStudy
     from emosteer.directions.directions import Directions
+    from emosteer.effects.side_effects import SideEffects
     from emosteer.probing.probes import Probes
 
-Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes", "HeadStudy")
+Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes", "HeadStudy", "SideEffects")
 
 #: Options that say how a result is printed, or what becomes of an earlier one; the result is the same with and without them.
 NOT_KEPT = ("as_json", "fresh", "force")

@@ -17,6 +17,7 @@ from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.generate_inputs import Input, inputs_of
+from emosteer.cli.limits import MaxHarmOption, warn_of_harm
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -28,6 +29,7 @@ from emosteer.cli.options import (
     complete_emotion,
     one_of,
 )
+from emosteer.effects.settings import Limits
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
@@ -145,6 +147,7 @@ def generate(
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
+    max_harm: MaxHarmOption = None,
     root: RootOption = ARTIFACTS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
@@ -163,6 +166,7 @@ def generate(
     leaning = _guidance(guidance, engine)
     options = _engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
+    limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
 
     decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning)
@@ -190,11 +194,13 @@ def generate(
         feeling.tell_reached(found[0].emotions)
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
         author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
+        warn_of_harm(limits, method, loaded.name, found, jobs, root)
         return _write(author, jobs, out, found[1], fresh, as_json, crew)
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
+    warn_of_harm(limits, method, loaded.name, found, jobs, root)
     _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
 
 

@@ -20,6 +20,7 @@ from emosteer.cli.chat import chat
 from emosteer.cli.checked import CheckedCommand
 from emosteer.cli.circuit import circuit
 from emosteer.cli.doctor import doctor
+from emosteer.cli.effects import effects
 from emosteer.cli.evaluate import evaluate
 from emosteer.cli.export import export
 from emosteer.cli.extract import extract
@@ -39,7 +40,7 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
 #: Commands that keep what they have finished, and what is said of it when they are stopped.
-GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe")
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe", "effects")
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
@@ -78,6 +79,7 @@ app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(inspect)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(calibrate)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(judge)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(evaluate)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(effects)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(report)
 app.command(cls=CheckedCommand, rich_help_panel=SHIP)(export)
 app.add_typer(models, name="models", rich_help_panel=SET_UP)

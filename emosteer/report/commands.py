@@ -22,6 +22,7 @@ _STAGES = {
     "replies": "evaluate",
     "probes": "probe",
     "heads": "heads",
+    "effects": "effects",
 }
 
 

@@ -17,6 +17,7 @@ from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
 from emosteer.directions.directions import Directions
+from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
 from emosteer.report import commands
 from emosteer.report.figures import Absent
@@ -51,6 +52,7 @@ class Inputs:
     warnings: Sequence[str]
     probes: Probes | None = None
     heads: HeadStudy | None = None
+    effects: SideEffects | None = None
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -99,6 +101,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("check", places.folder / "calibration-check.json", _read_check),
         ("probes", places.probes, Probes.load),
         ("heads", places.heads, HeadStudy.load),
+        ("effects", places.effects, SideEffects.load),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
         ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
@@ -127,6 +130,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         warnings=_warnings(value, sources),
         probes=value.get("probes"),
         heads=value.get("heads"),
+        effects=value.get("effects"),
     )
 
 
@@ -167,7 +171,7 @@ def _read_check(path: Path) -> dict[str, Any]:
 
 
 def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
-    for kind in ("circuit", "directions", "scores", "probes", "heads"):
+    for kind in ("circuit", "directions", "scores", "probes", "heads", "effects"):
         if kind in present:
             return str(present[kind][1].provenance.model)
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
@@ -263,7 +267,9 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
     """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
     warnings = []
     weights = {
-        kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes", "heads") if kind in value
+        kind: value[kind].provenance.model_sha256
+        for kind in ("directions", "scores", "circuit", "probes", "heads", "effects")
+        if kind in value
     }
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
         weights["evaluation"] = value["evaluation"].raw["model_sha256"]
@@ -286,8 +292,19 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
     if "circuit" in value:
         # a circuit that was calibrated after it was evaluated is still the same circuit
         circuit_hashes = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
-        for kind, what in (("evaluation", "evaluation"), ("check", "check of the intensity dial")):
-            used = (value[kind].raw if kind == "evaluation" else value[kind]).get("circuit_sha256") if kind in value else None
+        for kind, what in (
+            ("evaluation", "evaluation"),
+            ("check", "check of the intensity dial"),
+            ("effects", "measurement of the effects"),
+        ):
+            used = _circuit_of(kind, value[kind]) if kind in value else None
             if used and used not in circuit_hashes:
                 warnings.append(f"The {what} used another circuit ({used[:12]}) than the one shown here ({circuit_hashes[0][:12]}).")
     return warnings
+
+
+def _circuit_of(kind: str, item: Any) -> str | None:
+    """The hash of the circuit that something was measured with."""
+    if kind == "effects":
+        return str(item.circuit_sha256)
+    return (item.raw if kind == "evaluation" else item).get("circuit_sha256")

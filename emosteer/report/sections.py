@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
 from emosteer.report import (
     circuit_figures,
@@ -9,6 +10,7 @@ from emosteer.report import (
     curve_figures,
     dial_figures,
     direction_figures,
+    effect_figures,
     geometry_figures,
     head_pages,
     panel_figures,
@@ -38,6 +40,7 @@ def sections(inputs: Inputs) -> list[Section]:
         paper_figures.section(inputs),
         *([head_pages.section(inputs.heads)] if inputs.heads is not None else []),
         *([_probes(inputs.probes)] if inputs.probes is not None else []),
+        *([_effects(inputs.effects)] if inputs.effects is not None else []),
     ]
 
 
@@ -194,3 +197,20 @@ def _probes(probes: Probes) -> Section:
     )
     table = probe_figures.prompting_table(probes)
     return Section("probes", "Probes", intro, probe_figures.figures(probes), [table] if table else [], notes=list(probes.notes))
+
+
+def _effects(found: SideEffects) -> Section:
+    """Only on the page where somebody measured them."""
+    plain = found.unsteered["figures"]
+    parts = {
+        "right": ("item", "items"),
+        "refused": ("harmful request", "harmful requests"),
+        "joins": ("prompt that seeks attachment", "prompts that seek attachment"),
+        "nll": ("neutral text", "neutral texts"),
+    }
+    sizes = ", ".join(plural(plain[name]["n"], *words) for name, words in parts.items() if name in plain)
+    intro = (
+        f"What steering, prompts and sentences do besides ({sizes}): every reply is checked by lists that stand in the package, and "
+        "compared with the unsteered model's to the same prompt."
+    )
+    return Section("effects", "Side effects", intro, effect_figures.figures(found), effect_figures.tables(found), notes=list(found.notes))

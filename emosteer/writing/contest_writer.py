@@ -56,7 +56,8 @@ def cells_of(method: str, groups: Sequence[Group], strengths: Mapping[str, float
 @dataclass(frozen=True, eq=False)
 class ContestWriter:
     """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that;
-    crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each."""
+    crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each; fluent:
+    whether replies are read again for their nats per token."""
 
     model: Model
     emotions: tuple[str, ...]
@@ -67,6 +68,7 @@ class ContestWriter:
     replies: KeyedLog
     batch_size: int = CONTEST_BATCH_SIZE
     crew: Crew = ALONE
+    fluent: bool = True
     _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
 
     def key(self, cell: Cell) -> str:
@@ -78,11 +80,11 @@ class ContestWriter:
             self.added.get(cell.method, ""),
             self.decoding.shaping,
             self.instruction,
-            [cell.method, cell.emotion, cell.strength, str(cell.group.key), self._request(cell).ids],
+            [cell.method, cell.emotion, cell.strength, str(cell.group.key), self.request(cell).ids],
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))
 
-    def _request(self, cell: Cell) -> Request:
+    def request(self, cell: Cell) -> Request:
         """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
         elicitation = METHODS[cell.method].elicitation
         place = f"{cell.method}/{cell.emotion}" if elicitation else "", str(cell.group.key)
@@ -93,7 +95,7 @@ class ContestWriter:
             )
         return self._prompts[place]
 
-    def _plan(self, cells: Sequence[Cell]) -> SteeringPlan:
+    def plan(self, cells: Sequence[Cell]) -> SteeringPlan:
         """What is added per row; the methods may differ from row to row, a site that a method does not use adds zero."""
         vectors: dict[Site, Tensor] = {}
         for row, cell in enumerate(cells):
@@ -103,7 +105,8 @@ class ContestWriter:
         return SteeringPlan(vectors, len(cells))
 
     def write(self, cells: Sequence[Cell], what: str) -> list[Row]:
-        """The replies to all cells, in their order, with their nats per token under the unsteered model (None for an empty one).
+        """The replies to all cells, in their order, with their nats per token under the unsteered model (None for an empty one, or where
+        nobody wants to know).
 
         Batches hold one method each: another method in the contest leaves the batches of the others, and what is kept of them, alone.
 
@@ -127,7 +130,7 @@ class ContestWriter:
         """Indices of cells, one method per batch."""
         for method in dict.fromkeys(cell.method for cell in cells):
             mine = [i for i, cell in enumerate(cells) if cell.method == method]
-            for index in batches([self._request(cells[i]) for i in mine], self.batch_size):
+            for index in batches([self.request(cells[i]) for i in mine], self.batch_size):
                 yield [mine[i] for i in index]
 
     # ---- several processes -----------------------------------------------------------------------------------------
@@ -173,8 +176,8 @@ class ContestWriter:
 
         def compute(batch: list[int]) -> list[tuple[int, Row]]:
             members = [cells[i] for i in batch]
-            replies = generate(self.model, [self._request(cell) for cell in members], self._plan(members), self.decoding)
-            costs = reply_nll(self.model, [reply.text for reply in replies])
+            replies = generate(self.model, [self.request(cell) for cell in members], self.plan(members), self.decoding)
+            costs = reply_nll(self.model, [reply.text for reply in replies]) if self.fluent else [math.nan] * len(replies)
             return [(i, _row(cells[i], reply, cost)) for i, reply, cost in zip(batch, replies, costs, strict=True)]
 
         return halving(compute)

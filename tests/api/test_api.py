@@ -24,6 +24,7 @@ from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
+from emosteer.effects.settings import EffectsSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.probing.settings import ProbeSettings
 from emosteer.writing.settings import BATCH_SIZE
@@ -214,6 +215,7 @@ def test_an_unknown_name_points_to_the_page() -> None:
         (options.DecodingOptions, Decoding),
         (options.ProbeOptions, ProbeSettings),
         (options.HeadOptions, HeadSettings),
+        (options.EffectsOptions, EffectsSettings),
     ],
 )
 def test_the_named_options_are_the_fields_of_the_settings(typed: Any, settings: Any) -> None:
@@ -234,7 +236,19 @@ def test_the_signatures_on_the_page_are_those_of_the_code() -> None:
     """Names of parameters and, where the page gives one, defaults; what `**settings` or `**options` stands for is checked above."""
     page = (ROOT / "docs" / "API.md").read_text(encoding="utf-8")
     shown = {name: ast.parse(f"def f({given}): ...").body[0] for name, given in re.findall(r"(\w+)\(([^()`]*\*,[^()`]*)\)", page)}
-    assert set(shown) >= {"load", "generate", "steering", "extract", "ablate", "assemble", "calibrate", "evaluate", "probe", "make_judge"}
+    assert set(shown) >= {
+        "load",
+        "generate",
+        "steering",
+        "extract",
+        "ablate",
+        "assemble",
+        "calibrate",
+        "evaluate",
+        "probe",
+        "effects",
+        "make_judge",
+    }
     homes = {**{name: getattr(emosteer, name) for name in emosteer.__all__}, **vars(SteeredModel)}
     typed = {name: None for name in options.WritingOptions.__annotations__}
     for name, node in shown.items():

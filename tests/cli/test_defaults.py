@@ -14,6 +14,7 @@ from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
+from emosteer.effects.settings import EffectsSettings, Limits
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import EMBEDDED, KEY_ENV, PANEL, PARALLEL
@@ -29,6 +30,7 @@ JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
 PROBE = vars(ProbeSettings())
+EFFECTS = vars(EffectsSettings())
 
 #: Command -> option -> the field that it sets, of an instance made with defaults.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -69,6 +71,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{name: ",".join(f"{value:g}" for value in PROBE[name]) for name in ("decays", "distances")},
     },
     "heads": dict(vars(HeadSettings())),
+    "effects": {
+        **{name: EFFECTS[name] for name in ("per_prompt", "item_tokens", "reply_tokens", "followed_intensity", "guidance", "seed")},
+        **{"distances": ",".join(f"{value:g}" for value in EFFECTS["distances"]), "max_harm": Limits().text},
+        **{"judge": EMBEDDED, "batch_size": BATCH_SIZE},
+    },
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
 #: Options that no settings class holds: where things are, and what a command alone decides.

@@ -97,7 +97,7 @@ def test_a_chat_s_earlier_turns_reach_the_model_with_every_method(tmp_path: Path
         how = cell.method.removeprefix("prompt-")
         last = elicit(how, chat.text, cell.emotion, INSTRUCTION) if cell.method in PROMPTS else plain(chat.text, INSTRUCTION)
         wanted = [*last[:-1], *turns, last[-1]]  # a system line stands at the head
-        ids = list(found._request(cell).ids)
+        ids = list(found.request(cell).ids)
         assert ids == model.prompt_ids(wanted) and len(ids) > len(model.prompt_ids(last))
     cells = all_cells_of(prompts(3))
     contest_module._write_work(tmp_path / "work.json", cells, [[0, 1]])
@@ -110,7 +110,7 @@ def test_a_chat_s_earlier_turns_reach_the_model_with_every_method(tmp_path: Path
 def test_methods_can_share_a_batch(tmp_path: Path) -> None:
     found = contest(tmp_path)
     cells = all_cells(2)[::-1]
-    plan = found._plan(cells)
+    plan = found.plan(cells)
     assert {site.kind for site in plan.vectors} == {ATTN_OUT, RESID_POST}
     for row, cell in enumerate(cells):
         own = found.vectors[cell.method]
