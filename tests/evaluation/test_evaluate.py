@@ -91,7 +91,7 @@ def test_accuracy_leaves_neutral_out_and_the_panel_s_reading_does_not() -> None:
     ],
 )
 def test_each_part_alone_makes_a_reply_not_good(part: Row, emotion: int, answers: int, sound: int, names: int) -> None:
-    """The target's mean probability is the highest throughout: it is the panel's majority that counts."""
+    """The target's mean probability is the highest throughout: it is the panel's label that counts."""
     found = measure({**reply(shares=SURE), **part}, "anger", SIX)
     assert [found[name] for name in ("emotion", "answers", "sound", "names")] == [emotion, answers, sound, names]
     assert found["good"] == float(not part) and found["accuracy"] == 1.0 and found["probability"] == 0.6
