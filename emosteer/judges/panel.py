@@ -16,6 +16,8 @@ from emosteer.judges.protocol import EmotionJudge, Opinion
 
 #: What a panel says where half of its judges or more said nothing, and what its majority is where no label has more than half of the votes.
 UNDECIDED = "undecided"
+#: How several judges become one opinion: part of a panel's key.
+RULE = "mean"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Panel:
 
     @property
     def key(self) -> str:
-        """The judges' keys."""
-        return ", ".join(judge.key for judge in self.judges)
+        """The judges' keys and, of several, how they become one opinion."""
+        keys = ", ".join(judge.key for judge in self.judges)
+        return f"{RULE} of {keys}" if len(self.judges) > 1 else keys
 
     def readings(self, texts: Sequence[str]) -> list[Reading]:
         """Every judge's opinion of each text, in order."""

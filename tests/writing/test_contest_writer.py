@@ -400,7 +400,7 @@ def test_a_panel_s_readings_are_kept_by_judge_and_a_new_judge_alone_is_asked(tmp
     assert first.asked == texts == second.asked, "the first judge's opinions were kept"
     assert [*found["cry"].opinions] == ["words", "others"] and found["cry"].opinions["words"] == alone["cry"].opinions["words"]
     bench = jury(tmp_path, [first, second])
-    assert (bench.name, bench.key) == ("words, others", "words-1, words-2")
+    assert (bench.name, bench.key) == ("words, others", "mean of words-1, words-2")
     assert bench.readings(texts, "test") == found and len(first.asked) == len(second.asked) == 3
 
 
