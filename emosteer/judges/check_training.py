@@ -1,8 +1,8 @@
 """What `make judge` fits beside the judges of emotions: the check for sound text and the check for answers, and how they are measured.
 
 Both are fitted half on texts that are made for them (sound texts broken on purpose, replies put to other prompts) and half on replies that
-models wrote and readers read: what models get wrong is seldom what can be broken on purpose. Both are then set as strict as the readers:
-on prompts that were left out, they pass as many replies as readers do.
+models wrote and readers read: what models get wrong is seldom what can be broken on purpose. The check of answers is then set as strict as
+the readers: on prompts that were left out, it passes as many replies as readers do.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answ
 from emosteer.judges.broken_texts import soundness_examples
 from emosteer.judges.embedded import LinearHead, SentenceEncoder, fit_head
 from emosteer.judges.protocol import ANSWERED
-from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, verdicts_of
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND, verdicts_of
 from emosteer.judges.sources import HELD_OUT, held_out
 from emosteer.scenarios.splits import stable_share
 
-#: Of the fits, chosen with kinds of prompts, sources and methods left out (docs/JUDGES.md).
-ANSWER_RIDGE, SOUND_RIDGE = 2e-4, 1e-4
-#: Examples that are made for each check, drawn from all that could be.
+#: Of the check of answers, chosen with prompts left out (docs/JUDGES.md).
+ANSWER_RIDGE = 2e-4
+#: Pairs that are made for it, drawn from all that could be.
 MADE = 6000
-#: Parts of the prompts that are left out in turn to find how strict a check is.
+#: Parts of the prompts that are left out in turn to find how strict the check of answers is.
 FOLDS = 5
 
 
@@ -130,24 +130,16 @@ def fit_soundness(
     """
     names = (SOUND, *FAULTS)
     made = {
-        part: drawn(
-            soundness_examples(
-                [text for text in texts if held_out(text) == part],
-                [t for t in foreign if (stable_share(t, 0) < HELD_OUT) == part],
-                seed=int(part),
-            )
+        part: soundness_examples(
+            [text for text in texts if held_out(text) == part],
+            [t for t in foreign if (stable_share(t, 0) < HELD_OUT) == part],
+            seed=int(part),
         )
         for part in (False, True)
     }
     labelled = [*made[False], *((SOUND if reply.sound else SENSE, reply.pair[1]) for reply in read[False])]
     shown, places = encoder.features([text for _, text in labelled]), torch.tensor([names.index(label) for label, _ in labelled])
-    counts = half_each(len(made[False]), len(read[False]))
-
-    def fit(rows: Tensor) -> LinearHead:
-        return fit_head(shown[rows], places[rows], names, SOUND_RIDGE, counts=counts[rows])
-
-    head, margins = left_out_margins(fit, shown, SOUND, folds_of(read[False]), len(read[False]))
-    head = as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in read[False]]), 1 - THRESHOLD)
+    head = fit_head(shown, places, names, counts=half_each(len(made[False]), len(read[False])))
     return head, measure_soundness(head, encoder, made[True], read[True])
 
 

@@ -278,26 +278,29 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     return card
 
 
-def fit_checks(own: Sequence[Source], answered: Sequence[Answered]) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+def fit_checks(
+    own: Sequence[Source], answered: Sequence[Answered], known: Mapping[str, LinearHead] | None = None
+) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """The heads of both checks, and what they do on texts and replies that were held out.
 
     Args:
-        own: the project's own sources; answered: replies of the banks with their prompts.
+        own: the project's own sources; answered: replies of the banks with their prompts; known: a soundness head that stays as it is, and
+            is measured beside readers alone.
     """
     encoder = shared_encoder()
-    plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
-    foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     read = read_replies(*map(data_path, (READ, *CHECKED)))
-    note("fitting the check of soundness")
-    soundness, how_sound = fit_soundness(encoder, plain, foreign, read)
+    card: dict[str, Any] = {}
+    if known is None:
+        plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
+        foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
+        note("fitting the check of soundness")
+        soundness, card["soundness"] = fit_soundness(encoder, plain, foreign, read)
+    else:
+        soundness = known["soundness"]
     note("fitting the check of answers")
     check = fit_answers(encoder, answered, read[False])
     pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
-    card = {
-        "soundness": how_sound,
-        "answers": measure_answers(check, pairs, read[True]),
-        "readers": beside_readers(check, soundness, read[True]),
-    }
+    card |= {"answers": measure_answers(check, pairs, read[True]), "readers": beside_readers(check, soundness, read[True])}
     return {"soundness": soundness, "answers": check.head}, card
 
 
@@ -306,16 +309,16 @@ def hashes_of_checks() -> dict[str, str]:
     return {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, *(f for both in BANKS.values() for f in both))}
 
 
-def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
-    """Fits the two checks anew and writes them with the judges of emotions of a file, which stay as they are; returns the card.
+def refit_answers(kept: Path, out: Path) -> dict[str, Any]:
+    """Fits the check of answers anew and writes it with the judges of emotions and the check of soundness of a file, which stay as they
+    are; returns the card.
 
     Raises:
         ArtifactError: if it is no judges' file.
     """
     heads, before = load_heads(kept), artifacts.load(kept, KIND)
     adapters = {name: load_adapter(kept, name) for name in before.fields.get("adapters", {})}
-    own = [read_own(name, file) for name, file in OWN.items()]
-    checks, measured_checks = fit_checks(own, read_banks()[1])
+    checks, measured_checks = fit_checks((), read_banks()[1], heads)
     card = {**before.fields["card"], **measured_checks}
     provenance = replace(before.provenance, data={**before.provenance.data, READ: sha256_file(data_path(READ)), **hashes_of_checks()})
     save_judges(out, {**heads, **checks}, adapters, card, provenance)
@@ -355,7 +358,7 @@ def main() -> None:
     """Fits, writes and prints."""
     parser = argparse.ArgumentParser(description="Fit the judges that come along; public labelled texts are read from a folder.")
     parser.add_argument("public", type=Path, nargs="?", help="folder of public labelled texts (emosteer.judges.sources fetches them)")
-    parser.add_argument("--checks-only", action="store_true", help="fit the two checks alone, and keep the judges of emotions as shipped")
+    parser.add_argument("--answers-only", action="store_true", help="fit the check of answers alone, and keep the rest as shipped")
     parser.add_argument("--out", type=Path, default=ASSET)
     parser.add_argument("--steps", type=int, default=FineTuneSettings.steps, help="of fine-tuning")
     parser.add_argument(
@@ -369,11 +372,11 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts or cache_dir() / "judge-training"
     workshop = Workshop(parts, tuple(options.only.split(",")) if options.only else None)
-    if options.checks_only == (options.public is not None):
-        parser.error("give the folder of public labelled texts, or --checks-only")
+    if options.answers_only == (options.public is not None):
+        parser.error("give the folder of public labelled texts, or --answers-only")
     try:
-        if options.checks_only:
-            card: dict[str, Any] | None = refit_checks(ASSET, options.out)
+        if options.answers_only:
+            card: dict[str, Any] | None = refit_answers(ASSET, options.out)
         else:
             settings = replace(FineTuneSettings(), steps=options.steps)
             card = train(options.public, options.out, settings, options.left_out_steps, workshop)

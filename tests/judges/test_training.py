@@ -33,7 +33,7 @@ from emosteer.judges.training import (
     measure,
     print_card,
     read_own,
-    refit_checks,
+    refit_answers,
     some_of,
     train,
 )
@@ -304,16 +304,16 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
     assert after["emotions"]["linear"][name]["accuracy"] < 0.3 < before["emotions"]["linear"][name]["accuracy"]
 
 
-def test_the_checks_alone_are_fitted_as_with_everything_else(tmp_path: Path, fits: list[Any]) -> None:
-    """The same bytes from the same texts; from others other checks, and the judges of emotions as they were."""
+def test_the_check_of_answers_alone_is_fitted_as_with_everything_else(tmp_path: Path, fits: list[Any]) -> None:
+    """The same bytes from the same texts; from others another check, and everything else as it was."""
     out, again = tmp_path / "judge.safetensors", tmp_path / "again.safetensors"
     card = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
-    same = refit_checks(out, again)
+    same = refit_answers(out, again)
     assert json.loads(json.dumps(same)) == json.loads(json.dumps(card)) and sha256_file(again) == sha256_file(out)
     rows = [json.loads(line) for line in (tmp_path / training.CHECKED[1]).read_text(encoding="utf-8").splitlines()]
     jsonl(tmp_path / training.CHECKED[1], [{**row, "answers": n % 2 == 0, "sound": n % 3 == 0} for n, row in enumerate(rows)])
-    changed, before, after = refit_checks(out, again), load_heads(out), load_heads(again)
-    assert {name for name in before if before[name].key != after[name].key} == {"soundness", "answers"}
+    changed, before, after = refit_answers(out, again), load_heads(out), load_heads(again)
+    assert {name for name in before if before[name].key != after[name].key} == {"answers"}
     for name in ("embedded", "public"):
         assert load_adapter(again, name).key == load_adapter(out, name).key
     assert changed["emotions"] == same["emotions"] and changed["answers"] != same["answers"]
@@ -321,14 +321,14 @@ def test_the_checks_alone_are_fitted_as_with_everything_else(tmp_path: Path, fit
     assert data[training.CHECKED[1]] == sha256_file(tmp_path / training.CHECKED[1])
 
 
-@pytest.mark.parametrize("arguments", [[], ["public", "--checks-only"]])
-def test_either_the_public_texts_or_the_checks_alone(
+@pytest.mark.parametrize("arguments", [[], ["public", "--answers-only"]])
+def test_either_the_public_texts_or_the_answers_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["training", *arguments])
     with pytest.raises(SystemExit) as stopped:
         training.main()
-    assert stopped.value.code == 2 and "give the folder of public labelled texts, or --checks-only" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "give the folder of public labelled texts, or --answers-only" in capsys.readouterr().err
 
 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
