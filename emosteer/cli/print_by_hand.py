@@ -17,7 +17,7 @@ def print_scores(result: Fields) -> None:
         _print_judges(result)
         _print_emotions(result["judges"])
         many = len(result["judges"]) > 1
-        _print_confusion(result["majority"]["confusion"], f"person \\ {'majority' if many else next(iter(result['judges']))}", many)
+        _print_confusion(result["panel"]["confusion"], f"person \\ {'panel' if many else next(iter(result['judges']))}", many)
         _print_targets(result["targets"])
     if "against" in result:
         _print_readers(result["against"])
@@ -42,7 +42,7 @@ def _print_judges(result: Fields) -> None:
         for name, one in result["judges"].items()
     ]
     if len(rows) > 1:
-        rows.append(("majority", "", "", _percent(result["majority"]["agreement"]), "", "", ""))
+        rows.append(("panel", "", "", _percent(result["panel"]["agreement"]), "", "", ""))
     print("\nagreement with the person on what is text; six-way: neutral left out")
     print_table(("judge", "texts", "missing", "agreement", "six-way", "emotional", "alpha"), rows)
 

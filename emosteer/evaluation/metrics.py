@@ -163,7 +163,7 @@ def agreement_of(rows: Sequence[Row]) -> Row:
     ratings = [reading.votes for reading in votes.values()]
     names = sorted({name for row in ratings for name in row})
     alpha = krippendorff_alpha([[row.get(name) for name in names] for row in ratings])
-    undecided = [reading.label == UNDECIDED for reading in votes.values()]
+    undecided = [reading.majority == UNDECIDED for reading in votes.values()]
     return {
         "judges": names,
         "alpha": None if alpha is None else round(alpha, 4),

@@ -1,8 +1,9 @@
-"""Does a reply answer its prompt? A linear head on what the frozen sentence encoder makes of both, and on which words they share.
+"""Does a reply answer its prompt? A linear head on what the frozen sentence encoder makes of both, on all its layers for the reply, and on
+what their words show (`pair_words`).
 
-Fitted on prompts with their own replies against replies to other events, to other prompts, and replies that only repeat the prompt's
-words; told nothing of emotions. docs/JUDGES.md has its error rates on pairs that were written by hand for this, beside those of what it
-replaced.
+Fitted on replies that models wrote and readers read, and on prompts with their own replies against replies to other events, to other
+prompts, and replies that only repeat the prompt's words; told nothing of emotions. It is set so that it passes as many replies as readers
+do. docs/JUDGES.md has its error rates, beside those of what it replaced.
 """
 
 from __future__ import annotations
@@ -18,50 +19,59 @@ from torch import Tensor
 
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder, shared_encoder
-from emosteer.judges.protocol import Encoder
-from emosteer.judges.soundness import repetition, words_of
+from emosteer.judges.pair_words import pair_words
 from emosteer.judges.storage import load_heads
 from emosteer.scenarios.contamination import content_words
 
 ANSWERS, NOT = "answers", "does not"
 PAIR_LABELS = (ANSWERS, NOT)
 Pair = tuple[str, str]
-#: Longest reply, in words, that lengths are told apart to.
-LONGEST = 60
+#: The fit of the head holds the cosine and the words back less than the thousands of features of the encoder, by this factor of their size.
+WORDS_WEIGH = 4.0
 
 
-def pair_features(pairs: Sequence[Pair], encoder: Encoder) -> Tensor:
-    """What is read of each (prompt, reply): product and distance of their embeddings, and `_words`. Shape [pair, feature]."""
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    place, vectors = {text: i for i, text in enumerate(texts)}, encoder(texts)
+def pair_features(pairs: Sequence[Pair], encoder: SentenceEncoder) -> Tensor:
+    """What is read of each (prompt, reply): all layers of the encoder for the reply (`SentenceEncoder.features`), product and distance of
+    the embeddings of both, their cosine, and `pair_words`. Shape [pair, feature]."""
+    prompts, replies = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+    asked = dict(zip(prompts, encoder(prompts), strict=True))
+    layers = dict(zip(replies, encoder.features(replies), strict=True))
     rows = []
     for prompt, reply in pairs:
-        one, other = vectors[place[prompt]], vectors[place[reply]]
-        rows.append(torch.cat([one * other, (one - other).abs(), torch.tensor([float(one @ other), *_words(prompt, reply)])]))
+        one, read = asked[prompt], layers[reply]
+        other = embedding_in(read, len(one))
+        words = torch.tensor([float(one @ other), *pair_words(prompt, reply)])
+        rows.append(torch.cat([read, one * other, (one - other).abs(), words]))
     return torch.stack(rows)
 
 
-def _words(prompt: str, reply: str) -> list[float]:
-    """Shares of content words that the other text has too, of reply words that the prompt has; repetition inside the reply; its length."""
-    asked, said = content_words(prompt), content_words(reply)
-    shared, words, heard = len({*asked} & {*said}), words_of(reply), {*words_of(prompt)}
-    return [
-        shared / max(1, len({*said})),
-        shared / max(1, len({*asked})),
-        sum(word in heard for word in words) / max(1, len(words)),
-        len({*said}) / max(1, len(said)),
-        repetition(words, 2),
-        1 - len({*words}) / max(1, len(words)),
-        min(len(words), LONGEST) / LONGEST,
-        len(said) / max(1, len(words)),
-    ]
+def embedding_in(features: Tensor, width: int) -> Tensor:
+    """The sentence embedding inside a text's features: the mean over the tokens of the last layer, which is the last of the means.
+
+    Args:
+        features: [2 * layers * width], of one text.
+    """
+    half = len(features) // 2
+    return features[half - width : half]
+
+
+def feature_count(encoder: SentenceEncoder) -> int:
+    """How many features `pair_features` gives with an encoder."""
+    config = encoder.model.config
+    return int(2 * config.hidden_size * (config.num_hidden_layers + 2) + 1 + len(pair_words("", "")))
+
+
+def feature_weights(features: int) -> Tensor:
+    """For `fit_head`: how much each of the features of a pair may weigh. Shape [feature]."""
+    words = 1 + len(pair_words("", ""))
+    return torch.cat([torch.ones(features - words), torch.full((words,), WORDS_WEIGH)])
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerCheck:
     """The encoder and the head."""
 
-    encoder: Encoder
+    encoder: SentenceEncoder
     head: LinearHead
 
     @classmethod
@@ -69,12 +79,16 @@ class AnswerCheck:
         """The shipped check; give the judges' encoder so that it is loaded once.
 
         Raises:
-            ArtifactError: if the file is missing or damaged, or holds no such check.
+            ArtifactError: if the file is missing or damaged, or holds no such check, or one that reads other features.
         """
         head = load_heads(path).get("answers")
         if head is None:
             raise ArtifactError(f"{path} holds no check of answers; run `make judge`")
-        return cls(encoder or shared_encoder(), head)
+        reader = encoder or shared_encoder()
+        found, expected = head.weight.shape[1], feature_count(reader)
+        if found != expected:
+            raise ArtifactError(f"{path} holds a check of answers on {found} features, expected {expected}; run `make judge`")
+        return cls(reader, head)
 
     @property
     def key(self) -> str:

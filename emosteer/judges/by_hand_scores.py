@@ -12,7 +12,7 @@ from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.scenarios.scenarios import EMOTIONS, NEUTRAL
 
 #: The panel's name beside its judges'.
-MAJORITY = "majority"
+PANEL = "panel"
 
 
 def score(
@@ -40,14 +40,14 @@ def score(
         "labels": {label: sum(given == label for given in hand.values()) for label in HAND_LABELS},
         "answers": {"asked": len(answered), "yes": sum(answered)},
         "judges": {name: _judge_score(read, said[name], opinions[name]) for name in opinions},
-        MAJORITY: {"agreement": _share_equal(read, panel), "confusion": confusion(read, panel, LABELS, (*LABELS, UNDECIDED))},
+        PANEL: {"agreement": _share_equal(read, panel), "confusion": confusion(read, panel, LABELS, (*LABELS, UNDECIDED))},
         "soundness": {
             "not_text": len(hand) - len(read),
             "unsound_of_not_text": sum(not verdicts[sha256].sound for sha256 in hand.keys() - read.keys()),
             "text": len(read),
             "sound_of_text": sum(verdicts[sha256].sound for sha256 in read),
         },
-        "targets": _target_scores(sheet.sources, hand, {**said, **({MAJORITY: panel} if len(said) > 1 else {})}),
+        "targets": _target_scores(sheet.sources, hand, {**said, **({PANEL: panel} if len(said) > 1 else {})}),
     }
 
 

@@ -1,14 +1,16 @@
 """What `make judge` fits beside the judges of emotions: the check for sound text and the check for answers, and how they are measured.
 
 Both are fitted half on texts that are made for them (sound texts broken on purpose, replies put to other prompts) and half on replies that
-models wrote and readers read: what models get wrong is seldom what can be broken on purpose.
+models wrote and readers read: what models get wrong is seldom what can be broken on purpose. The check of answers is then set as strict as
+the readers: on prompts that were left out, it passes as many replies as readers do.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import read_jsonl
-from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, labelled_pairs, pair_features
+from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, feature_weights, labelled_pairs, pair_features
 from emosteer.judges.broken_texts import soundness_examples
 from emosteer.judges.embedded import LinearHead, SentenceEncoder, fit_head
 from emosteer.judges.protocol import ANSWERED
@@ -25,38 +27,94 @@ from emosteer.judges.soundness import FAULTS, SENSE, SOUND, verdicts_of
 from emosteer.judges.sources import HELD_OUT, held_out
 from emosteer.scenarios.splits import stable_share
 
-#: Of the check of answers: with this one it passes about as many of the models' replies as their reader does (docs/JUDGES.md).
-ANSWER_RIDGE = 1e-3
+#: Of the check of answers, chosen with prompts left out (docs/JUDGES.md).
+ANSWER_RIDGE = 2e-4
+#: Pairs that are made for it, drawn from all that could be.
+MADE = 6000
+#: Parts of the prompts that are left out in turn to find how strict the check of answers is.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
 class ReadReply:
-    """A model's reply with its prompt, and what a blind reader said: whether it answers, and whether it is understandable English."""
+    """A model's reply with its prompt, what a blind reader said (whether it answers, and whether it is understandable English), and how it
+    was written."""
 
     pair: Pair
     answers: bool
     sound: bool
+    method: str = ""
 
 
 def read_replies(*paths: Path) -> dict[bool, list[ReadReply]]:
     """Models' replies that were read, of all files; True: those that nothing is fitted on.
 
+    A prompt is held out with all of its replies: where a line says so (`"held_out": true`), else by its hash.
+
     Raises:
         DataError: naming file and line, if a prompt is missing or what was said of a reply is neither true nor false.
     """
-    replies: dict[bool, list[ReadReply]] = {False: [], True: []}
+    found: list[ReadReply] = []
+    apart: set[str] = set()
     for path, (number, row) in [(file, line) for file in paths for line in read_jsonl(file, "replies that were read")]:
         prompt, text, answers, sound = (row.get(name) for name in ("prompt", "text", "answers", "sound"))
         if not (isinstance(prompt, str) and isinstance(text, str) and isinstance(answers, bool) and isinstance(sound, bool)):
             raise DataError(f"{path}:{number}: expected 'prompt' and 'text' to be texts, 'answers' and 'sound' true or false")
-        replies[held_out(text)].append(ReadReply((prompt, text), answers, sound))
-    return replies
+        found.append(ReadReply((prompt, text), answers, sound, str(row.get("method", ""))))
+        if row.get("held_out") is True or held_out(prompt):
+            apart.add(prompt)
+    return {part: [reply for reply in found if (reply.pair[0] in apart) == part] for part in (False, True)}
 
 
-def as_often(made: int, read: int) -> Tensor:
-    """Indices of examples, the made ones first, that repeat the read ones so that both halves count alike."""
-    times = max(1, made // max(1, read))
-    return torch.tensor([*range(made), *[*range(made, made + read)] * times])
+def half_each(made: int, read: int) -> Tensor:
+    """How much each example counts, the made ones first: both halves alike."""
+    return torch.cat([torch.full((size,), 1 / size) for size in (made, read) if size])
+
+
+def drawn(examples: Sequence[Any], most: int = MADE) -> list[Any]:
+    """At most so many, the same ones every time."""
+    return random.Random(0).sample(list(examples), most) if len(examples) > most else list(examples)
+
+
+def as_strict(head: LinearHead, label: str, margins: Tensor, readers: Tensor, least: float) -> LinearHead:
+    """The head with one label's bias moved so that it gives as many texts at least `least` of that label as readers give it.
+
+    Args:
+        margins: [text], log odds of the label as heads see them that were not fitted on the text's prompt; readers: [text], true or false.
+    """
+    if not len(margins):
+        return head
+    wanted = int(readers.sum())
+    order = margins.sort(descending=True).values
+    # between the last that passes and the first that does not; all or none pass where readers are of one mind
+    edges = torch.cat([order[:1] + 1, order, order[-1:] - 1])
+    boundary = (edges[wanted] + edges[wanted + 1]) / 2
+    bias = head.bias.clone()
+    bias[head.labels.index(label)] += torch.tensor(least).logit() - boundary
+    return replace(head, bias=bias.half().float())
+
+
+def left_out_margins(
+    fit: Callable[[Tensor], LinearHead], features: Tensor, label: str, folds: Sequence[int], read: int
+) -> tuple[LinearHead, Tensor]:
+    """A head of all examples, and the log odds of a label for the read ones, each seen by a head that was fitted on other prompts.
+
+    Args:
+        fit: of a mask over the examples; features: [example, feature], the read ones last; folds: of the read ones.
+    """
+    made = len(features) - read
+    parts = torch.tensor([-1] * made + list(folds))
+    head, margins = fit(torch.ones(len(features), dtype=torch.bool)), torch.zeros(read)
+    for fold in sorted({*folds}):
+        inside = parts == fold
+        share = fit(~inside).probabilities(features[inside])[:, head.labels.index(label)]
+        margins[inside[made:]] = share.clamp(1e-6, 1 - 1e-6).logit()
+    return head, margins
+
+
+def folds_of(read: Sequence[ReadReply]) -> list[int]:
+    """The part of the prompts that each reply belongs to."""
+    return [int(FOLDS * stable_share(f"fold/{reply.pair[0]}", 0)) for reply in read]
 
 
 # ---- soundness ---------------------------------------------------------------------------------------------------------------------
@@ -80,9 +138,8 @@ def fit_soundness(
         for part in (False, True)
     }
     labelled = [*made[False], *((SOUND if reply.sound else SENSE, reply.pair[1]) for reply in read[False])]
-    rows = as_often(len(made[False]), len(read[False]))
     shown, places = encoder.features([text for _, text in labelled]), torch.tensor([names.index(label) for label, _ in labelled])
-    head = fit_head(shown[rows], places[rows], names)
+    head = fit_head(shown, places, names, counts=half_each(len(made[False]), len(read[False])))
     return head, measure_soundness(head, encoder, made[True], read[True])
 
 
@@ -112,11 +169,16 @@ def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Se
     Args:
         answered: replies of the banks with their prompts; read: models' replies.
     """
-    made = labelled_pairs(answered, 1, 0)
+    made = drawn(labelled_pairs(answered, 1, 0))
     pairs = [*made, *((reply.pair, ANSWERS if reply.answers else NOT) for reply in read)]
-    rows = as_often(len(made), len(read))
     shown, places = pair_features([pair for pair, _ in pairs], encoder), torch.tensor([PAIR_LABELS.index(label) for _, label in pairs])
-    return AnswerCheck(encoder, fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE))
+    counts, weights = half_each(len(made), len(read)), feature_weights(shown.shape[1])
+
+    def fit(rows: Tensor) -> LinearHead:
+        return fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE, weights, counts[rows])
+
+    head, margins = left_out_margins(fit, shown, ANSWERS, folds_of(read), len(read))
+    return AnswerCheck(encoder, as_strict(head, ANSWERS, margins, torch.tensor([reply.answers for reply in read]), ANSWERED))
 
 
 def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read: Sequence[ReadReply] = ()) -> dict[str, Any]:
@@ -127,3 +189,39 @@ def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read
     relations = dict.fromkeys(pair["relation"] for pair in pairs)
     called = {r: [share >= ANSWERED for share, pair in zip(shares, pairs, strict=True) if pair["relation"] == r] for r in relations}
     return {relation: {"n": len(hits), "called_answer": round(sum(hits) / len(hits), 4)} for relation, hits in called.items()}
+
+
+# ---- beside readers ----------------------------------------------------------------------------------------------------------------
+
+
+def beside_readers(check: AnswerCheck, soundness: LinearHead, read: Sequence[ReadReply]) -> dict[str, Any]:
+    """Both checks against the readers of replies that were held out: the share of replies on which they agree, the mean of that over what
+    readers pass and what they do not, and, by method ("all" first), how many pass by the readers and by the check."""
+    if not read:
+        return {}
+    texts = [reply.pair[1] for reply in read]
+    verdicts = verdicts_of(soundness, check.encoder.features(texts), texts)
+    said = {
+        "answers": [share >= ANSWERED for share in check.probabilities([reply.pair for reply in read])],
+        "sound": [verdict.sound for verdict in verdicts],
+    }
+    return {name: _agreement([getattr(reply, name) for reply in read], given, [r.method for r in read]) for name, given in said.items()}
+
+
+def _agreement(readers: Sequence[bool], check: Sequence[bool], methods: Sequence[str]) -> dict[str, Any]:
+    both = list(zip(readers, check, strict=True))
+    recalls = [_share([given == value for read, given in both if read == value]) for value in (True, False)]
+    known = [recall for recall in recalls if recall is not None]
+    by_method = {}
+    for method in ("all", *sorted({*methods})):
+        here = [pair for pair, name in zip(both, methods, strict=True) if method in ("all", name)]
+        by_method[method] = {"n": len(here), "readers": _share([read for read, _ in here]), "check": _share([given for _, given in here])}
+    return {
+        "accuracy": _share([read == given for read, given in both]),
+        "balanced_accuracy": round(sum(known) / len(known), 4),
+        "by_method": by_method,
+    }
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None

@@ -117,14 +117,24 @@ class LinearHead:
         return ((features - self.mean) * self.scale @ self.weight.T + self.bias).softmax(-1)
 
 
-def fit_head(features: Tensor, answers: Tensor, labels: Sequence[str], ridge: float = RIDGE) -> LinearHead:
+def fit_head(
+    features: Tensor,
+    answers: Tensor,
+    labels: Sequence[str],
+    ridge: float = RIDGE,
+    weights: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> LinearHead:
     """Fits a head by LBFGS: the loss is strictly convex in the weights, so the result does not depend on chance.
 
     Args:
-        features: [text, feature]; answers: [text], indices of `labels`.
+        features: [text, feature]; answers: [text], indices of `labels`; weights: [feature], a larger one is held back less by the ridge;
+            counts: [text], how much each text counts; all alike if not given.
     """
     mean = features.mean(0)
     scale = 1 / ((features.std(0) + 1e-4) * features.shape[1] ** 0.5)
+    if weights is not None:
+        scale = scale * weights
     x = (features - mean) * scale
     weight = torch.zeros(len(labels), x.shape[1], requires_grad=True)
     bias = torch.zeros(len(labels), requires_grad=True)
@@ -132,7 +142,11 @@ def fit_head(features: Tensor, answers: Tensor, labels: Sequence[str], ridge: fl
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = cross_entropy(x @ weight.T + bias, answers) + ridge * weight.square().sum()
+        logits = x @ weight.T + bias
+        wrong = (
+            cross_entropy(logits, answers) if counts is None else cross_entropy(logits, answers, reduction="none") @ counts / counts.sum()
+        )
+        value = wrong + ridge * weight.square().sum()
         value.backward()
         return value
 

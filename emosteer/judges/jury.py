@@ -42,7 +42,7 @@ class Jury:
 
     @property
     def key(self) -> str:
-        """The judges' keys."""
+        """The panel's key."""
         return Panel(self.judges).key
 
     def readings(self, texts: Sequence[str], what: str) -> dict[str, Reading]:

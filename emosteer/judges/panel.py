@@ -1,7 +1,9 @@
-"""Several judges that err differently: their majority, with neutral allowed, and how far they agree. No torch here.
+"""Several judges that err differently: what they say together, with neutral allowed, and how far they agree. No torch here.
 
-One judge knows its authors. A panel's reading is the label that more than half of its judges give, neutral among the
-labels; where no label has that many, the panel is undecided, and an undecided reply counts as one that does not carry the emotion.
+One judge knows its authors. A panel's reading is the label whose mean probability over its judges is the highest, neutral among the
+labels: a judge that is sure counts for more than one that wavers, which agrees with blind readers better than a majority of votes does
+(docs/JUDGES.md has both figures). Where half of the judges or more said nothing, the panel is undecided, and an undecided reply counts as
+one that does not carry the emotion.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from dataclasses import dataclass
 
 from emosteer.judges.protocol import EmotionJudge, Opinion
 
-#: The panel's reading where no label has more than half of the votes.
+#: What a panel says where half of its judges or more said nothing, and what its majority is where no label has more than half of the votes.
 UNDECIDED = "undecided"
+#: How several judges become one opinion: part of a panel's key.
+RULE = "mean"
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,19 @@ class Reading:
 
     @property
     def label(self) -> str | None:
-        """The majority's label, `UNDECIDED` where there is none, None where no judge said anything.
+        """The label with the highest mean probability, `UNDECIDED` where half of the judges or more said nothing, None where all did.
 
-        A majority is of the judges that were asked, so that a judge that failed never makes a minority decide.
+        Counted are the judges that were asked, so that judges that failed never make a minority decide.
         """
+        shares = self.probabilities
+        if shares is None:
+            return None
+        return max(shares, key=lambda label: shares[label]) if 2 * len(self.votes) > len(self.opinions) else UNDECIDED
+
+    @property
+    def majority(self) -> str | None:
+        """The label that more than half of the judges that were asked give, `UNDECIDED` where none has so many, None where no judge said
+        anything: how far the judges' labels agree, which is not what the panel says (`label`)."""
         votes = self.votes
         if not votes:
             return None
@@ -59,7 +72,7 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Several judges as one: it says what most of them say; its probabilities are their mean."""
+    """Several judges as one: its probabilities are their mean, and it says what is likeliest by them."""
 
     judges: tuple[EmotionJudge, ...]
 
@@ -70,8 +83,9 @@ class Panel:
 
     @property
     def key(self) -> str:
-        """The judges' keys."""
-        return ", ".join(judge.key for judge in self.judges)
+        """The judges' keys and, of several, how they become one opinion."""
+        keys = ", ".join(judge.key for judge in self.judges)
+        return f"{RULE} of {keys}" if len(self.judges) > 1 else keys
 
     def readings(self, texts: Sequence[str]) -> list[Reading]:
         """Every judge's opinion of each text, in order."""

@@ -25,7 +25,7 @@ ANSWERED = 0.5
 @dataclass(frozen=True)
 class Opinion:
     """One text, judged blind. probabilities: label -> share, summing to 1, or None if the call failed; problem: why it failed; label: what
-    is said where that is not simply the likeliest one (a panel's majority)."""
+    is said where that is not simply the likeliest one (a panel that is undecided)."""
 
     probabilities: Mapping[str, float] | None
     problem: str = ""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.cache_folder import cache_dir
 from emosteer.base.errors import DataError, EmosteerError
@@ -28,20 +29,20 @@ from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
 from emosteer.judges.answers import Answered
-from emosteer.judges.check_training import fit_answers, fit_soundness, measure_answers, read_replies
-from emosteer.judges.embedded import ASSET, ENCODER, LinearJudge, fit_head, shared_encoder
+from emosteer.judges.check_training import beside_readers, fit_answers, fit_soundness, measure_answers, read_replies
+from emosteer.judges.embedded import ASSET, ENCODER, KIND, LinearHead, LinearJudge, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
 from emosteer.judges.protocol import LABELS
 from emosteer.judges.sources import Labelled, Source, held_out, read_public
-from emosteer.judges.storage import load_adapter, save_judges
+from emosteer.judges.storage import load_adapter, load_heads, save_judges
 from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import VALENCES, GroupKey, data_path, read_bank
 from emosteer.scenarios.splits import stable_share
 
 #: Replies that models wrote, read blind with their prompts: what they voice, and whether they answer.
 READ = "judge/model_replies.jsonl"
-#: More of them, for the checks alone.
-CHECKED = "judge/checked_replies.jsonl"
+#: More of them, for the checks alone; of the last, those to development prompts are fitted on by nothing.
+CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
 OWN = {
     "sentences": "judge/sentences.jsonl",
     "replies": "judge/replies.jsonl",
@@ -256,18 +257,10 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     tests = {s.name: list(s.test) if s.name.startswith("goemotions") else some_of(s.test, MOST_MEASURED) for s in sources}
     emotional = {name: some_of(texts, MOST_MEASURED) for name, texts in banks.items()}
     encoder = shared_encoder()
-    plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
     chosen = [labelled for source in own for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
-    note("fitting the check of soundness")
-    foreign, read = (
-        [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")],
-        read_replies(data_path(READ), data_path(CHECKED)),
-    )
-    soundness, how_sound = fit_soundness(encoder, plain, foreign, read)
-    note("fitting the check of answers")
-    check = fit_answers(encoder, answered, read[False])
+    checks, measured_checks = fit_checks(own, answered)
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},
@@ -276,15 +269,59 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
         "emotions": {name: measured(judge, {**tests, **emotional}) for name, judge in measuring},
         "left_out": {name: measured(judge, {name: tests[name]})[name] for name, judge in left_out.items()}
         | measured(judges["public"], {s.name: tests[s.name] for s in own}),
-        "soundness": how_sound,
-        "answers": measure_answers(check, [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")], read[True]),
+        **measured_checks,
     }
-    hashes = {name: digest for source in sources for name, digest in source.files.items()}
-    hashes |= {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, CHECKED, *(f for both in BANKS.values() for f in both))}
+    hashes = {name: digest for source in sources for name, digest in source.files.items()} | hashes_of_checks()
     method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
     provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
-    heads = {"emotion": linear, "soundness": soundness, "answers": check.head}
-    save_judges(out, heads, {name: judge.adapter for name, judge in judges.items()}, card, provenance)
+    save_judges(out, {"emotion": linear, **checks}, {name: judge.adapter for name, judge in judges.items()}, card, provenance)
+    return card
+
+
+def fit_checks(
+    own: Sequence[Source], answered: Sequence[Answered], known: Mapping[str, LinearHead] | None = None
+) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+    """The heads of both checks, and what they do on texts and replies that were held out.
+
+    Args:
+        own: the project's own sources; answered: replies of the banks with their prompts; known: a soundness head that stays as it is, and
+            is measured beside readers alone.
+    """
+    encoder = shared_encoder()
+    read = read_replies(*map(data_path, (READ, *CHECKED)))
+    card: dict[str, Any] = {}
+    if known is None:
+        plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
+        foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
+        note("fitting the check of soundness")
+        soundness, card["soundness"] = fit_soundness(encoder, plain, foreign, read)
+    else:
+        soundness = known["soundness"]
+    note("fitting the check of answers")
+    check = fit_answers(encoder, answered, read[False])
+    pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
+    card |= {"answers": measure_answers(check, pairs, read[True]), "readers": beside_readers(check, soundness, read[True])}
+    return {"soundness": soundness, "answers": check.head}, card
+
+
+def hashes_of_checks() -> dict[str, str]:
+    """The files that checks are fitted on and measured with, and the banks that judges are measured with."""
+    return {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, *(f for both in BANKS.values() for f in both))}
+
+
+def refit_answers(kept: Path, out: Path) -> dict[str, Any]:
+    """Fits the check of answers anew and writes it with the judges of emotions and the check of soundness of a file, which stay as they
+    are; returns the card.
+
+    Raises:
+        ArtifactError: if it is no judges' file.
+    """
+    heads, before = load_heads(kept), artifacts.load(kept, KIND)
+    adapters = {name: load_adapter(kept, name) for name in before.fields.get("adapters", {})}
+    checks, measured_checks = fit_checks((), read_banks()[1], heads)
+    card = {**before.fields["card"], **measured_checks}
+    provenance = replace(before.provenance, data={**before.provenance.data, READ: sha256_file(data_path(READ)), **hashes_of_checks()})
+    save_judges(out, {**heads, **checks}, adapters, card, provenance)
     return card
 
 
@@ -303,6 +340,11 @@ def print_card(card: Mapping[str, Any]) -> None:
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
     print_table(("text", "n", "called unsound"), [(name, row["n"], row["called_unsound"]) for name, row in card["soundness"].items()])
     print_table(("pair", "n", "called an answer"), [(name, row["n"], row["called_answer"]) for name, row in card["answers"].items()])
+    for check, row in card.get("readers", {}).items():
+        agreed = f"agrees with readers in {row['accuracy']:.1%}, {row['balanced_accuracy']:.1%} balanced"
+        print(f"\n{check}: the check {agreed}; shares that pass, on prompts that were held out")
+        lines = [(name, of["n"], of["readers"], of["check"]) for name, of in row["by_method"].items()]
+        print_table(("method", "n", "readers", "check"), lines)
 
 
 def _line(source: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -315,7 +357,8 @@ def _line(source: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
 def main() -> None:
     """Fits, writes and prints."""
     parser = argparse.ArgumentParser(description="Fit the judges that come along; public labelled texts are read from a folder.")
-    parser.add_argument("public", type=Path, help="folder of public labelled texts (emosteer.judges.sources fetches them)")
+    parser.add_argument("public", type=Path, nargs="?", help="folder of public labelled texts (emosteer.judges.sources fetches them)")
+    parser.add_argument("--answers-only", action="store_true", help="fit the check of answers alone, and keep the rest as shipped")
     parser.add_argument("--out", type=Path, default=ASSET)
     parser.add_argument("--steps", type=int, default=FineTuneSettings.steps, help="of fine-tuning")
     parser.add_argument(
@@ -329,8 +372,14 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts or cache_dir() / "judge-training"
     workshop = Workshop(parts, tuple(options.only.split(",")) if options.only else None)
+    if options.answers_only == (options.public is not None):
+        parser.error("give the folder of public labelled texts, or --answers-only")
     try:
-        card = train(options.public, options.out, replace(FineTuneSettings(), steps=options.steps), options.left_out_steps, workshop)
+        if options.answers_only:
+            card: dict[str, Any] | None = refit_answers(ASSET, options.out)
+        else:
+            settings = replace(FineTuneSettings(), steps=options.steps)
+            card = train(options.public, options.out, settings, options.left_out_steps, workshop)
     except EmosteerError as error:
         raise SystemExit(f"emosteer: {error}") from error
     if card is None:

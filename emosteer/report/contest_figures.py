@@ -270,8 +270,8 @@ def confusion(contest: Measured) -> Figure:
     first = [m for m in main_methods(contest) if m in panels] or methods[:1]
     others = [panel for m, panel in panels.items() if m not in first]
     caption = (
-        "Rows: the emotion asked for; columns: what the panel, blind to it, read: neutral included, undecided where no label has a "
-        "majority. Shares of each row in percent; a perfect method fills the diagonal."
+        "Rows: the emotion asked for; columns: what the panel, blind to it, read: neutral included, undecided where half of "
+        "its judges or more said nothing. Shares of each row in percent; a perfect method fills the diagonal."
     )
     return Figure(
         "confusion",

@@ -8,7 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from emosteer.base.files import sha256_text
-from emosteer.judges.panel import UNDECIDED
+from emosteer.judges.panel import UNDECIDED, Reading
+from emosteer.judges.protocol import Opinion
 from emosteer.report.replies import clean
 from emosteer.report.votes import Vote, opinions_of, votes
 from emosteer.report.wording import kind_label, label
@@ -45,18 +46,23 @@ def disputes(rows: Iterable[Mapping[str, Any]], most: int = MOST) -> Disputes:
     texts: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         labels = {vote.label for vote in votes(row) if vote.label is not None}
-        if isinstance(text := row.get("text"), str) and (len(labels) > 1 or row.get("judged") == UNDECIDED):
+        if isinstance(text := row.get("text"), str) and (len(labels) > 1 or _split(row)):
             texts.setdefault(text, row)
     ranked = sorted(texts, key=lambda text: (*_rank(texts[text]), sha256_text(clean(text))))
     chosen = sorted(ranked[:most], key=lambda text: sha256_text(clean(text)))
-    undecided = sum(row.get("judged") == UNDECIDED for row in texts.values())
+    undecided = sum(map(_split, texts.values()))
     return Disputes([_dispute(texts[text]) for text in chosen], len(texts), undecided)
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
     """Without a majority first, all alike; then by distance, the furthest apart first."""
-    decided = row.get("judged") != UNDECIDED
+    decided = not _split(row)
     return decided, -round(distance(opinions_of(row).values()), 6) if decided else 0.0
+
+
+def _split(row: Mapping[str, Any]) -> bool:
+    """Whether no label has more than half of the votes."""
+    return Reading({judge: Opinion(shares) for judge, shares in opinions_of(row).items()}).majority == UNDECIDED
 
 
 def distance(opinions: Iterable[Mapping[str, float] | None]) -> float:

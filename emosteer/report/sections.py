@@ -89,9 +89,9 @@ def _panel(inputs: Inputs) -> Section:
         return Section("panel", title, absent=lost)
     names = (contest.raw.get("judge") or {}).get("name")
     intro = (
-        f"Several judges that err differently read every reply{f' ({names})' if names else ''}. The panel's reading is the label that more "
-        "than half of them give, neutral among the labels; where none has a majority, the reply is undecided and does not count as one "
-        "that carries the emotion."
+        f"Several judges that err differently read every reply{f' ({names})' if names else ''}. The panel's reading is the label "
+        "whose mean probability over them is the highest, neutral among the labels; where half of them or more said nothing, the reply is "
+        "undecided and does not count as one that carries the emotion."
     )
     figure, table = panel_figures.judges(contest), panel_figures.agreement_table(contest)
     return Section("panel", title, intro, [figure] if figure else [], [table] if table else [], absent=lost)

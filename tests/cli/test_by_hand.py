@@ -245,8 +245,8 @@ def test_several_judges(run: Run, fake: FakeJudge, monkeypatch: pytest.MonkeyPat
     assert code == 0 and made == [("embedded", None), ("hf:b", None), ("openai:c", "http://x/v1")]
     assert "4 opinions are missing (last problem: out of order)" in err and all(judge.closed for judge in judges.values())
     lines = [line.split() for line in out.splitlines()]
-    assert cells("person \\ majority anger sadness happiness fear surprise disgust neutral undecided") in lines
-    assert any(line[:2] == ["openai:c", "0"] and line.count("-") == 3 for line in lines) and any(line[:1] == ["majority"] for line in lines)
+    assert cells("person \\ panel anger sadness happiness fear surprise disgust neutral undecided") in lines
+    assert any(line[:2] == ["openai:c", "0"] and line.count("-") == 3 for line in lines) and any(line[:1] == ["panel"] for line in lines)
     found = json.loads(run(*command, "--json")[1])
     assert list(found["judges"]) == list(judges) and found["labelled"] == 4
     code, out, err = run("f.jsonl", "--by-hand", "--score", "--judge", "openai:c", "--base-url", "http://x/v1")

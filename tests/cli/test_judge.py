@@ -307,24 +307,24 @@ def test_judges_that_do_not_exist(run: Run, tmp_path: Path, options: list[str], 
 def test_the_panel_that_comes_along_is_asked_unless_told_otherwise(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Most decide; where none has more than half, the text is undecided and its shares are the judges' mean."""
+    """The mean decides, also where every judge gives another label; where most of them failed, the text is undecided."""
     judges = {name: FakeJudge(f"k-{name}") for name in ("embedded", "public", "linear")}
     for name, judge in judges.items():
         judge.name = name
         monkeypatch.setitem(registry.KINDS, name, JudgeKind(name, lambda reference, options, judge=judge: judge))
-    judges["public"].sees = {"fear.": "anger."}
-    judges["linear"].sees = {"fear.": "disgust.", "anger": "neutral."}
-    file = write(tmp_path / "f.jsonl", {"text": "fear.", "emotion": "fear"}, {"text": "anger"}, {"text": "broken."})
+    judges["public"].sees = {"fear.": "surprise.", "sadness.": "broken."}
+    judges["linear"].sees = {"fear.": "disgust.", "anger": "neutral.", "sadness.": "broken."}
+    file = write(tmp_path / "f.jsonl", {"text": "fear.", "emotion": "fear"}, {"text": "anger"}, {"text": "broken."}, {"text": "sadness."})
     with pytest.raises(SystemExit):
         cli.main(["judge", str(file), "--json"])
     rows = lines(capsys.readouterr().out)
-    assert [row["emotion"] for row in rows] == ["undecided", "anger", None] and rows[2]["problem"] == "out of order"
+    assert [row["emotion"] for row in rows] == ["surprise", "anger", None, "undecided"] and rows[2]["problem"] == "out of order"
     assert rows[1]["probabilities"]["anger"] == pytest.approx((0.64 + 0.64 + 0.04) / 3, abs=1e-6)
     with pytest.raises(SystemExit):
         cli.main(["judge", str(file)])
     out = capsys.readouterr().out
-    assert out.startswith("3 texts judged by embedded, public, linear\n") and table_of(out, "judged")["undecided"][0] == "1"
-    assert "0.0 % of 1 with neutral" in out and table_of(out, "given")["fear"][-1] == "1"
+    assert out.startswith("4 texts judged by embedded, public, linear\n") and table_of(out, "judged")["undecided"][0] == "1"
+    assert "0.0 % of 1 with neutral" in out and table_of(out, "given")["fear"][LABELS.index("surprise")] == "1"
 
 
 def test_a_hugging_face_judge(run: Run, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_accuracy_leaves_neutral_out_and_the_panel_s_reading_does_not() -> None:
     ],
 )
 def test_each_part_alone_makes_a_reply_not_good(part: Row, emotion: int, answers: int, sound: int, names: int) -> None:
-    """The target's mean probability is the highest throughout: it is the panel's majority that counts."""
+    """The target's mean probability is the highest throughout: it is the panel's label that counts."""
     found = measure({**reply(shares=SURE), **part}, "anger", SIX)
     assert [found[name] for name in ("emotion", "answers", "sound", "names")] == [emotion, answers, sound, names]
     assert found["good"] == float(not part) and found["accuracy"] == 1.0 and found["probability"] == 0.6
@@ -729,7 +729,7 @@ def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[in
     assert (found["schema"], found["kind"], found["model"], found["emotions"]) == (2, "evaluation", parts()[0].name, list(EMOTIONS))
     assert found["command"].startswith("emosteer evaluate --circuit circuit.safetensors --groups 8") and "created" not in found
     assert found["dtype"] == "float32" and found["decoding"]["max_new_tokens"] == 4
-    assert found["judge"] == {"name": "embedded, public, linear", "key": "embedded-1, public-1, linear-1"} | READ_BY
+    assert found["judge"] == {"name": "embedded, public, linear", "key": "mean of embedded-1, public-1, linear-1"} | READ_BY
     for split, files in (("dev", ("sev/train.jsonl", "prompts/dev.jsonl")), ("test", ("sev/test.jsonl", "prompts/test.jsonl"))):
         assert found[split] == {"n_groups": 8, "kinds": dict.fromkeys(KINDS, 1), "files": {f: sha256_file(data_path(f)) for f in files}}
     assert {row["method"] for row in found["results"]} == set(CONTEST)

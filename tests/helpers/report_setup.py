@@ -347,7 +347,7 @@ def reply_rows(groups: int = 6, methods: Sequence[str] = tuple(TRUTH), seed: int
                 heard = [seen, *((seen, seen) if (g + len(rows)) % 5 else draw.sample(JUDGED, 2))]
                 voices = [{label: 0.88 - 0.02 * i if label == heard[i] else 0.02 + 0.02 * i / 6 for label in JUDGED} for i in range(3)]
                 shares = {label: sum(voice[label] for voice in voices) / 3 for label in JUDGED}
-                panel = next((label for label in heard if heard.count(label) > 1), "undecided")
+                panel = max(shares, key=lambda label: shares[label])
                 missing, sound = (method, g, emotion) == ("residual", 0, "fear"), draw.random() < 0.95
                 wish = EMOTIONS.index(emotion) if emotion in EMOTIONS else len(EMOTIONS)
                 named = f" {emotion.capitalize()}!" if len(rows) % 13 == 0 else ""

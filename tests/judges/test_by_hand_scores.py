@@ -63,11 +63,18 @@ def test_recall_and_precision_of_each_label() -> None:
     assert FOUND["judges"]["C"]["emotions"]["fear"] == {"person": 2, "judge": 6, "recall": 1.0, "precision": 2 / 6}
 
 
-def test_the_majority_is_of_the_judges_that_were_asked() -> None:
-    # t1 anger; t2, t3 and t6 fear; t4 and t7 (where A failed) have no majority
-    assert FOUND["majority"]["agreement"] == 3 / 6
-    given = {label: {name: n for name, n in row.items() if n} for label, row in FOUND["majority"]["confusion"].items()}
-    assert given == {"anger": {"anger": 1, "fear": 1}, "fear": {"fear": 2}, "neutral": {"undecided": 1}, "happiness": {"undecided": 1}}
+def test_the_panel_says_what_is_likeliest_by_the_mean_of_the_judges_that_spoke() -> None:
+    # t1 anger; t2, t3 and t6 fear; so are t4, where three labels have one vote each and all lean to it, and t7, where A failed
+    assert FOUND["panel"]["agreement"] == 3 / 6
+    given = {label: {name: n for name, n in row.items() if n} for label, row in FOUND["panel"]["confusion"].items()}
+    assert given == {"anger": {"anger": 1, "fear": 1}, "fear": {"fear": 2}, "neutral": {"fear": 1}, "happiness": {"fear": 1}}
+
+
+def test_a_panel_of_which_most_failed_is_undecided() -> None:
+    failing = {**OPINIONS, "B": {sha256: Opinion(None, "failed") for sha256 in LABELLED}}
+    given = score(SHEET, LABELLED, failing, VERDICTS)["panel"]["confusion"]
+    assert given["happiness"]["undecided"] == 1, "of t7 C alone said something"
+    assert given["anger"]["undecided"] == 0, "A and C are two of three"
 
 
 def test_what_is_no_text_is_compared_with_the_soundness_verdict() -> None:
@@ -85,15 +92,15 @@ def test_the_share_that_is_read_as_the_target_is_over_lines() -> None:
     assert (residual["n"], residual["person"]) == (4, 1 / 4)
     assert residual["judges"]["B"] == {"n": 4, "share": 3 / 4, "difference": 0.5}
     assert residual["judges"]["A"] == {"n": 4, "share": 0.0, "difference": -0.25}
-    assert residual["judges"]["majority"]["share"] == 2 / 4  # t5 and t6
+    assert residual["judges"]["panel"]["share"] == 2 / 4  # t5 and t6
     assert (both["n"], both["person"]) == (7, 4 / 7)
     assert both["judges"]["A"] == {"n": 6, "share": 1 / 6, "difference": pytest.approx(1 / 6 - 3 / 6)}
 
 
-def test_one_judge_is_its_own_majority_and_one_method_has_one_line() -> None:
+def test_one_judge_is_its_own_panel_and_one_method_has_one_line() -> None:
     sheet = sheet_of([(text, {"emotion": "fear"}) for text in SAID])
     alone = score(sheet, LABELLED, {"C": OPINIONS["C"]}, VERDICTS)
-    assert alone["majority"]["agreement"] == alone["judges"]["C"]["agreement"]
+    assert alone["panel"]["agreement"] == alone["judges"]["C"]["agreement"]
     [line] = alone["targets"]
     assert line == {"method": None, "n": 7, "person": 2 / 7, "judges": {"C": {"n": 7, "share": 1.0, "difference": 5 / 7}}}
     assert score(sheet_of([(text, {}) for text in SAID]), LABELLED, OPINIONS, VERDICTS)["targets"] == []
@@ -103,7 +110,7 @@ def test_nothing_but_broken_texts() -> None:
     only = {sha256_text("t5"): HandLabel(NOT_TEXT)}
     found = score(SHEET, only, OPINIONS, VERDICTS)
     a = found["judges"]["A"]
-    assert (a["n"], a["agreement"], a["six_way"], a["alpha"]) == (0, None, None, None) and found["majority"]["agreement"] is None
+    assert (a["n"], a["agreement"], a["six_way"], a["alpha"]) == (0, None, None, None) and found["panel"]["agreement"] is None
     json.dumps(found, allow_nan=False)
 
 

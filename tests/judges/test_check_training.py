@@ -12,43 +12,108 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import DataError
-from emosteer.judges.answers import Answered
+from emosteer.judges.answers import Answered, labelled_pairs
 from emosteer.judges.check_training import (
     ReadReply,
-    as_often,
+    as_strict,
+    beside_readers,
+    drawn,
     fit_answers,
     fit_soundness,
+    folds_of,
+    half_each,
+    left_out_margins,
     measure_answers,
     measure_soundness,
     read_replies,
 )
-from emosteer.judges.embedded import LinearHead
+from emosteer.judges.embedded import LinearHead, fit_head
 from emosteer.judges.soundness import FAULTS, SENSE, SOUND, verdicts_of
 from emosteer.judges.sources import held_out
-from tests.helpers.judge_setup import FILLERS, tiny_encoder
+from tests.helpers.judge_setup import FEATURES, FILLERS, tiny_encoder
 
 
-def test_replies_that_were_read_are_held_out_by_their_text(tmp_path: Path) -> None:
+def test_replies_that_were_read_are_held_out_by_their_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "text": f"text {n}", "label": "anger", "answers": n % 3 == 0, "sound": n % 2 == 0} for n in range(60)]
     path = tmp_path / "read.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     replies = read_replies(path)
-    assert {reply.pair[1] for reply in replies[True]} == {str(row["text"]) for row in rows if held_out(str(row["text"]))} and replies[True]
+    assert {reply.pair[1] for reply in replies[True]} == {str(row["text"]) for row in rows if held_out(str(row["prompt"]))} and replies[
+        True
+    ]
     assert {(*reply.pair, reply.answers, reply.sound) for part in replies.values() for reply in part} == {
         (row["prompt"], row["text"], row["answers"], row["sound"]) for row in rows
     }
-    (tmp_path / "more.jsonl").write_text(json.dumps({**rows[0], "text": "another"}))
+    kept = next(row for row in rows if not held_out(str(row["prompt"])))
+    (tmp_path / "more.jsonl").write_text(json.dumps({**kept, "text": "another", "held_out": True, "method": "circuit"}))
     both = read_replies(path, tmp_path / "more.jsonl")
-    assert sum(map(len, both.values())) == 61 and {r.pair[1] for part in both.values() for r in part} > {"another"}
+    assert sum(map(len, both.values())) == 61 and len(both[True]) == len(replies[True]) + 2, "with all replies to its prompt"
+    assert {(reply.pair[1], reply.method) for reply in both[True] if reply.pair[0] == kept["prompt"]} == {
+        ("another", "circuit"),
+        (kept["text"], ""),
+    }
     for wrong in ({"answers": "yes"}, {"sound": None}, {"prompt": 3}, {"text": None}):
         path.write_text(json.dumps({**rows[0], **wrong}))
         with pytest.raises(DataError, match=r"read.jsonl:1: expected 'prompt' and 'text' to be texts, 'answers' and 'sound' true or false"):
             read_replies(path)
 
 
-@pytest.mark.parametrize(("made", "read", "times"), [(10, 3, 3), (2, 3, 1), (5, 0, 5)])
-def test_both_halves_count_alike(made: int, read: int, times: int) -> None:
-    assert as_often(made, read).tolist() == [*range(made), *[*range(made, made + read)] * times]
+@pytest.mark.parametrize(("made", "read"), [(10, 3), (2, 3), (5, 0), (0, 4)])
+def test_both_halves_count_alike(made: int, read: int) -> None:
+    counts = half_each(made, read)
+    assert len(counts) == made + read and counts[:made].sum() == pytest.approx(float(made > 0))
+    assert counts[made:].sum() == pytest.approx(float(read > 0)) and len({*counts[:made].tolist()}) <= 1
+
+
+def test_counts_are_what_repeating_an_example_would_do() -> None:
+    torch.manual_seed(0)
+    shown, places = torch.randn(12, 3), torch.arange(12) % 2
+    counts = torch.ones(12)
+    counts[3] = 4
+    repeated = torch.tensor([*range(12), 3, 3, 3])
+    once, often = fit_head(shown, places, ("a", "b"), 1e-2, counts=counts), fit_head(shown[repeated], places[repeated], ("a", "b"), 1e-2)
+    # the two standardise differently, which the ridge sees a little
+    torch.testing.assert_close(once.probabilities(shown), often.probabilities(shown), atol=0.03, rtol=0)
+    assert (once.probabilities(shown) - fit_head(shown, places, ("a", "b"), 1e-2).probabilities(shown)).abs().max() > 0.05
+
+
+def test_no_more_than_so_many_are_drawn_and_always_the_same() -> None:
+    assert drawn("abc", 3) == ["a", "b", "c"] and drawn(range(100), 5) == drawn(range(100), 5) and len({*drawn(range(100), 5)}) == 5
+
+
+def test_a_head_is_set_as_strict_as_the_readers() -> None:
+    """The bias alone moves, and the boundary falls between the last text that passes and the first that does not."""
+    head = LinearHead(("no", "yes"), torch.zeros(1), torch.ones(1), torch.tensor([[0.0], [1.0]]), torch.zeros(2))
+    margins = torch.tensor([3.0, 1.0, 2.0, -1.0, 0.5])
+    for least in (0.5, 0.65):
+        for wanted in range(6):
+            strict = as_strict(head, "yes", margins, torch.arange(5) < wanted, least)
+            passed = strict.probabilities(margins[:, None])[:, 1] >= least
+            assert passed.sum() == wanted and (not wanted or passed[margins.argsort(descending=True)[:wanted]].all())
+            assert torch.equal(strict.weight, head.weight)
+    assert as_strict(head, "yes", torch.zeros(0), torch.zeros(0), 0.5) is head
+
+
+def test_left_out_replies_are_seen_by_heads_that_never_saw_their_prompt() -> None:
+    torch.manual_seed(0)
+    shown, seen = torch.randn(9, 2), list[list[bool]]()
+
+    def fit(rows: Tensor) -> LinearHead:
+        seen.append(rows.tolist())
+        return LinearHead(("no", "yes"), torch.zeros(2), torch.ones(2), torch.tensor([[0.0, 0.0], [1.0, float(len(seen))]]), torch.zeros(2))
+
+    head, margins = left_out_margins(fit, shown, "yes", [0, 2, 0, 2, 2, 0], 6)
+    assert seen == [[True] * 9, [True] * 3 + [False, True, False, True, True, False], [True] * 3 + [True, False, True, False, False, True]]
+    assert head.weight[1, 1] == 1
+    expected = [shown[3 + i] @ torch.tensor([1.0, 2.0 if fold == 0 else 3.0]) for i, fold in enumerate([0, 2, 0, 2, 2, 0])]
+    torch.testing.assert_close(margins, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_is_in_one_fold() -> None:
+    read = [ReadReply((f"p{n % 9}", f"t{n}"), True, True) for n in range(40)]
+    folds = folds_of(read)
+    assert {(reply.pair[0], fold) for reply, fold in zip(read, folds, strict=True)} == {(f"p{n}", folds[n]) for n in range(9)}
+    assert len({*folds}) > 2
 
 
 class Told:
@@ -100,8 +165,8 @@ def test_soundness_is_measured_by_fault_and_by_reader() -> None:
 def test_the_soundness_head_learns_what_readers_call_nonsense() -> None:
     """Planted: nonsense has a word of its own that no broken text has."""
     texts = [f"{' '.join(FILLERS[n % 5 :])} {FILLERS[n % 7]} {FILLERS[n % 3]}" for n in range(90)]
-    read = {part: [ReadReply(("we", f"{text} cry"), True, False) for text in texts if held_out(text) == part] for part in (False, True)}
-    fine = {part: [ReadReply(("we", f"{text} home"), True, True) for text in texts if held_out(text) == part] for part in (False, True)}
+    read = {part: [ReadReply((text, f"{text} cry"), True, False) for text in texts if held_out(text) == part] for part in (False, True)}
+    fine = {part: [ReadReply((text, f"{text} home"), True, True) for text in texts if held_out(text) == part] for part in (False, True)}
     encoder = tiny_encoder()
     head, measured = fit_soundness(encoder, texts, ["[UNK] nada"], {part: [*read[part], *fine[part]] for part in read})
     assert measured["read: unsound"]["called_unsound"] > 0.9 > 0.3 > measured["read: sound"]["called_unsound"]
@@ -116,6 +181,29 @@ def test_the_check_of_answers_learns_from_readers() -> None:
     names = FILLERS[:7]
     banks = [Answered(f"{one} we {other}", f"{one} {other}", "anger") for one in names for other in names if one != other]
     echo = [ReadReply((f"{one} {other}", f"{one} {other}"), False, True) for one in names for other in names if one != other]
+    answer = [ReadReply((f"{one} {other}", "sing"), True, True) for one in names for other in names if one != other]
     shown = [(f"{names[0]} {names[1]}", f"{names[0]} {names[1]}")]
-    taught, plain = fit_answers(tiny_encoder(), banks, echo), fit_answers(tiny_encoder(), banks, [])
+    taught, plain = fit_answers(tiny_encoder(), banks, [*echo, *answer]), fit_answers(tiny_encoder(), banks, [])
     assert taught.probabilities(shown)[0] < 0.5 < plain.probabilities(shown)[0]
+
+
+def test_both_checks_are_set_beside_their_readers_by_method() -> None:
+    encoder, names = tiny_encoder(), FILLERS[:7]
+    banks = [Answered(f"{one} we {other}", f"{one} {other}", "anger") for one in names for other in names if one != other]
+    check = fit_answers(encoder, banks, [])
+    n = 1 + len(FAULTS)
+    content = LinearHead((SOUND, *FAULTS), torch.zeros(FEATURES), torch.ones(FEATURES), torch.zeros(n, FEATURES), torch.eye(n)[0] * 9)
+    pairs = [pair for pair, _ in labelled_pairs(banks, 1, 0)][:6]
+    read = [ReadReply(pair, i < 4, i < 5, "circuit" if i % 2 else "none") for i, pair in enumerate(pairs)]
+    found, passed = beside_readers(check, content, read), [share >= 0.5 for share in check.probabilities(pairs)]
+    answers, sound = found["answers"], found["sound"]
+    assert answers["accuracy"] == pytest.approx(sum(given == (i < 4) for i, given in enumerate(passed)) / 6, abs=1e-4)
+    recalls = sum(passed[:4]) / 4, 1 - sum(passed[4:]) / 2
+    assert answers["balanced_accuracy"] == pytest.approx(sum(recalls) / 2, abs=1e-4)
+    assert answers["by_method"]["circuit"] == {"n": 3, "readers": 0.6667, "check": round(sum(passed[1::2]) / 3, 4)}
+    assert sound["by_method"] == {
+        "all": {"n": 6, "readers": 0.8333, "check": 1.0},
+        "circuit": {"n": 3, "readers": 0.6667, "check": 1.0},
+        "none": {"n": 3, "readers": 1.0, "check": 1.0},
+    }
+    assert (sound["accuracy"], sound["balanced_accuracy"]) == (0.8333, 0.5) and beside_readers(check, content, []) == {}

@@ -37,7 +37,7 @@ def test_every_judge_is_asked_each_text_once_and_kept_by_its_own_key(tmp_path: P
     one, two = judge("one"), judge("two")
     jury = jury_of(tmp_path, one, two)
     readings = jury.readings([*TEXTS, *TEXTS[:3]], "test")
-    assert one.asked == two.asked == TEXTS and (jury.name, jury.key) == ("one, two", "one-1, two-1")
+    assert one.asked == two.asked == TEXTS and (jury.name, jury.key) == ("one, two", "mean of one-1, two-1")
     assert list(readings) == ["", *TEXTS] and all(list(reading.opinions) == ["one", "two"] for reading in readings.values())
     rows = jury.kept.rows.values()
     assert [row["judge"] for row in rows].count("one-1") == [row["judge"] for row in rows].count("two-1") == 10

@@ -1,4 +1,4 @@
-"""A panel's majority and its agreement, against figures worked out by hand and the published example."""
+"""What a panel says, its judges' majority and their agreement, against figures worked out by hand and the published example."""
 
 from __future__ import annotations
 
@@ -37,7 +37,30 @@ def reading(*labels: str | None) -> Reading:
         ((None, None, None), None),
     ],
 )
-def test_a_label_needs_more_than_half_of_the_judges_that_were_asked(labels: tuple[str | None, ...], expected: str | None) -> None:
+def test_a_majority_is_more_than_half_of_the_judges_that_were_asked(labels: tuple[str | None, ...], expected: str | None) -> None:
+    assert reading(*labels).majority == expected
+
+
+def test_the_label_is_the_likeliest_by_the_mean() -> None:
+    sure = Reading({"a": says("fear", 0.9), "b": says("anger", 0.4), "c": says("anger", 0.4)})
+    assert (sure.label, sure.majority) == ("fear", "anger"), "one that is sure against two that waver"
+    torn = Reading({"a": says("fear", 0.5), "b": says("anger", 0.7), "c": says("neutral", 0.6)})
+    assert (torn.label, torn.majority) == ("anger", UNDECIDED)
+    assert Reading({"a": says("neutral", 0.5), "b": says("anger", 0.3)}).label == "neutral", "neutral is a label like the others"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("anger", "anger", None), "anger"),
+        (("anger", None, None), UNDECIDED),  # one of three judges never decides alone
+        (("anger", None), UNDECIDED),
+        (("anger", "anger", None, None), UNDECIDED),
+        (("anger",), "anger"),
+        ((None, None, None), None),
+    ],
+)
+def test_half_of_the_judges_or_fewer_decide_nothing(labels: tuple[str | None, ...], expected: str | None) -> None:
     assert reading(*labels).label == expected
 
 
@@ -65,18 +88,18 @@ class Told:
         return list(self.says)
 
 
-def test_a_panel_is_a_judge_that_says_what_most_of_its_judges_say() -> None:
+def test_a_panel_is_a_judge_that_says_what_is_likeliest_by_their_mean() -> None:
     first = Told("a", [says("fear", 0.4), says("anger"), says("anger"), MISSING])
     second = Told("b", [says("fear", 0.4), says("fear"), MISSING, MISSING])
     third = Told("c", [says("neutral", 0.94), says("neutral"), says("anger"), MISSING])
     panel, told = Panel((first, second, third)), list[tuple[int, Opinion]]()
     opinions = panel.opinions(["1", "2", "3", "4"], lambda index, opinion: told.append((index, opinion)))
-    assert [opinion.emotion() for opinion in opinions] == ["fear", UNDECIDED, "anger", None] and told == list(enumerate(opinions))
+    assert [opinion.emotion() for opinion in opinions] == ["neutral", "anger", "anger", None] and told == list(enumerate(opinions))
     shares = opinions[0].probabilities
-    assert shares is not None and max(shares, key=lambda label: shares[label]) == "neutral", "the majority, not the likeliest"
+    assert shares is not None and max(shares, key=lambda label: shares[label]) == "neutral", "the likeliest, though two say fear"
     assert shares["fear"] == pytest.approx((0.4 + 0.4 + 0.01) / 3) and opinions[0].emotion(EMOTIONS) == "fear"
     assert [opinion.problem for opinion in opinions] == ["", "", "", "timed out"]
-    assert (panel.name, panel.key) == ("a, b, c", "a-1, b-1, c-1")
+    assert (panel.name, panel.key) == ("a, b, c", "mean of a-1, b-1, c-1") and Panel((first,)).key == "a-1"
 
 
 def test_alpha_of_the_published_example() -> None:

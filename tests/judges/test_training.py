@@ -33,6 +33,7 @@ from emosteer.judges.training import (
     measure,
     print_card,
     read_own,
+    refit_answers,
     some_of,
     train,
 )
@@ -206,10 +207,11 @@ def write_data(folder: Path, flipped: str = "") -> None:
         texts = made(20, seed, Path(file).stem)
         rows = [{"text": text, "label": label_in(file, text, label)} for text, label in texts.items()]
         if file == training.READ:
-            rows = [{**row, "prompt": "we", "answers": True, "sound": n % 3 > 0} for n, row in enumerate(rows)]
+            rows = [{**row, "prompt": f"we {n}", "answers": True, "sound": n % 3 > 0} for n, row in enumerate(rows)]
         jsonl(folder / file, rows)
-    more = [{"text": f"{FILLERS[n % 5]} so {n}", "prompt": "we", "answers": False, "sound": True} for n in range(20)]
-    jsonl(folder / training.CHECKED, more)
+    for file in training.CHECKED:
+        more = [{"text": f"{FILLERS[n % 5]} so {n}", "prompt": f"{file} {n}", "answers": False, "sound": True} for n in range(20)]
+        jsonl(folder / file, more)
     jsonl(folder / FOREIGN, [{"text": f"[UNK] nada {n}"} for n in range(30)])
     jsonl(folder / training.PAIRS, [{"prompt": "we", "reply": f"cry {n}", "relation": "right"} for n in range(4)])
     event = {valence: f"it was {valence}" for valence in VALENCES}
@@ -262,8 +264,9 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     assert card["emotions"]["linear"]["film"]["accuracy"] > 0.8, "planted words are found"
     faults = {SOUND, "order", "repetition", "symbols", "language"}
     assert {*faults, "read: sound", "read: unsound"} == card["soundness"].keys() and card["answers"]["right"]["n"] == 4
-    held = sum(held_out(row["text"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
+    held = sum(held_out(row["prompt"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
     assert card["answers"]["read: answers"]["n"] == held > 0
+    assert card["readers"]["answers"]["by_method"]["all"]["n"] == held + card["answers"]["read: does not"]["n"]
     assert json.loads(json.dumps(card_of(tmp_path / "judge.safetensors"))) == json.loads(json.dumps(card))
 
 
@@ -283,7 +286,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
         assert measure(judge.probabilities([text for text, _ in film.test]), answers) == card["emotions"][name]["film"]
     data = artifacts.load(out, KIND).provenance.data
     files = {"film.jsonl": "public/film.jsonl", "forum.jsonl": "public/forum.jsonl"}
-    files |= {file: file for file in (*OWN.values(), FOREIGN, training.PAIRS, training.CHECKED, "sev/train.jsonl", "replies/train.jsonl")}
+    files |= {file: file for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, "sev/train.jsonl", "replies/train.jsonl")}
     assert data == {name: sha256_file(tmp_path / file) for name, file in files.items()}
 
 
@@ -299,6 +302,33 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
     assert {name: load_adapter(out, name).key for name in adapters} == adapters
     name = Path(file).stem
     assert after["emotions"]["linear"][name]["accuracy"] < 0.3 < before["emotions"]["linear"][name]["accuracy"]
+
+
+def test_the_check_of_answers_alone_is_fitted_as_with_everything_else(tmp_path: Path, fits: list[Any]) -> None:
+    """The same bytes from the same texts; from others another check, and everything else as it was."""
+    out, again = tmp_path / "judge.safetensors", tmp_path / "again.safetensors"
+    card = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
+    same = refit_answers(out, again)
+    assert json.loads(json.dumps(same)) == json.loads(json.dumps(card)) and sha256_file(again) == sha256_file(out)
+    rows = [json.loads(line) for line in (tmp_path / training.CHECKED[1]).read_text(encoding="utf-8").splitlines()]
+    jsonl(tmp_path / training.CHECKED[1], [{**row, "answers": n % 2 == 0, "sound": n % 3 == 0} for n, row in enumerate(rows)])
+    changed, before, after = refit_answers(out, again), load_heads(out), load_heads(again)
+    assert {name for name in before if before[name].key != after[name].key} == {"answers"}
+    for name in ("embedded", "public"):
+        assert load_adapter(again, name).key == load_adapter(out, name).key
+    assert changed["emotions"] == same["emotions"] and changed["answers"] != same["answers"]
+    data = artifacts.load(again, KIND).provenance.data
+    assert data[training.CHECKED[1]] == sha256_file(tmp_path / training.CHECKED[1])
+
+
+@pytest.mark.parametrize("arguments", [[], ["public", "--answers-only"]])
+def test_either_the_public_texts_or_the_answers_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["training", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        training.main()
+    assert stopped.value.code == 2 and "give the folder of public labelled texts, or --answers-only" in capsys.readouterr().err
 
 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
@@ -337,5 +367,5 @@ def test_the_shipped_card_agrees_with_itself(own: list[Source]) -> None:
 def test_the_shipped_judges_were_fitted_on_the_texts_as_they_are() -> None:
     shipped_adapters()
     data = artifacts.load(ASSET, KIND).provenance.data
-    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, training.CHECKED)}
+    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED)}
     assert {name: data[name] for name in here} == here, "data/judge/ has changed since the judges were fitted: run `make judge`"

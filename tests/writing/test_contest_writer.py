@@ -400,7 +400,7 @@ def test_a_panel_s_readings_are_kept_by_judge_and_a_new_judge_alone_is_asked(tmp
     assert first.asked == texts == second.asked, "the first judge's opinions were kept"
     assert [*found["cry"].opinions] == ["words", "others"] and found["cry"].opinions["words"] == alone["cry"].opinions["words"]
     bench = jury(tmp_path, [first, second])
-    assert (bench.name, bench.key) == ("words, others", "words-1, words-2")
+    assert (bench.name, bench.key) == ("words, others", "mean of words-1, words-2")
     assert bench.readings(texts, "test") == found and len(first.asked) == len(second.asked) == 3
 
 
@@ -412,7 +412,7 @@ def test_one_judge_s_failures_leave_the_panel_to_the_others_and_are_asked_again(
     assert found["cry"].votes == {"a": "sadness", "c": "sadness"} and found["cry"].label == "sadness", "two of three"
     assert found["cry"].row()["b"] is None and found["cry"].problem == "HTTP 500"
     pair = jury(tmp_path / "pair", [panel[0], failing], paid=True).readings(texts, "test")
-    assert pair["cry"].label == UNDECIDED, "one of two that were asked is no majority"
+    assert pair["cry"].label == UNDECIDED, "one of two that were asked does not decide"
     mended = WordJudge(name="b", key="b")
     again = jury(tmp_path, [panel[0], mended, panel[1]], paid=True).readings(texts, "test")
     assert mended.asked == ["cry"] and all(again["cry"].row().values())
