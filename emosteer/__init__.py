@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
     from emosteer.api.steered_model import SteeredModel
+    from emosteer.api.validating import validate
     from emosteer.attribution.scores import Scores
     from emosteer.base.errors import EmosteerError
     from emosteer.circuits.circuit import Circuit
+    from emosteer.circuits.validation.validation import Validation
     from emosteer.directions.directions import Directions
     from emosteer.generation.decoding import Decoding
     from emosteer.generation.generate import Reply
@@ -40,11 +42,13 @@ _HOMES = {
     "calibrate": "emosteer.api.stages",
     "evaluate": "emosteer.api.contest",
     "probe": "emosteer.api.probing",
+    "validate": "emosteer.api.validating",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
     "Circuit": "emosteer.circuits.circuit",
     "Probes": "emosteer.probing.probes",
+    "Validation": "emosteer.circuits.validation.validation",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -63,6 +67,7 @@ __all__ = [
     "Reply",
     "Scores",
     "SteeredModel",
+    "Validation",
     "__version__",
     "ablate",
     "assemble",
@@ -72,6 +77,7 @@ __all__ = [
     "load",
     "make_judge",
     "probe",
+    "validate",
 ]
 
 

@@ -76,6 +76,11 @@ class Places:
         """What `probe` writes."""
         return self.folder / "probes.safetensors"
 
+    @property
+    def validation(self) -> Path:
+        """What `validate` writes."""
+        return self.folder / "validation.safetensors"
+
 
 def own_bank_of(directions: Directions, path: Path) -> Path | None:
     """The bank of the model's own replies, beside the directions that were made with it; None for directions made with another."""

@@ -28,6 +28,7 @@ from emosteer.cli.models import models
 from emosteer.cli.probe import probe
 from emosteer.cli.report import report
 from emosteer.cli.serve import serve
+from emosteer.cli.validate import validate
 
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -35,7 +36,7 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
 #: Commands that keep what they have finished, and what is said of it when they are stopped.
-GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe")
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe", "validate")
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
@@ -55,6 +56,7 @@ app.command(cls=CheckedCommand)(circuit)
 app.command(cls=CheckedCommand)(calibrate)
 app.command(cls=CheckedCommand)(evaluate)
 app.command(cls=CheckedCommand)(probe)
+app.command(cls=CheckedCommand)(validate)
 app.command(cls=CheckedCommand)(report)
 app.command(cls=CheckedCommand)(inspect)
 app.command(cls=CheckedCommand)(generate)

@@ -15,7 +15,9 @@ from emosteer.base.tables import print_table
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import strength_for
 from emosteer.circuits.methods import METHODS
+from emosteer.circuits.validation.validation import Validation
 from emosteer.cli.print_probes import print_probes, probes_summary
+from emosteer.cli.print_validation import print_validation, validation_summary
 from emosteer.directions.directions import Directions
 from emosteer.models.sites import RESID_POST, Head, Neuron
 from emosteer.probing.probes import Probes
@@ -282,7 +284,7 @@ def artifact_summary(found: Artifact) -> Summary:
         "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
-    value: Directions | Circuit | Scores | Probes
+    value: Directions | Circuit | Scores | Probes | Validation
     if found.kind == "directions":
         value = Directions.from_artifact(found)
         summary["content"] = directions_summary(value)
@@ -295,6 +297,9 @@ def artifact_summary(found: Artifact) -> Summary:
     elif found.kind == "probes":
         value = Probes.from_artifact(found)
         summary["content"] = probes_summary(value)
+    elif found.kind == "validation":
+        value = Validation.from_artifact(found)
+        summary["content"] = validation_summary(value)
     else:
         return summary
     return {**summary, "command": made_by(found.kind, value, p.model)}
@@ -316,7 +321,13 @@ def print_artifact(summary: Summary) -> None:
         ("parameters", ", ".join(f"{k}={v}" for k, v in p["params"].items() if not isinstance(v, dict))),
     ]
     print_table(("provenance", ""), lines)
-    printers = {"directions": print_directions, "circuit": print_circuit, "scores": print_scores, "probes": print_probes}
+    printers = {
+        "directions": print_directions,
+        "circuit": print_circuit,
+        "scores": print_scores,
+        "probes": print_probes,
+        "validation": print_validation,
+    }
     if summary["kind"] in printers:
         printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
     print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])

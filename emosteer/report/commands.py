@@ -21,6 +21,7 @@ _STAGES = {
     "evaluation": "evaluate",
     "replies": "evaluate",
     "probes": "probe",
+    "validation": "validate",
 }
 
 

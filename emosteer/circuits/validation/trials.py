@@ -1,0 +1,167 @@
+"""Which sets of units are tried on what: the plan of `validate`, by emotion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.validation.settings import FEW, MEAN, ValidateSettings
+from emosteer.circuits.validation.unit_sets import UnitSet, circuit_sets, largest, lengths, matched, matched_in_size, taken
+from emosteer.models.model import Model
+
+#: What is done to a set: its units are ablated, or all that is outside it is and the set alone carries the emotion.
+ABLATE, KEEP = "ablate", "keep"
+#: Nothing done: under the prompt that asks for the emotion, and under the one that asks for neutrality.
+CLEAN, NEUTRAL_ASKED = "clean", "asked for neutrality"
+#: Who is tried, beside "random:3" and "sized:3": the circuit's own units; no unit at all, so that with `KEEP` everything is held.
+OWN, NOTHING = "circuit", "nothing"
+#: Sizes that are no share: the whole circuit; its units that most emotions share, and the others, at the focus; as many as at the focus by
+#: the ranking of the half of the prompt kinds that the prompt belongs to, and of the other half.
+WHOLE, CORE, REST, SAME_HALF, OTHER_HALF = "whole", "core", "rest", "same half", "other half"
+#: The sets of the two rankings that the last two mean.
+HALVES = ("half 0", "half 1")
+#: Nobody asks: the contrasts of a set of heads are added, the circuit's own or those of "heads of anger", at equal length.
+SWAPPED, ADD, CONTRAST = "plain", "add", "contrast"
+#: The text is read instead of asked for.
+READING = "reading"
+#: A unit is in the core if it is in the circuits of this share of the emotions.
+CORE_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One intervention. emotion: whose circuit; asked: the emotion that the prompt asks for, or that the text has; elicitation: how, or
+    "reading"; size: a share of all heads as a percentage ("5%"), or one of the sizes above; who: "circuit", "random:3" (matched in layer
+    and number), "sized:3" (in what is taken away, too), "clean" and the like; action and kind: what is done, and what takes the units'
+    place."""
+
+    emotion: str
+    asked: str
+    elicitation: str
+    size: str = ""
+    who: str = CLEAN
+    action: str = ""
+    kind: str = ""
+    dose: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """The sets that one emotion's trials name. own: size -> units; removed: [layer, head], what each head's ablation takes away."""
+
+    emotion: str
+    own: Mapping[str, UnitSet]
+    removed: Tensor
+    seed: int
+
+    def of(self, size: str, who: str, half: int = 0) -> UnitSet:
+        """The units of a trial. half: that the prompt belongs to."""
+        size = {SAME_HALF: HALVES[half], OTHER_HALF: HALVES[1 - half]}.get(size, size)
+        mine = self.own[size]
+        if who == NOTHING:
+            return mine.without(mine)
+        if who == OWN:
+            return mine
+        seed = f"{self.seed}/{self.emotion}/{size}/{who}"
+        return matched(mine, seed) if who.startswith("random") else matched_in_size(mine, self.removed, seed)
+
+    def taken(self, size: str, who: str) -> float:
+        """What the ablation of a set's heads takes out of the stream."""
+        return taken(self.of(size, who), self.removed)
+
+    def count(self, size: str) -> int:
+        """Units of a set."""
+        return len(self.of(size, OWN))
+
+
+def label(share: float) -> str:
+    """A share as a size: 0.05 -> "5%"."""
+    return f"{100 * share:g}%"
+
+
+def sets_of(
+    model: Model,
+    circuit: Circuit,
+    removed: Tensor,
+    ranked: Sequence[Sequence[UnitSet]],
+    settings: ValidateSettings,
+) -> list[Sets]:
+    """The sets of every emotion.
+
+    Args:
+        removed: [emotion, layer, head], what a head's ablation takes away; ranked: by half of the prompt kinds, the best
+            heads by its ranking, by emotion.
+    """
+    wholes = [circuit_sets(circuit, e) for e in range(len(circuit.emotions))]
+    sizes = [lengths(model, circuit, e) for e in range(len(circuit.emotions))]
+    focus = [largest(whole, size, settings.focus) for whole, size in zip(wholes, sizes, strict=True)]
+    core = core_of(focus)
+    made = []
+    for e, emotion in enumerate(circuit.emotions):
+        own = {WHOLE: wholes[e]}
+        for share in sorted({*settings.sizes, settings.focus}):
+            if share * wholes[e].heads.numel() < wholes[e].heads.sum():
+                own[label(share)] = largest(wholes[e], sizes[e], share)
+        own |= {CORE: focus[e].both(core), REST: focus[e].without(core)}
+        own |= {size: sets[e] for size, sets in zip(HALVES, ranked, strict=True)}
+        made.append(Sets(emotion, {size: units for size, units in own.items() if len(units)}, removed[e], settings.seed))
+    return made
+
+
+def core_of(sets: Sequence[UnitSet]) -> UnitSet:
+    """The units that most of the sets share."""
+    least = max(2, -int(-CORE_SHARE * len(sets) // 1))
+    return UnitSet(*(torch.stack([part(one) for one in sets]).sum(0) >= least for part in (lambda s: s.heads, lambda s: s.neurons)))
+
+
+def focus_of(sets: Sets, settings: ValidateSettings) -> str:
+    """The size at which everything is measured: the focus, or the whole circuit where it is no larger."""
+    return label(settings.focus) if label(settings.focus) in sets.own else WHOLE
+
+
+def plan(sets: Sets, emotions: Sequence[str], settings: ValidateSettings) -> list[Trial]:
+    """All trials of one emotion's circuit."""
+    e, tone, focus = sets.emotion, settings.elicitations[0], focus_of(sets, settings)
+    everybody = [OWN, *(f"random:{i}" for i in range(settings.randoms))]
+    few = everybody[: 1 + min(FEW, settings.randoms)]
+    sized = [f"sized:{i}" for i in range(settings.randoms)]
+    trials: list[Trial] = []
+
+    def add(asked: str, how: str, size: str, who: Sequence[str], action: str, kind: str, dose: float = 1.0) -> None:
+        there = HALVES[0] if size in (SAME_HALF, OTHER_HALF) else size
+        trials.extend(Trial(e, asked, how, size, one, action, kind, dose) for one in who if there in sets.own)
+
+    for how in settings.elicitations:
+        trials += [Trial(e, e, how), Trial(e, e, how, who=NEUTRAL_ASKED)]
+    shares = [size for size in sets.own if size not in (CORE, REST, *HALVES)]
+    for size in shares:
+        for kind in settings.kinds if size in (focus, WHOLE) else settings.kinds[:1]:
+            add(e, tone, size, everybody, ABLATE, kind)
+    for kind in settings.held:
+        add(e, tone, WHOLE, [NOTHING], KEEP, kind)
+        for size in dict.fromkeys((focus, WHOLE)):
+            add(e, tone, size, everybody, KEEP, kind)
+        add(e, tone, CORE, few, KEEP, kind)
+        add(e, tone, REST, few, KEEP, kind)
+    for size in dict.fromkeys((focus, WHOLE)):
+        for other in emotions:
+            if other != e:
+                trials.append(Trial(e, other, tone))
+                add(other, tone, size, [OWN], ABLATE, settings.kinds[0])
+    for dose in settings.doses:
+        add(e, tone, focus, few, ABLATE, settings.kinds[0], dose)
+    add(e, tone, focus, sized, ABLATE, settings.kinds[0])
+    for size in (CORE, REST, SAME_HALF, OTHER_HALF):
+        add(e, tone, size, few, ABLATE, settings.kinds[0])
+    for how in settings.elicitations[1:]:
+        add(e, how, focus, everybody, ABLATE, settings.kinds[0])
+    trials.append(Trial(e, e, READING))
+    add(e, READING, focus, everybody, ABLATE, MEAN)
+    trials.append(Trial(e, e, SWAPPED))
+    heads_of = [f"heads of {other}" for other in emotions if other != e]
+    add(e, SWAPPED, focus, [OWN, *heads_of, *few[1:]], ADD, CONTRAST)
+    return list(dict.fromkeys(trials))

@@ -1,0 +1,143 @@
+"""A validation -> a plain summary (JSON) and the tables of `validate` and `inspect`. Loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emosteer.base.tables import print_table
+from emosteer.circuits.validation.settings import ENOUGH, RATIO, SPECIFIC
+from emosteer.circuits.validation.validation import Validation
+
+Summary = dict[str, Any]
+Row = Mapping[str, Any]
+
+
+def validation_summary(found: Validation) -> Summary:
+    """Every table, and how much was tried."""
+    return {
+        "model": found.provenance.model,
+        "emotions": list(found.emotions),
+        "prompts": list(found.prompts),
+        "trials": len(found.followed) + len(found.read),
+        "randoms": found.provenance.params.get("randoms"),
+        **{name: [dict(row) for row in rows] for name, rows in found.tables.items()},
+        "notes": list(found.notes),
+    }
+
+
+def print_validation(summary: Summary) -> None:
+    """The tables of `validate`."""
+    print(
+        f"{summary['model']}: {summary['trials']} interventions on {len(summary['prompts'])} prompts, {summary['randoms']} random sets "
+        f"beside each -> {summary['file']}"
+    )
+    print("nats per token of the wanted reply against other emotions' replies; 95 % intervals over prompts, random sets drawn again, too")
+    _print_points(summary["necessary"], "necessary: ablated, so much of the margin is lost (share: of what asking for the emotion brings)")
+    _print_points(
+        summary["sufficient"], "sufficient: all other heads held, so much of the margin comes through (share: of what holding costs)"
+    )
+    _print_reading(summary["reading"])
+    _print_swaps(summary["swaps"])
+    _print_shared(summary["overlaps"], summary["shared"])
+    _print_stable(summary["stable"])
+    _print_claims(summary["claims"])
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
+def _print_points(rows: Sequence[Row], title: str) -> None:
+    if not rows:
+        return
+    table = []
+    for row in rows:
+        place = f"{row['elicitation']} {row['size']} {row['kind']}" + (f" x{row['dose']:g}" if row["dose"] != 1 else "")
+        matched = [_interval(row["random"]), row["ratio"], row["effect_size"], row["p"]] if "random" in row else ["", "", "", ""]
+        extra = [_interval(row[name]) if name in row else "" for name in ("sized", "others")]
+        size = f"{row['taken']:.1f} / {row['random_taken']:.1f}" if "random_taken" in row else ""
+        table.append(
+            [place, row["emotion"], row.get("units", ""), _interval(row["moved"]), _interval(row["share"]), *matched, *extra, size]
+        )
+    head = (
+        "tried",
+        "emotion",
+        "units",
+        "circuit",
+        "share",
+        "random sets",
+        "ratio",
+        "sd above",
+        "p",
+        "random of its size",
+        "other emotions",
+    )
+    print_table((*head, "taken away: circuit / random"), table, title)
+
+
+def _print_reading(rows: Sequence[Row]) -> None:
+    names = {"reading": "emotion read", "other reading": "other emotion read", "cost": "neutral text", "answer": "answering"}
+    table = []
+    for row in rows:
+        cells = []
+        for name in names:
+            unit = row[name]["moved"] if name == "cost" else row[name]["share"]
+            cells.append(f"{_interval(unit)} (random {row[name]['random'][0] / _of(row[name], name):.3f})")
+        table.append([row["size"], row["emotion"], *cells])
+    title = "reading: what is lost when the circuit is ablated, as shares; neutral text: nats per token that it becomes dearer"
+    print_table(("size", "emotion", *names.values()), table, title)
+
+
+def _of(figure: Row, name: str) -> float:
+    return 1.0 if name == "cost" or not figure["clean"] else float(figure["clean"])
+
+
+def _print_swaps(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    names = [row["emotion"] for row in rows]
+    table = []
+    for row in rows:
+        lent = [_interval(row["own"]) if name == row["emotion"] else _interval(row["lent"][name]) for name in names]
+        table.append([row["emotion"], *lent, _interval(row["random"])])
+    title = f"swaps ({rows[0]['size']}): margin that an emotion's contrasts bring (rows) when another's heads add them (columns), at equal length"
+    print_table(("contrasts", *names, "random heads"), table, title)
+
+
+def _print_shared(pairs: Sequence[Row], shared: Sequence[Row]) -> None:
+    rows = [[r["size"], f"{r['first']}, {r['second']}", r["common"], r["expected"], r["p"], r["jaccard"]] for r in pairs]
+    print_table(("size", "emotions", "common heads", "by chance", "p", "Jaccard"), rows, "one emotion's or all emotions'?")
+    rows = [[r["size"], r["at_least"], r["heads"], r["expected"], " ".join(r["names"][:12])] for r in shared]
+    print_table(("size", "emotions at least", "heads", "by chance", "which"), rows, "heads that several emotions share")
+
+
+def _print_stable(rows: Sequence[Row]) -> None:
+    table = [
+        [
+            row["emotion"],
+            row["heads"],
+            row["always"],
+            f"{row['held']} of {row['circuit']}",
+            "" if row["halves"] is None else f"{row['halves']:.3f} ({row['halves_expected']:.1f} common by chance)",
+            " ".join(row["names"][:12]),
+        ]
+        for row in rows
+    ]
+    head = ("emotion", "heads of the ranking", "in 90 % of bootstraps", "of the circuit's heads", "halves of kinds: Jaccard", "which")
+    print_table(head, table, "stable: rankings by contrast of the bank")
+
+
+def _print_claims(rows: Sequence[Row]) -> None:
+    table = [
+        [
+            f"{row['elicitation']} {row['size']} {row['kind']}",
+            *(f"{len(row[name])} of {row['emotions']}: {', '.join(row[name])}" for name in ("larger", "apart", "specific")),
+            "yes" if row["holds"] else "no",
+        ]
+        for row in rows
+    ]
+    head = ("tried", f"at least {RATIO:g} x random", "intervals apart", f"others below {SPECIFIC:g} x own", "holds")
+    print_table(head, table, f"is it a circuit? It is if at least {ENOUGH} emotions show all three")
+
+
+def _interval(found: Sequence[float]) -> str:
+    return f"{found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]"
