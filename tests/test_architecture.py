@@ -40,7 +40,15 @@ PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
 LIGHT = (
     *("__init__", "__main__", "api", "base", "scenarios", "models.weights", "cli"),
-    *("directions.settings", "attribution.settings", "circuits.settings", "circuits.methods", "circuits.places", "circuits.dial"),
+    *(
+        "directions.settings",
+        "attribution.settings",
+        "circuits.settings",
+        "circuits.methods",
+        "circuits.places",
+        "circuits.dial",
+        "circuits.validation.settings",
+    ),
     *(
         "calibration.settings",
         "evaluation.settings",
@@ -53,7 +61,7 @@ LIGHT = (
     ),
     "judges.by_hand_scores",
 )
-LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_probes")
+LIGHT_BUT = ("base.artifacts", "base.pieces", "base.schema", "cli.print_artifacts", "cli.print_probes", "cli.print_validation")
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emosteer.base.tables import print_table
+from emosteer.circuits.validation.findings import ALL
 from emosteer.circuits.validation.settings import ENOUGH, RATIO, SPECIFIC
 from emosteer.circuits.validation.validation import Validation
 
@@ -32,46 +33,40 @@ def print_validation(summary: Summary) -> None:
         f"{summary['model']}: {summary['trials']} interventions on {len(summary['prompts'])} prompts, {summary['randoms']} random sets "
         f"beside each -> {summary['file']}"
     )
-    print("nats per token of the wanted reply against other emotions' replies; 95 % intervals over prompts, random sets drawn again, too")
+    print(
+        "Margins are nats per token by which the wanted reply is cheaper than others; intervals (95 %) are over prompts and random sets.\n"
+        "random sets: as many units in every layer; sized: those of them that take away as much; others: what the circuit's ablation does\n"
+        "to other emotions; taken: length of what the ablation of heads takes out of the stream. `--json` has every point of every emotion."
+    )
     _print_points(summary["necessary"], "necessary: ablated, so much of the margin is lost (share: of what asking for the emotion brings)")
     _print_points(
-        summary["sufficient"], "sufficient: all other heads held, so much of the margin comes through (share: of what holding costs)"
+        summary["sufficient"], "sufficient: all others held, so much of the margin comes through (share: of what holding everything costs)"
     )
     _print_reading(summary["reading"])
     _print_swaps(summary["swaps"])
     _print_shared(summary["overlaps"], summary["shared"])
     _print_stable(summary["stable"])
+    _print_written(summary["written"])
     _print_claims(summary["claims"])
     for note in summary["notes"]:
         print(f"note: {note}")
 
 
 def _print_points(rows: Sequence[Row], title: str) -> None:
-    if not rows:
-        return
-    table = []
+    """One line for the mean over emotions at every point, and one for every emotion where the table ends in a verdict."""
+    table: list[list[object]] = []
     for row in rows:
+        if row["emotion"] != ALL and "others" not in row and len({one["emotion"] for one in rows}) > 1:
+            continue
         place = f"{row['elicitation']} {row['size']} {row['kind']}" + (f" x{row['dose']:g}" if row["dose"] != 1 else "")
-        matched = [_interval(row["random"]), row["ratio"], row["effect_size"], row["p"]] if "random" in row else ["", "", "", ""]
-        extra = [_interval(row[name]) if name in row else "" for name in ("sized", "others")]
+        matched = [_interval(row["random"]), f"{row['ratio']:.1f}", f"{row['p']:.3f}"] if "random" in row else ["", "", ""]
+        extra = [f"{row[name][0]:.2f}" if name in row else "" for name in ("sized", "others")]
         size = f"{row['taken']:.1f} / {row['random_taken']:.1f}" if "random_taken" in row else ""
-        table.append(
-            [place, row["emotion"], row.get("units", ""), _interval(row["moved"]), _interval(row["share"]), *matched, *extra, size]
-        )
-    head = (
-        "tried",
-        "emotion",
-        "units",
-        "circuit",
-        "share",
-        "random sets",
-        "ratio",
-        "sd above",
-        "p",
-        "random of its size",
-        "other emotions",
-    )
-    print_table((*head, "taken away: circuit / random"), table, title)
+        share = f"{100 * row['share'][0]:.0f} %"
+        table.append([place, row["emotion"], row.get("units", ""), _interval(row["moved"]), share, *matched, *extra, size])
+    if table:
+        head = ("tried", "emotion", "units", "circuit", "share", "random sets", "ratio", "p", "sized", "others", "taken / random")
+        print_table(head, table, title)
 
 
 def _print_reading(rows: Sequence[Row]) -> None:
@@ -99,7 +94,9 @@ def _print_swaps(rows: Sequence[Row]) -> None:
     for row in rows:
         lent = [_interval(row["own"]) if name == row["emotion"] else _interval(row["lent"][name]) for name in names]
         table.append([row["emotion"], *lent, _interval(row["random"])])
-    title = f"swaps ({rows[0]['size']}): margin that an emotion's contrasts bring (rows) when another's heads add them (columns), at equal length"
+    title = (
+        f"swaps ({rows[0]['size']}): margin that an emotion's contrasts bring (rows) when another's heads add them (columns), equally long"
+    )
     print_table(("contrasts", *names, "random heads"), table, title)
 
 
@@ -126,6 +123,21 @@ def _print_stable(rows: Sequence[Row]) -> None:
     print_table(head, table, "stable: rankings by contrast of the bank")
 
 
+def _print_written(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    table = [
+        [
+            row["who"] + ("" if row["who"] == "clean" else f" {row['size']}"),
+            *(_interval(row[name]) for name in ("emotion", "answers", "sound")),
+        ]
+        + [f"{share:.2f}" for share in row["by_emotion"].values()]
+        for row in rows
+    ]
+    head = ("ablated", "read as what was asked", "answers", "sound", *rows[0]["by_emotion"])
+    print_table(head, table, f"{rows[0]['replies']} replies written to prompts that ask for the emotion, read by the judges")
+
+
 def _print_claims(rows: Sequence[Row]) -> None:
     table = [
         [
@@ -140,4 +152,4 @@ def _print_claims(rows: Sequence[Row]) -> None:
 
 
 def _interval(found: Sequence[float]) -> str:
-    return f"{found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]"
+    return f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"

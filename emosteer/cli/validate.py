@@ -21,11 +21,13 @@ from emosteer.cli.options import (
     JsonOption,
     ModelOption,
     OutOption,
+    PanelOption,
     RootOption,
     ScenariosOption,
     SeedOption,
     listed,
 )
+from emosteer.judges.registry import PANEL
 
 
 def validate(
@@ -59,6 +61,10 @@ def validate(
     references: Annotated[int, typer.Option(help="Prompts that neutral means are taken from.")] = ValidateSettings.references,
     bank_groups: Annotated[int, typer.Option(help="Prompts of the bank that rankings are made from.")] = ValidateSettings.bank_groups,
     bootstraps: Annotated[int, typer.Option(help="Bootstraps of these rankings.")] = ValidateSettings.bootstraps,
+    written: Annotated[
+        int, typer.Option(help="Of the prompts, to which replies are written under ablation and read by the judges; 0 for none.")
+    ] = ValidateSettings.written,
+    judge: PanelOption = PANEL,
     row_tokens: Annotated[int, typer.Option(help="Tokens that are computed at once.")] = ValidateSettings.row_tokens,
     seed: SeedOption = ValidateSettings.seed,
     device: DeviceOption = "auto",
@@ -82,12 +88,14 @@ def validate(
         references,
         bank_groups,
         bootstraps,
-        row_tokens=row_tokens,
-        seed=seed,
+        written,
+        row_tokens,
+        seed,
     )
     if quick:
         settings = replace(settings, **_not_given(context, QUICK))
     from emosteer.api.validating import validate as run
+    from emosteer.api.validating import written_beside
     from emosteer.circuits.places import Places
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
@@ -97,10 +105,11 @@ def validate(
     target = out or Places.of(loaded.name, root).validation
     partial = target.with_name(target.name + ".partial.jsonl")
     given: Any = vars(settings)
-    found = run(loaded, circuit, scenarios=scenarios, replies=replies, partial=partial, artifacts=root, **given)
+    found = run(loaded, circuit, scenarios=scenarios, replies=replies, judge=judge, partial=partial, artifacts=root, **given)
     found = with_command(found, command_line(context))
     found.save(target)
-    partial.unlink(missing_ok=True)
+    for file in (partial, written_beside(partial)):
+        file.unlink(missing_ok=True)
     from emosteer.cli.print_validation import print_validation, validation_summary
 
     summary = {"file": str(target), **validation_summary(found)}

@@ -21,6 +21,7 @@ from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.calibration.settings import CalibrateSettings
 from emosteer.circuits.settings import CircuitSettings
+from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import GUIDANCE, Decoding
@@ -212,6 +213,7 @@ def test_an_unknown_name_points_to_the_page() -> None:
         (options.CalibrateOptions, CalibrateSettings),
         (options.DecodingOptions, Decoding),
         (options.ProbeOptions, ProbeSettings),
+        (options.ValidateOptions, ValidateSettings),
     ],
 )
 def test_the_named_options_are_the_fields_of_the_settings(typed: Any, settings: Any) -> None:

@@ -11,6 +11,7 @@ from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
 from emosteer.evaluation.settings import Budget, EvaluationSettings
@@ -27,7 +28,7 @@ GUIDED = {**DECODING, "guidance": GUIDANCE}
 JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
-PROBE = vars(ProbeSettings())
+PROBE, VALIDATE = vars(ProbeSettings()), vars(ValidateSettings())
 
 #: Command -> option -> the field that it sets, of an instance made with defaults.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -66,6 +67,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{name: value for name, value in PROBE.items() if name not in ("kinds", "decays", "distances", "batch_tokens")},
         "sites": ",".join(PROBE["kinds"]),
         **{name: ",".join(f"{value:g}" for value in PROBE[name]) for name in ("decays", "distances")},
+    },
+    "validate": {
+        **{name: value for name, value in VALIDATE.items() if not isinstance(value, tuple)},
+        "judge": PANEL,
+        **{name: ",".join(VALIDATE[name]) for name in ("kinds", "held", "elicitations")},
+        **{name: ",".join(f"{value:g}" for value in VALIDATE[name]) for name in ("sizes", "doses")},
     },
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }

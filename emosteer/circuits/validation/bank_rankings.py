@@ -72,7 +72,7 @@ def read_contrasts(
 
 
 def halves_of(groups: Sequence[Group]) -> list[int]:
-    """Which half each prompt belongs to: whole kinds of prompts, or whole themes where there is one kind; drawn where there is one of both."""
+    """Which half each prompt belongs to: whole kinds of prompts, whole themes where there is one kind, drawn where there is one of both."""
     for name in (lambda group: group.kind, lambda group: group.theme):
         values = sorted({name(group) for group in groups})
         if len(values) > 1:

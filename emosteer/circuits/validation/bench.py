@@ -39,9 +39,9 @@ READ = ("reading", "other reading", "cost", "answer")
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """means: site -> [width], of units while neutral replies are written to plain prompts; removed: [emotion, layer, head], root mean square
-    of the length that a head's mean ablation takes out of the stream while an emotion is followed; contrasts: [emotion, layer, width], mean
-    contrasts of heads, which swaps add."""
+    """means: site -> [width], of units while neutral replies are written to plain prompts; removed: [emotion, layer, head], how long what a
+    head's mean ablation takes out of the stream is while an emotion is followed (root mean square); contrasts: [emotion, layer, width],
+    mean contrasts of heads, which swaps add."""
 
     means: Source
     removed: Tensor

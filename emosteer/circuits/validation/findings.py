@@ -45,7 +45,7 @@ class Figures:
 
     def sets(self, trial: Trial, who: str, figure: str) -> Tensor:
         """The same of the random sets beside a circuit's trial. who: "random" or "sized". [set, prompt], none where there are none."""
-        found = []
+        found: list[Tensor] = []
         while (other := replace(trial, who=f"{who}:{len(found)}")) in self.values:
             found.append(self.of(other, figure))
         return torch.stack(found) if found else torch.zeros(0)

@@ -120,8 +120,8 @@ class Shared(Record):
 
 
 class Stable(Record):
-    """How much of a ranking is always in it. heads: of the ranking; always: in nine of ten bootstraps; circuit: heads of the circuit's set of
-    the size; held: of them, always in the ranking; halves: overlap of the two halves' rankings, of as many heads."""
+    """How much of a ranking is always in it. heads: of the ranking; always: in nine of ten bootstraps; circuit: heads of the circuit's set
+    of the size; held: of them, always in the ranking; halves: overlap of the two halves' rankings, of as many heads."""
 
     emotion: Text
     size: Text
@@ -185,8 +185,6 @@ def check(found: Artifact) -> None:
     schema.check_tensors(found.tensors, wanted, known, path)
     schema.check_within(found.tensors["inclusion"], 0, 1, "inclusion", path)
     rows = [*fields.followed, *fields.read, *fields.necessary, *fields.sufficient, *fields.reading, *fields.swaps, *fields.stable]
-    for row in rows:
-        if row.emotion not in (*fields.emotions, "all"):
-            raise ArtifactError(
-                f"{path}: expected emotions of {', '.join(fields.emotions)[:60]}, found '{row.emotion[:60]}'; make it again"
-            )
+    for name in (str(vars(row)["emotion"]) for row in rows):
+        if name not in (*fields.emotions, "all"):
+            raise ArtifactError(f"{path}: expected emotions of {', '.join(fields.emotions)[:60]}, found '{name[:60]}'; make it again")

@@ -69,8 +69,11 @@ class ValidateSettings:
                 raise UsageError(f"expected {name} from {low} to {high}, found {count}")
 
 
-#: What `--quick` changes: one size, one way of asking, fewer prompts.
-QUICK = {"prompts": 4, "sizes": (0.05,), "doses": (), "kinds": (MEAN,), "held": (NEUTRALLY,), "elicitations": ("tone",), "bank_groups": 32}
+#: What `--quick` changes: one size, one way of asking, fewer prompts, and the beginnings of replies.
+QUICK = {
+    **{"prompts": 4, "reply_tokens": 12, "sizes": (0.05,), "doses": (), "kinds": (MEAN,), "held": (NEUTRALLY,), "elicitations": ("tone",)},
+    **{"bank_groups": 32, "bootstraps": 100},
+}
 
 
 def _shown(values: tuple[float, ...]) -> str:

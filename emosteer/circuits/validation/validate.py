@@ -26,7 +26,9 @@ from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.circuits.validation.trials import READING, WHOLE, Sets, Trial, focus_of, plan, sets_of
 from emosteer.circuits.validation.unit_sets import circuit_sets
 from emosteer.circuits.validation.validation import Validation
+from emosteer.circuits.validation.written_replies import written_replies
 from emosteer.directions.extract import batch_tokens_for
+from emosteer.judges.jury import Jury
 from emosteer.models.model import Model
 from emosteer.models.sites import Head
 from emosteer.scenarios.prompt_sets import KINDS, of_kinds
@@ -50,12 +52,14 @@ def validate(
     data: Mapping[str, str] | None = None,
     parents: Mapping[str, str] | None = None,
     partial: Path | None = None,
+    jury: Jury | None = None,
 ) -> Validation:
     """Tries a circuit and its random rivals.
 
     Args:
         groups: prompts of the bank; those with a reply in every emotion of the circuit are used.
         partial: JSON-lines file that finished prompts are kept in, so that the same call goes on; None keeps nothing.
+        jury: who reads replies that are written under ablation, if the settings ask for some.
 
     Raises:
         ArtifactError: if the circuit is another model's. DataError: if there are too few prompts with replies in all its emotions.
@@ -67,12 +71,12 @@ def validate(
             f"expected more than {settings.prompts} prompts with a reply in {', '.join(circuit.emotions)}, found {len(usable)}; "
             "give another bank with --replies, or fewer --prompts"
         )
-    tried = of_kinds(usable, KINDS, settings.prompts)[: settings.prompts]
+    tried = _drawn(usable, settings.prompts)
     held = {group.key for group in tried}
-    references = of_kinds([group for group in usable if group.key not in held], KINDS, settings.references)[: settings.references]
+    references = _drawn([group for group in usable if group.key not in held], settings.references)
     contrasts = read_contrasts(
         model,
-        of_kinds(usable, KINDS, settings.bank_groups),
+        _drawn(usable, settings.bank_groups),
         bank,
         circuit.emotions,
         circuit.instruction,
@@ -87,33 +91,42 @@ def validate(
         **findings(values, bench.sets, settings.seed),
         **_sharing(bench.sets, settings),
         "stable": _stable(model, contrasts, bench.sets, included, settings),
-        "written": [],
+        "written": written_replies(bench, jury) if jury is not None and settings.written else [],
     }
-    trials = {reading: tuple(t for t in values if (t.elicitation == READING) == reading) for reading in (False, True)}
+    followed, read = (tuple(t for t in values if (t.elicitation == READING) == reading) for reading in (False, True))
     return Validation(
         circuit.emotions,
         tuple(str(group.key) for group in tried),
         bench.readout.layers,
-        trials[False],
-        trials[True],
-        torch.stack([values[trial].T for trial in trials[False]]),
-        torch.stack([values[trial].T for trial in trials[True]]),
+        followed,
+        read,
+        torch.stack([values[trial].T for trial in followed]),
+        torch.stack([values[trial].T for trial in read]),
         included,
         bench.references.removed,
         tables,
         tuple(_notes(bench, usable, bank)),
-        Provenance(
-            model=model.name,
-            model_sha256=model.sha256,
-            template_sha256=model.template_sha256,
-            method="ablation and holding of a circuit's units against matched random sets",
-            params={**asdict(settings), "dtype": model.precision.removeprefix("torch."), "device": model.device.type},
-            seed=settings.seed,
-            data=dict(data or {}),
-            parents=dict(parents or {}),
-            versions=artifacts.versions(),
-        ),
+        _provenance(model, settings, data or {}, parents or {}),
     )
+
+
+def _provenance(model: Model, settings: ValidateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Provenance:
+    return Provenance(
+        model=model.name,
+        model_sha256=model.sha256,
+        template_sha256=model.template_sha256,
+        method="ablation and holding of a circuit's units against matched random sets",
+        params={**asdict(settings), "dtype": model.precision.removeprefix("torch."), "device": model.device.type},
+        seed=settings.seed,
+        data=dict(data),
+        parents=dict(parents),
+        versions=artifacts.versions(),
+    )
+
+
+def _drawn(groups: Sequence[Group], count: int) -> list[Group]:
+    """Prompts of all kinds by turns."""
+    return of_kinds(groups, KINDS, count + len(KINDS))[:count]
 
 
 def _bench(
