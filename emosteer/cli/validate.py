@@ -42,10 +42,10 @@ def validate(
     quick: Annotated[
         bool, typer.Option("--quick", help="One size, one way of asking, fewer prompts; options that are given stay.")
     ] = False,
-    prompts: Annotated[int, typer.Option(help="Prompts, each asked in every emotion.")] = ValidateSettings.prompts,
-    randoms: Annotated[int, typer.Option(help="Random sets beside every point.")] = ValidateSettings.randoms,
+    prompts: Annotated[int, typer.Option(min=2, max=10_000, help="Prompts, each asked in every emotion.")] = ValidateSettings.prompts,
+    randoms: Annotated[int, typer.Option(min=2, max=1000, help="Random sets beside every point.")] = ValidateSettings.randoms,
     sizes: Annotated[str, typer.Option(help="Of the circuit's largest units, as shares of all heads.")] = listed(ValidateSettings.sizes),
-    focus: Annotated[float, typer.Option(help="The size at which everything is measured.")] = ValidateSettings.focus,
+    focus: Annotated[float, typer.Option(min=0.001, max=1, help="The size at which everything is measured.")] = ValidateSettings.focus,
     doses: Annotated[str, typer.Option(help="Of the ablation, beside 0 and 1; '' for none.")] = listed(ValidateSettings.doses),
     kinds: Annotated[
         str, typer.Option(help=f"What takes the place of ablated units, some of {', '.join(KINDS)}.", metavar="A,B,...")
@@ -56,16 +56,27 @@ def validate(
     elicitations: Annotated[str, typer.Option(help=f"How the emotion is asked for, some of {', '.join(ASKING)}.", metavar="A,B")] = listed(
         ValidateSettings.elicitations
     ),
-    others: Annotated[int, typer.Option(help="Replies in other emotions that the wanted one is compared with.")] = ValidateSettings.others,
-    reply_tokens: Annotated[int, typer.Option(help="Tokens of each reply that are read.")] = ValidateSettings.reply_tokens,
-    references: Annotated[int, typer.Option(help="Prompts that neutral means are taken from.")] = ValidateSettings.references,
-    bank_groups: Annotated[int, typer.Option(help="Prompts of the bank that rankings are made from.")] = ValidateSettings.bank_groups,
-    bootstraps: Annotated[int, typer.Option(help="Bootstraps of these rankings.")] = ValidateSettings.bootstraps,
+    others: Annotated[
+        int, typer.Option(min=1, max=255, help="Replies in other emotions that the wanted one is compared with.")
+    ] = ValidateSettings.others,
+    reply_tokens: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Tokens of each reply that are read.")
+    ] = ValidateSettings.reply_tokens,
+    references: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Prompts that neutral means are taken from.")
+    ] = ValidateSettings.references,
+    bank_groups: Annotated[
+        int, typer.Option(min=2, max=100_000, help="Prompts of the bank that rankings are made from.")
+    ] = ValidateSettings.bank_groups,
+    bootstraps: Annotated[int, typer.Option(min=1, max=10_000, help="Bootstraps of these rankings.")] = ValidateSettings.bootstraps,
     written: Annotated[
-        int, typer.Option(help="Of the prompts, to which replies are written under ablation and read by the judges; 0 for none.")
+        int,
+        typer.Option(
+            min=0, max=1000, help="Of the prompts, to which replies are written under ablation and read by the judges; 0 for none."
+        ),
     ] = ValidateSettings.written,
     judge: PanelOption = PANEL,
-    row_tokens: Annotated[int, typer.Option(help="Tokens that are computed at once.")] = ValidateSettings.row_tokens,
+    row_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens that are computed at once.")] = ValidateSettings.row_tokens,
     seed: SeedOption = ValidateSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,

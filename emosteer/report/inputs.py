@@ -15,6 +15,7 @@ from emosteer.base.strict_json import loads
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
+from emosteer.circuits.validation.validation import Validation
 from emosteer.directions.directions import Directions
 from emosteer.probing.probes import Probes
 from emosteer.report import commands
@@ -49,6 +50,7 @@ class Inputs:
     absent: Sequence[Absent]
     warnings: Sequence[str]
     probes: Probes | None = None
+    validation: Validation | None = None
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -96,6 +98,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("circuit", _circuit_file(places), Circuit.load),
         ("check", places.folder / "calibration-check.json", _read_check),
         ("probes", places.probes, Probes.load),
+        ("validation", places.validation, Validation.load),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
         ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
@@ -123,6 +126,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         absent=_absent(value, outdated, reference),
         warnings=_warnings(value, sources),
         probes=value.get("probes"),
+        validation=value.get("validation"),
     )
 
 
@@ -163,7 +167,7 @@ def _read_check(path: Path) -> dict[str, Any]:
 
 
 def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
-    for kind in ("circuit", "directions", "scores", "probes"):
+    for kind in ("circuit", "directions", "scores", "probes", "validation"):
         if kind in present:
             return str(present[kind][1].provenance.model)
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
@@ -258,7 +262,9 @@ def _contest_facts(contest: Measured) -> dict[str, str]:
 def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
     """Artefacts that do not belong together: other weights, or a parent that is not the file on this page."""
     warnings = []
-    weights = {kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes") if kind in value}
+    weights = {
+        kind: value[kind].provenance.model_sha256 for kind in ("directions", "scores", "circuit", "probes", "validation") if kind in value
+    }
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
         weights["evaluation"] = value["evaluation"].raw["model_sha256"]
     if len(set(weights.values())) > 1:
@@ -274,6 +280,9 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
     if "circuit" in value:
         # a circuit that was calibrated after it was evaluated is still the same circuit
         circuit_hashes = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
+        tried = value["validation"].provenance.parents.get("circuit") if "validation" in value else None
+        if tried and tried not in circuit_hashes:
+            warnings.append(f"The validation tried another circuit ({tried[:12]}) than the one shown here ({circuit_hashes[0][:12]}).")
         for kind, what in (("evaluation", "evaluation"), ("check", "check of the intensity dial")):
             used = (value[kind].raw if kind == "evaluation" else value[kind]).get("circuit_sha256") if kind in value else None
             if used and used not in circuit_hashes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.learning import reply_costs
+from emosteer.circuits.places import Places
 from emosteer.circuits.validation import validate as stage
 from emosteer.circuits.validation.bench import passage_of
 from emosteer.circuits.validation.overlaps import common_by_chance, overlap_of, shared_by_chance
@@ -22,12 +23,18 @@ from emosteer.circuits.validation.settings import MEAN, NEUTRALLY, ValidateSetti
 from emosteer.circuits.validation.trials import ABLATE, KEEP, NEUTRAL_ASKED, OWN, WHOLE, Sets, Trial, core_of, plan
 from emosteer.circuits.validation.unit_sets import UnitSet, matched, matched_in_size, taken
 from emosteer.circuits.validation.validation import Validation
+from emosteer.cli import main as cli
 from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
+from emosteer.report.inputs import read_inputs
+from emosteer.report.sections import sections
 from emosteer.scenarios.prompts import elicit
 from emosteer.scenarios.scenarios import NEUTRAL, Bank, Group, GroupKey
 from tests.conftest import build
+from tests.helpers.contest_setup import WORD, jury
+from tests.helpers.tiny_project import EMOTIONS as THREE
+from tests.helpers.tiny_project import write_tiny_project
 from tests.helpers.whole_artefacts import SOURCE
 from tests.test_planted import EMOTIONS, OTHERS, Planted, plant
 
@@ -359,6 +366,76 @@ def test_it_goes_on_where_it_stopped_and_comes_to_the_same(planted: Planted, tmp
     assert len(log.read_text().splitlines()) == len(lines) and torch.equal(again.read_figures, first.read_figures)
     other = stage.validate(planted.model, circuit, groups, bank, replace(SMALL, seed=1), partial=log)
     assert (other.followed_figures - again.followed_figures).abs().max() > 50, "another seed's trials are other trials"
+
+
+def test_replies_under_ablation_lose_the_emotion_and_are_kept(planted: Planted, tmp_path: Path) -> None:
+    """The judge knows the words of three emotions. With the planted heads at their neutral means the model no longer says them."""
+    groups, bank = data()
+    settings, circuit = replace(SMALL, written=2), circuit_of(planted, planted.heads)
+    made = stage.validate(planted.model, circuit, groups, bank, settings, jury=jury(tmp_path))
+    shares = {one["who"]: [one["by_emotion"][emotion] for emotion in WORD] for one in made.tables["written"]}
+    assert set(shares) == {"clean", "circuit", "random"} and {one["replies"] for one in made.tables["written"]} == {12}
+    lost, random = (sum(shares["clean"]) - sum(shares[who]) for who in ("circuit", "random"))
+    assert lost >= 1 and random <= lost / 2
+    path = tmp_path / "v.safetensors"
+    made.save(path)
+    assert Validation.load(path).tables["written"] == made.tables["written"]
+    silent = jury(tmp_path)  # the same folder: everything is there
+    again = stage.validate(planted.model, circuit, groups, bank, settings, jury=silent)
+    assert again.tables["written"] == made.tables["written"] and not silent.judges[0].asked  # type: ignore[attr-defined]
+
+
+def test_the_report_shows_the_verdict_where_somebody_tried_the_circuit(planted: Planted, found: Validation, tmp_path: Path) -> None:
+    places = Places.of("planted", tmp_path)
+    circuit_of(planted, planted.heads).save(places.circuit)
+    found.save(places.validation)
+    section = next(one for one in sections(read_inputs(places)) if one.id == "validation")
+    shown = {table.caption.partition(":")[0]: table for table in section.after}
+    assert set(shown) == {"Necessary", "Sufficient", "Swaps", "Is it a circuit? It is where at least 4 emotions show all three"}
+    assert shown["Is it a circuit? It is where at least 4 emotions show all three"].rows[0][-1] == "yes"
+    assert any("tried another circuit" in one for one in read_inputs(places).warnings) is False
+    replace(found, provenance=replace(found.provenance, parents={"circuit": "0" * 64})).save(places.validation)
+    assert any("tried another circuit" in one for one in read_inputs(places).warnings)
+
+
+def test_the_command_prints_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a random model with a circuit of random heads: tables, JSON, the kept command, `inspect`."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_project(tmp_path)
+    model = Model.load("tiny")
+    some = UnitSet(some_units(model, 0).heads, torch.zeros(3, 0, dtype=torch.bool))
+    tried = replace(
+        circuit_of(speaking(1), [set() for _ in EMOTIONS]),
+        emotions=THREE,
+        heads=some.heads.expand(3, -1, -1).contiguous(),
+        z_delta=some.heads.repeat_interleave(8, -1).float().expand(3, -1, -1).contiguous(),
+        strength=torch.ones(3),
+        importance=torch.zeros(3, 3, 2),
+        vectors=torch.nn.functional.normalize(torch.randn(3, 3, 32), dim=-1),
+        rms=torch.ones(3),
+        d_mlp=48,
+        metrics={},
+        provenance=replace(SOURCE, model_sha256=model.sha256),
+    )
+    tried.save(tmp_path / "c.safetensors")
+    few = "--prompts 2 --randoms 2 --references 2 --bank-groups 4 --bootstraps 2 --scenarios sev.jsonl --replies bank.jsonl"
+    line = f"validate --model ./tiny --circuit c.safetensors --quick {few} --out v.safetensors"
+    printed = _said(capsys, line)
+    for said in ("necessary:", "sufficient:", "reading:", "swaps", "one emotion's or all emotions'?", "stable:", "is it a circuit?"):
+        assert said in printed
+    assert not list(tmp_path.glob("*partial*"))
+    shown = json.loads(_said(capsys, "inspect v.safetensors --json"))
+    assert shown["kind"] == "validation" and shown["command"] == f"emosteer {line}"
+    assert shown["provenance"]["params"]["prompts"] == 2 and shown["provenance"]["params"]["kinds"] == [MEAN], "what is given stays"
+    assert json.loads(_said(capsys, f"{line} --json"))["claims"] == shown["content"]["claims"]
+
+
+def _said(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """What a command prints."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line.split())
+    assert ended.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_it_is_read_back_as_it_was_written_and_nonsense_is_refused(found: Validation, tmp_path: Path) -> None:
