@@ -418,8 +418,8 @@ def test_the_command_prints_what_it_keeps(tmp_path: Path, capsys: pytest.Capture
         provenance=replace(SOURCE, model_sha256=model.sha256),
     )
     tried.save(tmp_path / "c.safetensors")
-    few = "--prompts 2 --randoms 2 --references 2 --bank-groups 4 --bootstraps 2 --scenarios sev.jsonl --replies bank.jsonl"
-    line = f"validate --model ./tiny --circuit c.safetensors --quick {few} --out v.safetensors"
+    few = "--prompts 2 --randoms 2 --references 2 --bank-groups 4 --bootstraps 2"
+    line = f"validate --model ./tiny --circuit c.safetensors --scenarios sev.jsonl --replies bank.jsonl --out v.safetensors --quick {few}"
     printed = _said(capsys, line)
     for said in ("necessary:", "sufficient:", "reading:", "swaps", "one emotion's or all emotions'?", "stable:", "is it a circuit?"):
         assert said in printed
