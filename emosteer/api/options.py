@@ -146,3 +146,4 @@ class ValidateOptions(TypedDict, total=False):
     written: int
     row_tokens: int
     seed: int
+    parts: Sequence[str]

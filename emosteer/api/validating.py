@@ -65,6 +65,11 @@ def validate(
         return stage.validate(bare, made, data.groups, data.bank or {}, chosen, **told, partial=file, jury=jury)
 
 
+def kept_beside(partial: Path) -> list[Path]:
+    """All files that progress is kept in."""
+    return [partial, partial.with_name(partial.name + ".prepared"), written_beside(partial)]
+
+
 def written_beside(partial: Path) -> Path:
     """Where replies and opinions are kept, beside the finished prompts."""
     return partial.with_name(partial.name.removesuffix(".jsonl") + ".written.jsonl")

@@ -70,6 +70,8 @@ def _print_points(rows: Sequence[Row], title: str) -> None:
 
 
 def _print_reading(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
     names = {"reading": "emotion read", "other reading": "other emotion read", "cost": "neutral text", "answer": "answering"}
     table = []
     for row in rows:

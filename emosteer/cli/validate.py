@@ -11,7 +11,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
-from emosteer.circuits.validation.settings import ASKING, KINDS, QUICK, ValidateSettings
+from emosteer.circuits.validation.settings import ASKING, KINDS, PARTS, QUICK, ValidateSettings
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -77,6 +77,7 @@ def validate(
     ] = ValidateSettings.written,
     judge: PanelOption = PANEL,
     row_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens that are computed at once.")] = ValidateSettings.row_tokens,
+    parts: Annotated[str, typer.Option(help=f"What is measured, some of {', '.join(PARTS)}.", metavar="A,B,...")] = listed(PARTS),
     seed: SeedOption = ValidateSettings.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -102,11 +103,12 @@ def validate(
         written,
         row_tokens,
         seed,
+        _words(parts),
     )
     if quick:
         settings = replace(settings, **_not_given(context, QUICK))
+    from emosteer.api.validating import kept_beside
     from emosteer.api.validating import validate as run
-    from emosteer.api.validating import written_beside
     from emosteer.circuits.places import Places
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
@@ -119,7 +121,7 @@ def validate(
     found = run(loaded, circuit, scenarios=scenarios, replies=replies, judge=judge, partial=partial, artifacts=root, **given)
     found = with_command(found, command_line(context))
     found.save(target)
-    for file in (partial, written_beside(partial)):
+    for file in kept_beside(partial):
         file.unlink(missing_ok=True)
     from emosteer.cli.print_validation import print_validation, validation_summary
 

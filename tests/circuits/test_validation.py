@@ -438,6 +438,24 @@ def _said(capsys: pytest.CaptureFixture[str], line: str) -> str:
     return capsys.readouterr().out
 
 
+def test_what_is_left_out_is_not_measured_and_the_rest_is_the_same(planted: Planted, tmp_path: Path) -> None:
+    """With what was read beforehand kept from an earlier run, too: damaged, it is read again."""
+    groups, bank = data()
+    circuit, log = circuit_of(planted, planted.heads), tmp_path / "p.jsonl"
+    whole = stage.validate(planted.model, circuit, groups, bank, SMALL, partial=log)
+    kept = tmp_path / "p.jsonl.prepared"
+    assert kept.is_file()
+    part = stage.validate(planted.model, circuit, groups, bank, replace(SMALL, parts=("necessary",)), partial=log)
+    assert part.tables["necessary"] == whole.tables["necessary"] and part.tables["claims"] == whole.tables["claims"]
+    assert not any(part.tables[name] for name in ("sufficient", "reading", "swaps")) and not part.read
+    part.save(tmp_path / "v.safetensors")
+    assert Validation.load(tmp_path / "v.safetensors").followed == part.followed
+    kept.write_bytes(kept.read_bytes()[:-9])
+    log.unlink()
+    again = stage.validate(planted.model, circuit, groups, bank, SMALL, partial=log)
+    assert torch.equal(again.followed_figures, whole.followed_figures) and again.tables == whole.tables
+
+
 def test_it_is_read_back_as_it_was_written_and_nonsense_is_refused(found: Validation, tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     found.save(path)

@@ -12,7 +12,10 @@ MEAN, RESAMPLE, NEUTRALLY = "mean", "resample", "neutral"
 KINDS = (MEAN, RESAMPLE, NEUTRALLY)
 #: How the model is made to follow an emotion.
 ASKING = ("tone", "system")
-#: Random sets beside the points of dose curves and beside core and own parts.
+#: What can be measured: ablation while an emotion is followed, the circuit alone, ablation while one is read, swaps of heads.
+NECESSARY, SUFFICIENT, READ, SWAPS = "necessary", "sufficient", "reading", "swaps"
+PARTS = (NECESSARY, SUFFICIENT, READ, SWAPS)
+#: Random sets beside the points of dose curves, beside core and own parts, and of those that match in size.
 FEW = 5
 #: What the claim asks of a circuit: its drop against that of matched random sets, other emotions' drop against its own, emotions.
 RATIO, SPECIFIC, ENOUGH = 3.0, 0.5, 4
@@ -28,7 +31,7 @@ class ValidateSettings:
     it alone is to carry the emotion; elicitations: how the emotion is asked for; others: replies in other emotions that the wanted one
     is compared with; reply_tokens: of each reply that are scored; references: prompts that neutral means are taken from; bank_groups:
     prompts of the bank that rankings are made from; bootstraps: of those; written: prompts that replies are written to, 0 for none;
-    row_tokens: computed at once.
+    row_tokens: computed at once; parts: what is measured at all.
     """
 
     prompts: int = 8
@@ -47,9 +50,10 @@ class ValidateSettings:
     written: int = 0
     row_tokens: int = 640
     seed: int = 0
+    parts: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
-        for name, known in (("kinds", KINDS), ("held", KINDS), ("elicitations", ASKING)):
+        for name, known in (("kinds", KINDS), ("held", KINDS), ("elicitations", ASKING), ("parts", PARTS)):
             found = getattr(self, name)
             for value in found:
                 if value not in known:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.validation.settings import FEW, MEAN, ValidateSettings
+from emosteer.circuits.validation.settings import FEW, MEAN, NECESSARY, READ, SUFFICIENT, SWAPS, ValidateSettings
 from emosteer.circuits.validation.unit_sets import UnitSet, circuit_sets, largest, lengths, matched, matched_in_size, taken
 from emosteer.models.model import Model
 
@@ -104,7 +104,7 @@ def sets_of(
     for e, emotion in enumerate(circuit.emotions):
         own = {WHOLE: wholes[e]}
         for share in sorted({*settings.sizes, settings.focus}):
-            if share * wholes[e].heads.numel() < wholes[e].heads.sum():
+            if round(share * wholes[e].heads.numel()) < wholes[e].heads.sum():
                 own[label(share)] = largest(wholes[e], sizes[e], share)
         own |= {CORE: focus[e].both(core), REST: focus[e].without(core)}
         own |= {size: sets[e] for size, sets in zip(HALVES, ranked, strict=True)}
@@ -125,43 +125,74 @@ def focus_of(sets: Sets, settings: ValidateSettings) -> str:
 
 def plan(sets: Sets, emotions: Sequence[str], settings: ValidateSettings) -> list[Trial]:
     """All trials of one emotion's circuit."""
-    e, tone, focus = sets.emotion, settings.elicitations[0], focus_of(sets, settings)
-    everybody = [OWN, *(f"random:{i}" for i in range(settings.randoms))]
-    few = everybody[: 1 + min(FEW, settings.randoms)]
-    sized = [f"sized:{i}" for i in range(settings.randoms)]
+    e, tone = sets.emotion, settings.elicitations[0]
     trials: list[Trial] = []
-
-    def add(asked: str, how: str, size: str, who: Sequence[str], action: str, kind: str, dose: float = 1.0) -> None:
-        there = HALVES[0] if size in (SAME_HALF, OTHER_HALF) else size
-        trials.extend(Trial(e, asked, how, size, one, action, kind, dose) for one in who if there in sets.own)
-
     for how in settings.elicitations:
         trials += [Trial(e, e, how), Trial(e, e, how, who=NEUTRAL_ASKED)]
-    shares = [size for size in sets.own if size not in (CORE, REST, *HALVES)]
-    for size in shares:
-        for kind in settings.kinds if size in (focus, WHOLE) else settings.kinds[:1]:
-            add(e, tone, size, everybody, ABLATE, kind)
-    for kind in settings.held:
-        add(e, tone, WHOLE, [NOTHING], KEEP, kind)
-        for size in dict.fromkeys((focus, WHOLE)):
-            add(e, tone, size, everybody, KEEP, kind)
-        add(e, tone, CORE, few, KEEP, kind)
-        add(e, tone, REST, few, KEEP, kind)
-    for size in dict.fromkeys((focus, WHOLE)):
-        for other in emotions:
-            if other != e:
-                trials.append(Trial(e, other, tone))
-                add(other, tone, size, [OWN], ABLATE, settings.kinds[0])
-    for dose in settings.doses:
-        add(e, tone, focus, few, ABLATE, settings.kinds[0], dose)
-    add(e, tone, focus, sized, ABLATE, settings.kinds[0])
-    for size in (CORE, REST, SAME_HALF, OTHER_HALF):
-        add(e, tone, size, few, ABLATE, settings.kinds[0])
-    for how in settings.elicitations[1:]:
-        add(e, how, focus, everybody, ABLATE, settings.kinds[0])
-    trials.append(Trial(e, e, READING))
-    add(e, READING, focus, everybody, ABLATE, MEAN)
-    trials.append(Trial(e, e, SWAPPED))
-    heads_of = [f"heads of {other}" for other in emotions if other != e]
-    add(e, SWAPPED, focus, [OWN, *heads_of, *few[1:]], ADD, CONTRAST)
+    parts = {
+        NECESSARY: lambda: [*_ablated(sets, settings), *_others(sets, emotions, tone, settings)],
+        SUFFICIENT: lambda: _kept(sets, tone, settings),
+        READ: lambda: [Trial(e, e, READING), *_tried(sets, e, READING, focus_of(sets, settings), _everybody(settings), ABLATE, MEAN)],
+        SWAPS: lambda: _swapped(sets, emotions, settings),
+    }
+    for part in settings.parts:
+        trials += parts[part]()
     return list(dict.fromkeys(trials))
+
+
+def _tried(sets: Sets, asked: str, how: str, size: str, who: Sequence[str], action: str, kind: str, dose: float = 1.0) -> list[Trial]:
+    """The trials of a size, none where the emotion has no such set."""
+    there = HALVES[0] if size in (SAME_HALF, OTHER_HALF) else size
+    return [Trial(sets.emotion, asked, how, size, one, action, kind, dose) for one in who if there in sets.own]
+
+
+def _everybody(settings: ValidateSettings, randoms: int | None = None) -> list[str]:
+    count = settings.randoms if randoms is None else min(randoms, settings.randoms)
+    return [OWN, *(f"random:{i}" for i in range(count))]
+
+
+def _ablated(sets: Sets, settings: ValidateSettings) -> list[Trial]:
+    """Under prompts for the emotion: every size, the kinds and doses of the focus, core and rest, the rankings of halves."""
+    e, (tone, *more), (kind, *_) = sets.emotion, settings.elicitations, settings.kinds
+    focus, few = focus_of(sets, settings), _everybody(settings, FEW)
+    trials: list[Trial] = []
+    for size in (size for size in sets.own if size not in (CORE, REST, *HALVES)):
+        for one in settings.kinds if size in (focus, WHOLE) else [kind]:
+            trials += _tried(sets, e, tone, size, _everybody(settings), ABLATE, one)
+    for dose in settings.doses:
+        trials += _tried(sets, e, tone, focus, few, ABLATE, kind, dose)
+    trials += _tried(sets, e, tone, focus, [who.replace("random", "sized") for who in few[1:]], ABLATE, kind)
+    for size in (CORE, REST, SAME_HALF, OTHER_HALF):
+        trials += _tried(sets, e, tone, size, few, ABLATE, kind)
+    for how in more:
+        trials += _tried(sets, e, how, focus, _everybody(settings), ABLATE, kind)
+    return trials
+
+
+def _others(sets: Sets, emotions: Sequence[str], tone: str, settings: ValidateSettings) -> list[Trial]:
+    """Under prompts for other emotions."""
+    trials: list[Trial] = []
+    for other in (other for other in emotions if other != sets.emotion):
+        trials.append(Trial(sets.emotion, other, tone))
+        for size in dict.fromkeys((focus_of(sets, settings), WHOLE)):
+            trials += _tried(sets, other, tone, size, [OWN], ABLATE, settings.kinds[0])
+    return trials
+
+
+def _kept(sets: Sets, tone: str, settings: ValidateSettings) -> list[Trial]:
+    """All held but the set."""
+    trials: list[Trial] = []
+    for kind in settings.held:
+        trials += _tried(sets, sets.emotion, tone, WHOLE, [NOTHING], KEEP, kind)
+        for size in dict.fromkeys((focus_of(sets, settings), WHOLE)):
+            trials += _tried(sets, sets.emotion, tone, size, _everybody(settings), KEEP, kind)
+        for size in (CORE, REST):
+            trials += _tried(sets, sets.emotion, tone, size, _everybody(settings, FEW), KEEP, kind)
+    return trials
+
+
+def _swapped(sets: Sets, emotions: Sequence[str], settings: ValidateSettings) -> list[Trial]:
+    """Nobody asks, and contrasts are added."""
+    e, lenders = sets.emotion, [f"heads of {other}" for other in emotions if other != sets.emotion]
+    who = [OWN, *lenders, *_everybody(settings, FEW)[1:]]
+    return [Trial(e, e, SWAPPED), *_tried(sets, e, SWAPPED, focus_of(sets, settings), who, ADD, CONTRAST)]

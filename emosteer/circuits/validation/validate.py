@@ -22,6 +22,7 @@ from emosteer.circuits.validation.bank_rankings import BankContrasts, best, half
 from emosteer.circuits.validation.bench import FOLLOWED, READ, Bench, References, neutral_means, readout_of, removed_by_heads
 from emosteer.circuits.validation.findings import Row, findings
 from emosteer.circuits.validation.overlaps import overlap_of, overlaps, shared_by_chance
+from emosteer.circuits.validation.prepared import prepared
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.circuits.validation.trials import READING, WHOLE, Sets, Trial, focus_of, plan, sets_of
 from emosteer.circuits.validation.unit_sets import circuit_sets
@@ -74,15 +75,11 @@ def validate(
     tried = _drawn(usable, settings.prompts)
     held = {group.key for group in tried}
     references = _drawn([group for group in usable if group.key not in held], settings.references)
-    contrasts = read_contrasts(
-        model,
-        _drawn(usable, settings.bank_groups),
-        bank,
-        circuit.emotions,
-        circuit.instruction,
-        batch_tokens_for(model),
-    )
-    bench = _bench(model, circuit, bank, tried, references, contrasts, settings)
+    provenance = _provenance(model, settings, data or {}, parents or {})
+    told = {"bank": [[str(group.key), group.said, bank[group.key]] for group in usable], "emotions": circuit.emotions}
+    beside = partial.with_name(partial.name + ".prepared") if partial is not None else None
+    contrasts, kept = prepared(beside, provenance, told, lambda: _read(model, circuit, bank, usable, references, settings))
+    bench = _bench(model, circuit, bank, tried, contrasts, kept, settings)
     plans = [plan(sets, circuit.emotions, settings) for sets in bench.sets]
     values = _run(bench, plans, partial, [parents or {}, data or {}])
     always = _counts(bench.sets, settings)
@@ -101,12 +98,12 @@ def validate(
         followed,
         read,
         torch.stack([values[trial].T for trial in followed]),
-        torch.stack([values[trial].T for trial in read]),
+        torch.stack([values[trial].T for trial in read]) if read else torch.zeros(0, len(tried), len(READ)),
         included,
         bench.references.removed,
         tables,
         tuple(_notes(bench, usable, bank)),
-        _provenance(model, settings, data or {}, parents or {}),
+        provenance,
     )
 
 
@@ -129,23 +126,30 @@ def _drawn(groups: Sequence[Group], count: int) -> list[Group]:
     return of_kinds(groups, KINDS, count + len(KINDS))[:count]
 
 
+def _read(
+    model: Model, circuit: Circuit, bank: Bank, usable: Sequence[Group], references: Sequence[Group], settings: ValidateSettings
+) -> tuple[BankContrasts, References]:
+    """Everything that is read before the trials."""
+    among = _drawn(usable, settings.bank_groups)
+    contrasts = read_contrasts(model, among, bank, circuit.emotions, circuit.instruction, batch_tokens_for(model))
+    neurons, longest = bool(len(circuit.neuron_index)), settings.reply_tokens
+    means = neutral_means(model, references, bank, circuit.instruction, neurons, longest)
+    removed = removed_by_heads(model, references[:REMOVED_ON], bank, circuit, means, settings.elicitations[0], longest)
+    return contrasts, References(means, removed, contrasts.z.mean(0))
+
+
 def _bench(
     model: Model,
     circuit: Circuit,
     bank: Bank,
     tried: Sequence[Group],
-    references: Sequence[Group],
     contrasts: BankContrasts,
+    kept: References,
     settings: ValidateSettings,
 ) -> Bench:
-    neurons, longest = bool(len(circuit.neuron_index)), settings.reply_tokens
-    means = neutral_means(model, references, bank, circuit.instruction, neurons, longest)
-    removed = removed_by_heads(model, references[:REMOVED_ON], bank, circuit, means, settings.elicitations[0], longest)
     counts = [_focus_count(circuit_sets(circuit, e).heads, settings) for e in range(len(circuit.emotions))]
-    sets = sets_of(model, circuit, removed, half_rankings(model, contrasts, counts), settings)
-    kept = References(means, removed, contrasts.z.mean(0))
-    halves = halves_of(tried)
-    return Bench(model, circuit, bank, tried, halves, sets, kept, readout_of(circuit, model.device), settings)
+    sets = sets_of(model, circuit, kept.removed, half_rankings(model, contrasts, counts), settings)
+    return Bench(model, circuit, bank, tried, halves_of(tried), sets, kept, readout_of(circuit, model.device), settings)
 
 
 def _focus_count(heads: Tensor, settings: ValidateSettings) -> int:
