@@ -34,14 +34,13 @@ def print_validation(summary: Summary) -> None:
         f"beside each -> {summary['file']}"
     )
     print(
-        "Margins are nats per token by which the wanted reply is cheaper than others; intervals (95 %) are over prompts and random sets.\n"
+        "margin: nats per token by which the wanted reply is cheaper than others; projection: of the stream on the emotion's directions\n"
+        "while the replies are read. Intervals (95 %) are over prompts and random sets.\n"
         "random sets: as many units in every layer; sized: those of them that take away as much; others: what the circuit's ablation does\n"
         "to other emotions; taken: length of what the ablation of heads takes out of the stream. `--json` has every point of every emotion."
     )
-    _print_points(summary["necessary"], "necessary: ablated, so much of the margin is lost (share: of what asking for the emotion brings)")
-    _print_points(
-        summary["sufficient"], "sufficient: all others held, so much of the margin comes through (share: of what holding everything costs)"
-    )
+    _print_points(summary["necessary"], "necessary: ablated, so much is lost (share: of what asking for the emotion brings)")
+    _print_points(summary["sufficient"], "sufficient: all others held, so much comes through (share: of what holding everything costs)")
     _print_reading(summary["reading"])
     _print_swaps(summary["swaps"])
     _print_shared(summary["overlaps"], summary["shared"])
@@ -58,7 +57,7 @@ def _print_points(rows: Sequence[Row], title: str) -> None:
     for row in rows:
         if row["emotion"] != ALL and "others" not in row and len({one["emotion"] for one in rows}) > 1:
             continue
-        place = f"{row['elicitation']} {row['size']} {row['kind']}" + (f" x{row['dose']:g}" if row["dose"] != 1 else "")
+        place = f"{row['figure']}, {row['elicitation']} {row['size']} {row['kind']}" + (f" x{row['dose']:g}" if row["dose"] != 1 else "")
         matched = [_interval(row["random"]), f"{row['ratio']:.1f}", f"{row['p']:.3f}"] if "random" in row else ["", "", ""]
         extra = [f"{row[name][0]:.2f}" if name in row else "" for name in ("sized", "others")]
         size = f"{row['taken']:.1f} / {row['random_taken']:.1f}" if "random_taken" in row else ""
@@ -143,7 +142,7 @@ def _print_written(rows: Sequence[Row]) -> None:
 def _print_claims(rows: Sequence[Row]) -> None:
     table = [
         [
-            f"{row['elicitation']} {row['size']} {row['kind']}",
+            f"{row['figure']}, {row['elicitation']} {row['size']} {row['kind']}",
             *(f"{len(row[name])} of {row['emotions']}: {', '.join(row[name])}" for name in ("larger", "apart", "specific")),
             "yes" if row["holds"] else "no",
         ]

@@ -13,13 +13,21 @@ from emosteer.report.wording import Interval, number, number_range, p_value, per
 
 Row = Mapping[str, Any]
 KINDS = {"mean": "neutral mean", "resample": "another emotion's prompt", "neutral": "a neutral prompt"}
+#: What is measured while an emotion is followed.
+FIGURES = {"margin": "nats per token by which the wanted reply is cheaper", "projection": "of the stream on the emotion's directions"}
 
 
 def tables(found: Validation) -> list[FigureTable]:
     """All that there is to show."""
     made = [
-        _points(found.tables["necessary"], "Necessary: margin that is lost when the units are replaced, in nats per token"),
-        _points(found.tables["sufficient"], "Sufficient: margin that comes through the units when all others are held"),
+        *(
+            _points(found.tables[name], f"{told} ({FIGURES[figure]})", figure)
+            for name, told in (
+                ("necessary", "Necessary: what is lost when the units are replaced"),
+                ("sufficient", "Sufficient: what comes through the units when all others are held"),
+            )
+            for figure in FIGURES
+        ),
         _swaps(found.tables["swaps"]),
         _written(found.tables["written"]),
         _claims(found.tables["claims"]),
@@ -31,10 +39,10 @@ def _range(ends: Sequence[float]) -> str:
     return number_range(Interval(*ends))
 
 
-def _points(rows: Sequence[Row], caption: str) -> FigureTable | None:
+def _points(rows: Sequence[Row], caption: str, figure: str) -> FigureTable | None:
     """The mean over emotions at every point."""
     cells: list[list[CellValue]] = []
-    for row in (row for row in rows if row["emotion"] == ALL and row["dose"] == 1):
+    for row in (row for row in rows if row["emotion"] == ALL and row["dose"] == 1 and row["figure"] == figure):
         random = [_range(row["random"]), number(row["ratio"], 1), p_value(row["p"])] if "random" in row else ["", "", ""]
         others = _range(row["others"]) if "others" in row else ""
         place = f"{row['size']}, by {KINDS.get(row['kind'], row['kind'])} ({row['elicitation']})"
@@ -72,7 +80,7 @@ def _written(rows: Sequence[Row]) -> FigureTable | None:
 def _claims(rows: Sequence[Row]) -> FigureTable | None:
     cells = [
         [
-            f"{row['size']}, by {KINDS.get(row['kind'], row['kind'])} ({row['elicitation']})",
+            f"{row['figure']}: {row['size']}, by {KINDS.get(row['kind'], row['kind'])} ({row['elicitation']})",
             *(words(row[name]) or "none" for name in ("larger", "apart", "specific")),
             "yes" if row["holds"] else "no",
         ]

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.learning import reply_costs
 from emosteer.circuits.places import Places
 from emosteer.circuits.validation import validate as stage
-from emosteer.circuits.validation.bench import passage_of
+from emosteer.circuits.validation.bench import FOLLOWED, passage_of
 from emosteer.circuits.validation.overlaps import common_by_chance, overlap_of, shared_by_chance
 from emosteer.circuits.validation.replays import Intervention, Passage, Readout, capture, replay, sites_of
-from emosteer.circuits.validation.settings import MEAN, NEUTRALLY, ValidateSettings
+from emosteer.circuits.validation.settings import MEAN, NEUTRALLY, RESAMPLE, ValidateSettings
 from emosteer.circuits.validation.trials import ABLATE, KEEP, NEUTRAL_ASKED, OWN, WHOLE, Sets, Trial, core_of, plan
 from emosteer.circuits.validation.unit_sets import UnitSet, matched, matched_in_size, taken
 from emosteer.circuits.validation.validation import Validation
@@ -41,8 +42,8 @@ from tests.test_planted import EMOTIONS, OTHERS, Planted, plant
 WORDS = {"anger": "slam stop", "sadness": "cry alone", "happiness": "laugh sing", "fear": "hide run", "surprise": "blink wait",
          "disgust": "spit filth", NEUTRAL: "office desk"}  # fmt: skip
 SETTINGS = ValidateSettings(
-    prompts=4, randoms=6, sizes=(), doses=(), kinds=(MEAN,), held=(NEUTRALLY,), elicitations=("tone",), references=4, bank_groups=8,
-    bootstraps=20, row_tokens=4000,
+    prompts=4, randoms=6, sizes=(), doses=(), kinds=(RESAMPLE, MEAN), held=(NEUTRALLY,), elicitations=("tone",), references=4,
+    bank_groups=8, bootstraps=20, row_tokens=4000,
 )  # fmt: skip
 
 
@@ -288,7 +289,7 @@ def planted() -> Planted:
 
 
 #: For what is to be run several times.
-SMALL = replace(SETTINGS, prompts=2, randoms=2, references=2, bank_groups=4, bootstraps=10)
+SMALL = replace(SETTINGS, kinds=(RESAMPLE,), prompts=2, randoms=2, references=2, bank_groups=4, bootstraps=10)
 
 
 @pytest.fixture(scope="module")
@@ -297,31 +298,34 @@ def found(planted: Planted) -> Validation:
     return stage.validate(planted.model, circuit_of(planted, planted.heads), groups, bank, SETTINGS)
 
 
-def row(found: Validation, table: str, emotion: str = "all") -> dict[str, object]:
-    rows = [one for one in found.tables[table] if one["emotion"] == emotion and one.get("size") == WHOLE]
+def row(found: Validation, table: str, kind: str, figure: str = "margin", emotion: str = "all") -> dict[str, Any]:
+    wanted = {"emotion": emotion, "kind": kind, "figure": figure, "size": WHOLE, "dose": 1.0}
+    rows = [one for one in found.tables[table] if wanted.items() <= one.items()]
     assert len(rows) == 1
     return dict(rows[0])
 
 
-def test_planted_heads_are_necessary_and_random_ones_are_not(found: Validation) -> None:
-    claim = next(one for one in found.tables["claims"] if one["kind"] == MEAN and one["size"] == WHOLE)
+@pytest.mark.parametrize("kind", [MEAN, RESAMPLE])
+@pytest.mark.parametrize("figure", FOLLOWED)
+def test_planted_heads_are_necessary_and_random_ones_are_not(found: Validation, kind: str, figure: str) -> None:
+    claim = next(one for one in found.tables["claims"] if (one["figure"], one["kind"], one["size"]) == (figure, kind, WHOLE))
     assert claim["holds"] and len(claim["larger"]) >= 4 and len(claim["apart"]) >= 4
-    all_of_them = row(found, "necessary")
-    assert all_of_them["share"][0] > 0.5 and all_of_them["random_share"][0] < 0.25  # type: ignore[index]
-    assert all_of_them["projection"][0] > 0.5  # type: ignore[index]
-    assert all_of_them["p"] == pytest.approx(1 / 7) and all_of_them["effect_size"] > 2  # type: ignore[operator]
+    both = row(found, "necessary", kind, figure)
+    assert both["share"][0] > 0.5 and both["random_share"][0] < 0.25
+    assert both["p"] == pytest.approx(1 / 7) and both["effect_size"] > 2
 
 
 def test_planted_heads_are_sufficient_and_random_ones_are_not(found: Validation) -> None:
-    alone = row(found, "sufficient")
-    assert alone["kind"] == NEUTRALLY
-    assert alone["share"][0] > 0.5 and alone["random_share"][0] < 0.25  # type: ignore[index]
+    for figure in FOLLOWED:
+        alone = row(found, "sufficient", NEUTRALLY, figure)
+        assert alone["share"][0] > 0.5 and alone["random_share"][0] < 0.25
 
 
 def test_what_asking_brings_is_what_all_heads_carry(found: Validation) -> None:
     """Holding every head where the neutral prompt has it is the neutral prompt: the shares of both tables are of the same whole."""
     for emotion in EMOTIONS:
-        assert row(found, "sufficient", emotion)["whole"] == pytest.approx(row(found, "necessary", emotion)["whole"], abs=1e-4)
+        held, ablated = row(found, "sufficient", NEUTRALLY, emotion=emotion), row(found, "necessary", MEAN, emotion=emotion)
+        assert held["whole"] == pytest.approx(ablated["whole"], abs=1e-4)
 
 
 def test_other_heads_in_the_planted_layers_are_no_circuit(planted: Planted) -> None:
@@ -333,7 +337,9 @@ def test_other_heads_in_the_planted_layers_are_no_circuit(planted: Planted) -> N
     groups, bank = data()
     made = stage.validate(planted.model, circuit_of(planted, rivals), groups, bank, SMALL)
     assert not any(claim["holds"] for claim in made.tables["claims"])
-    assert row(made, "necessary")["share"][0] < 0.2 and row(made, "sufficient")["share"][0] < 0.2  # type: ignore[index]
+    for kind in (RESAMPLE,):
+        assert row(made, "necessary", kind)["share"][0] < 0.2
+    assert row(made, "sufficient", NEUTRALLY)["share"][0] < 0.2
 
 
 def test_planted_heads_serve_their_own_emotion(found: Validation) -> None:
@@ -391,6 +397,7 @@ def test_the_report_shows_the_verdict_where_somebody_tried_the_circuit(planted: 
     found.save(places.validation)
     section = next(one for one in sections(read_inputs(places)) if one.id == "validation")
     shown = {table.caption.partition(":")[0]: table for table in section.after}
+    assert [table.caption.partition(":")[0] for table in section.after].count("Necessary") == 2
     assert set(shown) == {"Necessary", "Sufficient", "Swaps", "Is it a circuit? It is where at least 4 emotions show all three"}
     assert shown["Is it a circuit? It is where at least 4 emotions show all three"].rows[0][-1] == "yes"
     assert any("tried another circuit" in one for one in read_inputs(places).warnings) is False
@@ -426,7 +433,7 @@ def test_the_command_prints_what_it_keeps(tmp_path: Path, capsys: pytest.Capture
     assert not list(tmp_path.glob("*partial*"))
     shown = json.loads(_said(capsys, "inspect v.safetensors --json"))
     assert shown["kind"] == "validation" and shown["command"] == f"emosteer {line}"
-    assert shown["provenance"]["params"]["prompts"] == 2 and shown["provenance"]["params"]["kinds"] == [MEAN], "what is given stays"
+    assert shown["provenance"]["params"]["prompts"] == 2 and shown["provenance"]["params"]["kinds"] == [RESAMPLE], "what is given stays"
     assert json.loads(_said(capsys, f"{line} --json"))["claims"] == shown["content"]["claims"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emosteer.circuits.validation.bench import FOLLOWED, READ
 from emosteer.circuits.validation.intervals import Resampled, chance, effect_size, estimate, share
-from emosteer.circuits.validation.settings import ENOUGH, RATIO, SPECIFIC
+from emosteer.circuits.validation.settings import ENOUGH, MEAN, RATIO, SPECIFIC
 from emosteer.circuits.validation.trials import (
     ABLATE,
     ADD,
@@ -82,19 +82,20 @@ def _points(figures: Figures, action: str) -> dict[tuple[str, str, str, float], 
 def _grouped(figures: Figures, sets: Mapping[str, Sets], action: str) -> list[Row]:
     rows: list[Row] = []
     for (elicitation, size, kind, dose), trials in _points(figures, action).items():
-        told = {"elicitation": elicitation, "size": size, "kind": kind, "dose": dose}
-        measured = [_measured(figures, trial) for trial in trials]
-        for trial, one in zip(trials, measured, strict=True):
-            rows.append({"emotion": trial.emotion, **told, **one.row(), **_taken(figures, sets[trial.emotion], trial)})
-        if len(trials) > 1:
-            rows.append({"emotion": ALL, **told, **_Measured.mean(measured).row()})
+        for figure in FOLLOWED:
+            told = {"figure": figure, "elicitation": elicitation, "size": size, "kind": kind, "dose": dose}
+            measured = [_measured(figures, trial, figure) for trial in trials]
+            for trial, one in zip(trials, measured, strict=True):
+                rows.append({"emotion": trial.emotion, **told, **one.row(), **_taken(figures, sets[trial.emotion], trial)})
+            if len(trials) > 1:
+                rows.append({"emotion": ALL, **told, **_Measured.mean(measured).row()})
     return rows
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
     """Draws of one point. whole: what there is to lose or to carry; own: of it, by the circuit; random, sized: by random sets; sets: their
-    means by set; others: of other emotions, by the circuit; projection: share of the projection's shift, by the circuit."""
+    means by set; others: of other emotions, by the circuit."""
 
     whole: Tensor
     own: Tensor
@@ -102,14 +103,12 @@ class _Measured:
     sets: Tensor
     sized: Tensor | None
     others: Tensor | None
-    projection: Tensor
 
     def row(self) -> Row:
         row: Row = {
             "whole": estimate(self.whole).record(),
             "moved": estimate(self.own).record(),
             "share": estimate(share(self.own, self.whole)).record(),
-            "projection": estimate(self.projection).record(),
         }
         if self.random is not None:
             own = self.own[0].item()
@@ -134,39 +133,39 @@ class _Measured:
 
         short = min(len(one.sets) for one in several)
         sets = torch.stack([one.sets[:short] for one in several]).mean(0)
-        whole, own, projection = (torch.stack([getattr(one, name) for one in several]).mean(0) for name in ("whole", "own", "projection"))
-        return cls(whole, own, over("random"), sets, over("sized"), over("others"), projection)
+        whole, own = (torch.stack([getattr(one, name) for one in several]).mean(0) for name in ("whole", "own"))
+        return cls(whole, own, over("random"), sets, over("sized"), over("others"))
 
 
-def _measured(figures: Figures, trial: Trial) -> _Measured:
-    draws = figures.draws
-    floor = figures.clean(trial, NEUTRAL_ASKED)
-    held = trial.action == KEEP
-    if held:
-        floor = replace(trial, size=WHOLE, who=NOTHING)
-    clean = figures.clean(trial)
+def _floor(figures: Figures, trial: Trial) -> Trial:
+    """What would be left if nothing of the emotion were: all heads replaced, which for values from another prompt is that prompt's run.
+    With their means in all of them a model says nothing sensible: ablation by means is held against the prompt for neutrality."""
+    if trial.action == ABLATE and trial.kind == MEAN:
+        return figures.clean(trial, NEUTRAL_ASKED)
+    return replace(trial, size=WHOLE, who=NOTHING, action=KEEP, dose=1.0)
 
-    def moved(values: Tensor, figure: str) -> Tensor:
+
+def _measured(figures: Figures, trial: Trial, figure: str) -> _Measured:
+    draws, clean = figures.draws, figures.of(figures.clean(trial), figure)
+    floor = figures.values.get(_floor(figures, trial), figures.values[figures.clean(trial, NEUTRAL_ASKED)])[FOLLOWED.index(figure)]
+
+    def moved(values: Tensor) -> Tensor:
         """By how much the figure fell, or by how much it came through."""
-        return values - figures.of(floor, figure) if held else figures.of(clean, figure) - values
+        return values - floor if trial.action == KEEP else clean - values
 
-    whole = figures.of(clean, "margin") - figures.of(floor, "margin")
-    sets = {who: figures.sets(trial, who, "margin") for who in ("random", "sized")}
-    random, sized = (moved(values, "margin") if len(values) else None for values in sets.values())
+    random, sized = (moved(values) if len(values) else None for values in (figures.sets(trial, who, figure) for who in ("random", "sized")))
     others = [
-        figures.of(figures.clean(other), "margin") - figures.of(other, "margin")
+        figures.of(figures.clean(other), figure) - figures.of(other, figure)
         for other in figures.values
         if other == replace(trial, asked=other.asked) and other.asked != trial.emotion
     ]
-    shift = draws.means(figures.of(clean, "projection") - figures.of(floor, "projection"))
     return _Measured(
-        draws.means(whole),
-        draws.means(moved(figures.of(trial, "margin"), "margin")),
+        draws.means(clean - floor),
+        draws.means(moved(figures.of(trial, figure))),
         draws.set_means(random) if random is not None else None,
         random.mean(1) if random is not None else torch.zeros(0),
         draws.set_means(sized) if sized is not None else None,
         draws.means(torch.stack(others)).mean(1) if others else None,
-        share(draws.means(moved(figures.of(trial, "projection"), "projection")), shift),
     )
 
 
@@ -225,15 +224,23 @@ def _swaps(figures: Figures) -> list[Row]:
 def _claims(necessary: Sequence[Row]) -> list[Row]:
     """Whether the drop is what the claim asks for, by emotion, at every point that has what is needed to say so."""
     rows: list[Row] = []
-    points: dict[tuple[str, str, str], list[Row]] = {}
+    points: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in necessary:
         if row["emotion"] != ALL and row["dose"] == 1 and "random" in row and "others" in row:
-            points.setdefault((row["elicitation"], row["size"], row["kind"]), []).append(row)
-    for (elicitation, size, kind), found in points.items():
+            points.setdefault((row["figure"], row["elicitation"], row["size"], row["kind"]), []).append(row)
+    for (figure, elicitation, size, kind), found in points.items():
         larger = [row["emotion"] for row in found if row["ratio"] >= RATIO and row["moved"][0] > 0]
         apart = [row["emotion"] for row in found if row["moved"][1] > row["random"][2]]
         specific = [row["emotion"] for row in found if row["moved"][0] > 0 and row["others"][0] < SPECIFIC * row["moved"][0]]
-        told = {"elicitation": elicitation, "size": size, "kind": kind, "larger": larger, "apart": apart, "specific": specific}
+        told = {
+            "figure": figure,
+            "elicitation": elicitation,
+            "size": size,
+            "kind": kind,
+            "larger": larger,
+            "apart": apart,
+            "specific": specific,
+        }
         both = [emotion for emotion in larger if emotion in apart]
         holds = len(both) >= min(ENOUGH, len(found)) and len([e for e in both if e in specific]) >= min(ENOUGH, len(found))
         rows.append({**told, "emotions": len(found), "holds": holds})

@@ -33,6 +33,7 @@ class Point(Record):
     """How much a set of units takes away, or carries, of one emotion, beside random sets."""
 
     emotion: Text
+    figure: Text
     elicitation: Text
     size: Text
     kind: Text
@@ -40,7 +41,6 @@ class Point(Record):
     whole: _Interval
     moved: _Interval
     share: _Interval
-    projection: _Interval
     random: _Interval = MISSING
     random_share: _Interval = MISSING
     above: _Interval = MISSING
@@ -87,6 +87,7 @@ class Swap(Record):
 class Claim(Record):
     """Which emotions show what was asked for."""
 
+    figure: Text
     elicitation: Text
     size: Text
     kind: Text

@@ -39,7 +39,7 @@ class ValidateSettings:
     sizes: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
     focus: float = 0.05
     doses: tuple[float, ...] = (0.25, 0.5, 0.75)
-    kinds: tuple[str, ...] = (MEAN, RESAMPLE)
+    kinds: tuple[str, ...] = (RESAMPLE, MEAN)
     held: tuple[str, ...] = (MEAN, NEUTRALLY)
     elicitations: tuple[str, ...] = ASKING
     others: int = 2
@@ -75,7 +75,15 @@ class ValidateSettings:
 
 #: What `--quick` changes: one size, one way of asking, fewer prompts, and the beginnings of replies.
 QUICK = {
-    **{"prompts": 4, "reply_tokens": 12, "sizes": (0.05,), "doses": (), "kinds": (MEAN,), "held": (NEUTRALLY,), "elicitations": ("tone",)},
+    **{
+        "prompts": 4,
+        "reply_tokens": 12,
+        "sizes": (0.05,),
+        "doses": (),
+        "kinds": (RESAMPLE,),
+        "held": (NEUTRALLY,),
+        "elicitations": ("tone",),
+    },
     **{"bank_groups": 32, "bootstraps": 100},
 }
 

@@ -155,7 +155,7 @@ def _ablated(sets: Sets, settings: ValidateSettings) -> list[Trial]:
     """Under prompts for the emotion: every size, the kinds and doses of the focus, core and rest, the rankings of halves."""
     e, (tone, *more), (kind, *_) = sets.emotion, settings.elicitations, settings.kinds
     focus, few = focus_of(sets, settings), _everybody(settings, FEW)
-    trials: list[Trial] = []
+    trials = [one for replaced in settings.kinds if replaced != MEAN for one in _tried(sets, e, tone, WHOLE, [NOTHING], KEEP, replaced)]
     for size in (size for size in sets.own if size not in (CORE, REST, *HALVES)):
         for one in settings.kinds if size in (focus, WHOLE) else [kind]:
             trials += _tried(sets, e, tone, size, _everybody(settings), ABLATE, one)
@@ -175,7 +175,7 @@ def _others(sets: Sets, emotions: Sequence[str], tone: str, settings: ValidateSe
     for other in (other for other in emotions if other != sets.emotion):
         trials.append(Trial(sets.emotion, other, tone))
         for size in dict.fromkeys((focus_of(sets, settings), WHOLE)):
-            trials += _tried(sets, other, tone, size, [OWN], ABLATE, settings.kinds[0])
+            trials += [one for kind in settings.kinds for one in _tried(sets, other, tone, size, [OWN], ABLATE, kind)]
     return trials
 
 
