@@ -321,6 +321,20 @@ def test_planted_heads_are_sufficient_and_random_ones_are_not(found: Validation)
         assert alone["share"][0] > 0.5 and alone["random_share"][0] < 0.25
 
 
+def test_neurons_are_ablated_with_the_heads_and_held_without_them(planted: Planted) -> None:
+    """The planted neurons, which pass on what the heads write, are necessary, too; the random sets have as many in every layer."""
+    units = [[e, unit.layer, unit.index] for e, members in enumerate(planted.neurons) for unit in sorted(members, key=str)]
+    delta = torch.ones(len(units))
+    circuit = replace(circuit_of(planted, planted.heads), neuron_index=torch.tensor(units), neuron_delta=delta)
+    groups, bank = data()
+    made = stage.validate(planted.model, circuit, groups, bank, replace(SMALL, parts=("necessary", "sufficient")))
+    alone = stage.validate(planted.model, circuit_of(planted, planted.heads), groups, bank, replace(SMALL, parts=("necessary",)))
+    both, heads = row(made, "necessary", RESAMPLE), row(alone, "necessary", RESAMPLE)
+    assert both["share"][0] > heads["share"][0] - 0.05 and both["random_share"][0] < 0.4
+    assert row(made, "necessary", RESAMPLE, emotion="anger")["units"] == 5
+    assert row(made, "sufficient", NEUTRALLY)["share"][0] > 0.3, "with every other neuron held as well"
+
+
 def test_what_asking_brings_is_what_all_heads_carry(found: Validation) -> None:
     """Holding every head where the neutral prompt has it is the neutral prompt: the shares of both tables are of the same whole."""
     for emotion in EMOTIONS:

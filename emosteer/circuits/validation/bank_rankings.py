@@ -87,13 +87,17 @@ def best(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return (ranks < torch.tensor(list(counts))[:, None]).view(scores.shape)
 
 
-def half_rankings(model: Model, contrasts: BankContrasts, counts: Sequence[int]) -> list[list[UnitSet]]:
-    """The best heads by the prompts of each half alone, by emotion; no ranking where a half is empty."""
+def half_rankings(model: Model, contrasts: BankContrasts, counts: Sequence[int], no_neurons: Tensor) -> list[list[UnitSet]]:
+    """The best heads by the prompts of each half alone, by emotion; no ranking where a half is empty.
+
+    Args:
+        no_neurons: as wide as those of the sets that these stand beside.
+    """
     weights = torch.stack([(contrasts.halves == half).float() for half in (0, 1)])
     if not weights.sum(1).all():
         return []
     chosen = best(contrasts.scores(model, weights), counts)
-    return [[UnitSet(heads, torch.zeros(len(heads), 0, dtype=torch.bool)) for heads in half] for half in chosen]
+    return [[UnitSet(heads, no_neurons) for heads in half] for half in chosen]
 
 
 def inclusion(model: Model, contrasts: BankContrasts, counts: Sequence[int], bootstraps: int, seed: int) -> Tensor:

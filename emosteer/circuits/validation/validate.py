@@ -147,8 +147,10 @@ def _bench(
     kept: References,
     settings: ValidateSettings,
 ) -> Bench:
-    counts = [_focus_count(circuit_sets(circuit, e).heads, settings) for e in range(len(circuit.emotions))]
-    sets = sets_of(model, circuit, kept.removed, half_rankings(model, contrasts, counts), settings)
+    wholes = [circuit_sets(circuit, e) for e in range(len(circuit.emotions))]
+    counts = [_focus_count(whole.heads, settings) for whole in wholes]
+    halves = half_rankings(model, contrasts, counts, torch.zeros_like(wholes[0].neurons))
+    sets = sets_of(model, circuit, kept.removed, halves, settings)
     return Bench(model, circuit, bank, tried, halves_of(tried), sets, kept, readout_of(circuit, model.device), settings)
 
 
