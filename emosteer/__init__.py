@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from emosteer.api.probing import probe
     from emosteer.api.stages import ablate, assemble, calibrate, extract
     from emosteer.api.steered_model import SteeredModel
+    from emosteer.api.validating import validate
     from emosteer.attribution.scores import Scores
     from emosteer.base.errors import EmosteerError
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.heads.heads import HeadStudy
+    from emosteer.circuits.validation.validation import Validation
     from emosteer.directions.directions import Directions
     from emosteer.effects.side_effects import SideEffects
     from emosteer.generation.decoding import Decoding
@@ -46,6 +48,7 @@ _HOMES = {
     "probe": "emosteer.api.probing",
     "describe_heads": "emosteer.api.describing",
     "effects": "emosteer.api.effects",
+    "validate": "emosteer.api.validating",
     "Model": "emosteer.models.model",
     "Directions": "emosteer.directions.directions",
     "Scores": "emosteer.attribution.scores",
@@ -53,6 +56,7 @@ _HOMES = {
     "Probes": "emosteer.probing.probes",
     "HeadStudy": "emosteer.circuits.heads.heads",
     "SideEffects": "emosteer.effects.side_effects",
+    "Validation": "emosteer.circuits.validation.validation",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",
     "make_judge": "emosteer.judges.registry",
@@ -73,6 +77,7 @@ __all__ = [
     "Scores",
     "SideEffects",
     "SteeredModel",
+    "Validation",
     "__version__",
     "ablate",
     "assemble",
@@ -84,6 +89,7 @@ __all__ = [
     "load",
     "make_judge",
     "probe",
+    "validate",
 ]
 
 

@@ -47,6 +47,7 @@ LINES = {
     "judge": "judge texts.jsonl --judge linear --out judged.jsonl",
     "probe": f"probe {_DATA} --per-label 12 --folds 2 --epochs 1 --hidden 0 --sites resid_post --followed 3 --prompted 3 --moved 3",
     "effects": "effects --model ./tiny --quick --items 2 --requests 1 --attachments 1 --everyday 1 --texts 2",
+    "validate": f"validate {_DATA} --prompts 2 --randoms 2 --sizes 0.1 --doses 0.5 --references 2 --bank-groups 6 --bootstraps 3",
     "inspect": "inspect artifacts/tiny/circuit.safetensors",
     "geometry": "geometry artifacts/tiny/directions.safetensors",
     "report": "report --model ./tiny --out report.html",

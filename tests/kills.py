@@ -73,6 +73,10 @@ STAGES = {
     ),
     "judge": Stage("judge texts.jsonl --judge linear --out out/j", "out/j", 1, True),
     "probe": Stage(f"probe {_DATA} --folds 2 --epochs 5 --hidden 2 --followed 6 --prompted 6 --moved 3 --out out/p", "out/p"),
+    "validate": Stage(
+        f"validate {_DATA} --prompts 2 --randoms 2 --sizes 0.1 --doses 0.5 --references 2 --bank-groups 6 --bootstraps 3 --out out/x",
+        "out/x",
+    ),
     "convert": Stage("models pull ./tiny.gguf", "cache"),
     "export": Stage("export --model ./tiny --emotion anger --out out/e --force", "out/e"),
     "author": Stage("build --author --domain nursing --count 40 --base-url URL --model tiny --out out/a", "out/a"),

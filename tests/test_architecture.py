@@ -42,7 +42,15 @@ PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
 LIGHT = (
     *("__init__", "__main__", "api", "base", "scenarios", "models.weights", "cli"),
-    *("directions.settings", "attribution.settings", "circuits.settings", "circuits.methods", "circuits.places", "circuits.dial"),
+    *(
+        "directions.settings",
+        "attribution.settings",
+        "circuits.settings",
+        "circuits.methods",
+        "circuits.places",
+        "circuits.dial",
+        "circuits.validation.settings",
+    ),
     *(
         "calibration.settings",
         "evaluation.settings",
@@ -70,6 +78,7 @@ LIGHT_BUT = (
     "cli.print_effects",
     "cli.print_heads",
     "cli.print_probes",
+    "cli.print_validation",
 )
 HEAVY = {"torch", "transformers", "transformer_lens", "safetensors", "tokenizers", "accelerate", "sentence_transformers"}
 #: Modules that run whatever code a file holds.

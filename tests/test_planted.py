@@ -32,12 +32,13 @@ OTHERS = [word for word in WORDS if word.isalpha() and word not in EMOTIONS]
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """The model and what was planted: emotion -> units; d: [emotion, d_model], what they write."""
+    """The model and what was planted: emotion -> units; d: [emotion, d_model], what they write; r: [emotion, d_model], what they read."""
 
     model: Model
     heads: list[set[Unit]]
     neurons: list[set[Unit]]
     d: Tensor
+    r: Tensor
 
 
 def plant(seed: int) -> Planted:
@@ -71,7 +72,7 @@ def plant(seed: int) -> Planted:
         mlp.up_proj.weight[neuron] = d[e]
         mlp.down_proj.weight[:, neuron] = 0.25 * d[e]
         neurons[e].add(Neuron(layer, neuron))
-    return Planted(Model.from_hf(hf, tokenizer, f"planted-{seed}"), heads, neurons, d)
+    return Planted(Model.from_hf(hf, tokenizer, f"planted-{seed}"), heads, neurons, d, r)
 
 
 def data(seed: int) -> tuple[list[Group], Bank]:

@@ -161,3 +161,25 @@ class EffectsOptions(TypedDict, total=False):
     followed_intensity: float
     guidance: float
     seed: int
+
+
+class ValidateOptions(TypedDict, total=False):
+    """`circuits.validation.settings.ValidateSettings`."""
+
+    prompts: int
+    randoms: int
+    sizes: Sequence[float]
+    focus: float
+    doses: Sequence[float]
+    kinds: Sequence[str]
+    held: Sequence[str]
+    elicitations: Sequence[str]
+    others: int
+    reply_tokens: int
+    references: int
+    bank_groups: int
+    bootstraps: int
+    written: int
+    row_tokens: int
+    seed: int
+    parts: Sequence[str]

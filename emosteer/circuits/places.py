@@ -91,6 +91,11 @@ class Places:
         """What `effects` writes."""
         return self.folder / "effects.safetensors"
 
+    @property
+    def validation(self) -> Path:
+        """What `validate` writes."""
+        return self.folder / "validation.safetensors"
+
 
 def own_bank_of(directions: Directions, path: Path) -> Path | None:
     """The bank of the model's own replies, beside the directions that were made with it; None for directions made with another."""

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from emosteer.attribution.scores import Scores
     from emosteer.circuits.circuit import Circuit
     from emosteer.circuits.heads.heads import HeadStudy
+    from emosteer.circuits.validation.validation import Validation
     from emosteer.directions.directions import Directions
     from emosteer.effects.side_effects import SideEffects
     from emosteer.probing.probes import Probes
 
-Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes", "HeadStudy", "SideEffects")
+Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes", "HeadStudy", "SideEffects", "Validation")
 
 #: Options that say how a result is printed, or what becomes of an earlier one; the result is the same with and without them.
 NOT_KEPT = ("as_json", "fresh", "force")

@@ -33,6 +33,7 @@ from emosteer.cli.models import models
 from emosteer.cli.probe import probe
 from emosteer.cli.report import report
 from emosteer.cli.serve import serve
+from emosteer.cli.validate import validate
 
 # typer carries its own copy of click since 0.20 or so and used the real one before: its errors are found through its own names
 _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -40,7 +41,7 @@ _ClickException: type[Exception] = next(base for base in typer.BadParameter.__mr
 #: The exit code of an interrupted command; newer versions of typer return it where older ones raised.
 INTERRUPTED = 130
 #: Commands that keep what they have finished, and what is said of it when they are stopped.
-GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe", "effects")
+GOES_ON = ("build", "extract", "ablate", "calibrate", "evaluate", "generate", "judge", "probe", "effects", "validate")
 KEPT = "what was finished is kept, the same command goes on from there"
 NOT_KEPT = "nothing was left half written, the same command starts again"
 
@@ -79,6 +80,7 @@ app.command(cls=CheckedCommand, rich_help_panel=DISCOVER)(inspect)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(calibrate)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(judge)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(evaluate)
+app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(validate)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(effects)
 app.command(cls=CheckedCommand, rich_help_panel=EVALUATE)(report)
 app.command(cls=CheckedCommand, rich_help_panel=SHIP)(export)

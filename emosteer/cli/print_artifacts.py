@@ -16,9 +16,11 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.dial import strength_for
 from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.circuits.methods import METHODS
+from emosteer.circuits.validation.validation import Validation
 from emosteer.cli.print_effects import effects_summary, print_effects
 from emosteer.cli.print_heads import heads_summary, print_heads
 from emosteer.cli.print_probes import print_probes, probes_summary
+from emosteer.cli.print_validation import print_validation, validation_summary
 from emosteer.directions.directions import Directions
 from emosteer.effects.side_effects import SideEffects
 from emosteer.models.sites import RESID_POST, Head, Neuron
@@ -286,7 +288,7 @@ def artifact_summary(found: Artifact) -> Summary:
         "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
-    value: Directions | Circuit | Scores | Probes | HeadStudy | SideEffects
+    value: Directions | Circuit | Scores | Probes | HeadStudy | SideEffects | Validation
     if found.kind == "directions":
         value = Directions.from_artifact(found)
         summary["content"] = directions_summary(value)
@@ -305,6 +307,9 @@ def artifact_summary(found: Artifact) -> Summary:
     elif found.kind == "effects":
         value = SideEffects.from_artifact(found)
         summary["content"] = effects_summary(value)
+    elif found.kind == "validation":
+        value = Validation.from_artifact(found)
+        summary["content"] = validation_summary(value)
     else:
         return summary
     return {**summary, "command": made_by(found.kind, value, p.model)}
@@ -333,6 +338,7 @@ def print_artifact(summary: Summary) -> None:
         "probes": print_probes,
         "heads": print_heads,
         "effects": print_effects,
+        "validation": print_validation,
     }
     if summary["kind"] in printers:
         printers[summary["kind"]]({"file": summary["file"], **summary["content"]})

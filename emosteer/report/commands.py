@@ -23,6 +23,7 @@ _STAGES = {
     "probes": "probe",
     "heads": "heads",
     "effects": "effects",
+    "validation": "validate",
 }
 
 

@@ -16,6 +16,7 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.heads.heads import HeadStudy
 from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
+from emosteer.circuits.validation.validation import Validation
 from emosteer.directions.directions import Directions
 from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
@@ -53,6 +54,7 @@ class Inputs:
     probes: Probes | None = None
     heads: HeadStudy | None = None
     effects: SideEffects | None = None
+    validation: Validation | None = None
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -102,6 +104,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         ("probes", places.probes, Probes.load),
         ("heads", places.heads, HeadStudy.load),
         ("effects", places.effects, SideEffects.load),
+        ("validation", places.validation, Validation.load),
         ("evaluation", places.folder / "evaluation" / "evaluation.json", Measured.load),
         ("replies", places.folder / "evaluation" / "test-replies.jsonl", _read_replies),
     ):
@@ -131,6 +134,7 @@ def read_inputs(places: Places, model: str | None = None) -> Inputs:
         probes=value.get("probes"),
         heads=value.get("heads"),
         effects=value.get("effects"),
+        validation=value.get("validation"),
     )
 
 
@@ -171,7 +175,7 @@ def _read_check(path: Path) -> dict[str, Any]:
 
 
 def _name(present: Mapping[str, tuple[Path, Any]]) -> str | None:
-    for kind in ("circuit", "directions", "scores", "probes", "heads", "effects"):
+    for kind in ("circuit", "directions", "scores", "probes", "heads", "effects", "validation"):
         if kind in present:
             return str(present[kind][1].provenance.model)
     return str(present["evaluation"][1].raw["model"]) if "evaluation" in present else None
@@ -268,7 +272,7 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
     warnings = []
     weights = {
         kind: value[kind].provenance.model_sha256
-        for kind in ("directions", "scores", "circuit", "probes", "heads", "effects")
+        for kind in ("directions", "scores", "circuit", "probes", "heads", "effects", "validation")
         if kind in value
     }
     if "evaluation" in value and value["evaluation"].raw.get("model_sha256"):
@@ -292,6 +296,9 @@ def _warnings(value: Mapping[str, Any], sources: Mapping[str, Source]) -> list[s
     if "circuit" in value:
         # a circuit that was calibrated after it was evaluated is still the same circuit
         circuit_hashes = (sources["circuit"].sha256, value["circuit"].provenance.parents.get("circuit"))
+        tried = value["validation"].provenance.parents.get("circuit") if "validation" in value else None
+        if tried and tried not in circuit_hashes:
+            warnings.append(f"The validation tried another circuit ({tried[:12]}) than the one shown here ({circuit_hashes[0][:12]}).")
         for kind, what in (
             ("evaluation", "evaluation"),
             ("check", "check of the intensity dial"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emosteer.circuits.validation.validation import Validation
 from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
 from emosteer.report import (
@@ -17,6 +18,7 @@ from emosteer.report import (
     paper_figures,
     probe_figures,
     score_figures,
+    validation_figures,
 )
 from emosteer.report.figures import Figure, Section
 from emosteer.report.inputs import Inputs
@@ -37,6 +39,7 @@ def sections(inputs: Inputs) -> list[Section]:
         _units(inputs),
         _cause(inputs),
         _circuit(inputs),
+        *([_validation(inputs.validation)] if inputs.validation is not None else []),
         paper_figures.section(inputs),
         *([head_pages.section(inputs.heads)] if inputs.heads is not None else []),
         *([_probes(inputs.probes)] if inputs.probes is not None else []),
@@ -186,6 +189,16 @@ def _circuit(inputs: Inputs) -> Section:
     table = circuit_figures.faithfulness(circuit)
     figures = [circuit_figures.drawn(circuit), circuit_figures.shared(circuit, inputs.directions)]
     return Section("circuit", title, intro, figures, [table] if table else [])
+
+
+def _validation(found: Validation) -> Section:
+    """Only on the page where somebody tried the circuit."""
+    intro = (
+        f"The model is asked for an emotion in {plural(len(found.prompts), 'prompt')}. Units are replaced where it writes, and the reply "
+        "in that emotion should lose what sets it apart from the replies in others; random sets with as many units in every layer stand "
+        "beside each figure. Intervals are 95\u202f% over prompts and random sets."
+    )
+    return Section("validation", "Is it a circuit?", intro, after=validation_figures.tables(found), notes=list(found.notes))
 
 
 def _probes(probes: Probes) -> Section:

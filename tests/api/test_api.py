@@ -22,6 +22,7 @@ from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.calibration.settings import CalibrateSettings
 from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.settings import CircuitSettings
+from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
 from emosteer.effects.settings import EffectsSettings
@@ -216,6 +217,7 @@ def test_an_unknown_name_points_to_the_page() -> None:
         (options.ProbeOptions, ProbeSettings),
         (options.HeadOptions, HeadSettings),
         (options.EffectsOptions, EffectsSettings),
+        (options.ValidateOptions, ValidateSettings),
     ],
 )
 def test_the_named_options_are_the_fields_of_the_settings(typed: Any, settings: Any) -> None:

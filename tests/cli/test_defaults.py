@@ -12,6 +12,7 @@ from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
 from emosteer.effects.settings import EffectsSettings, Limits
@@ -29,7 +30,7 @@ GUIDED = {**DECODING, "guidance": GUIDANCE}
 JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()
 CALIBRATE, GUARD = CalibrateSettings(), CalibrateSettings().guard
-PROBE = vars(ProbeSettings())
+PROBE, VALIDATE = vars(ProbeSettings()), vars(ValidateSettings())
 EFFECTS = vars(EffectsSettings())
 
 #: Command -> option -> the field that it sets, of an instance made with defaults.
@@ -75,6 +76,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{name: EFFECTS[name] for name in ("per_prompt", "item_tokens", "reply_tokens", "followed_intensity", "guidance", "seed")},
         **{"distances": ",".join(f"{value:g}" for value in EFFECTS["distances"]), "max_harm": Limits().text},
         **{"judge": EMBEDDED, "batch_size": BATCH_SIZE},
+    },
+    "validate": {
+        **{name: value for name, value in VALIDATE.items() if not isinstance(value, tuple)},
+        "judge": PANEL,
+        **{name: ",".join(VALIDATE[name]) for name in ("kinds", "held", "elicitations", "parts")},
+        **{name: ",".join(f"{value:g}" for value in VALIDATE[name]) for name in ("sizes", "doses")},
     },
     "judge": {"spec": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
 }
