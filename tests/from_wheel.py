@@ -49,7 +49,7 @@ emosteer calibrate --groups 8 --points 2 --refine 0 --max-new-tokens 8
 emosteer evaluate --groups 8 --dev-groups 8 --doses 1 --methods none,circuit --max-new-tokens 8
 emosteer probe --per-label 24 --epochs 2 --sites resid_post --hidden 0 --followed 0 --prompted 0 --moved 0
 emosteer heads --groups 8 --checked 4
-emosteer validate --parts stable --prompts 2 --randoms 2 --bank-groups 6 --bootstraps 3
+emosteer validate --parts reading --prompts 2 --randoms 2 --sizes 0.1 --references 2 --bank-groups 6 --bootstraps 3
 emosteer effects --methods circuit --intensities 50 --per-prompt 1 --items 6 --requests 2 --attachments 0 --texts 2 --rounds 0 --followed 0
 emosteer report --out report.html
 emosteer generate --input prompts.jsonl --method none --max-new-tokens 8 --out replies.jsonl
