@@ -69,7 +69,7 @@ def ablate(
         prompts = prompt_samples(model, groups, settings.effect_prompts, len(directions.emotions), directions.instruction)
         importance, forms["effect"] = team.importance_and_effects(prompts)
         advance(1)
-        samples = _compared(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
+        samples = compared_samples(model, directions, groups, bank, settings.patch_groups) if settings.patch_groups else []
         if samples:
             forms["patch"] = team.attribution_patching(samples, "patch")
         advance(1)
@@ -102,7 +102,7 @@ def _curves_of(model: Model, wanted: CurveSettings | None) -> CurveSettings | No
     return replace(wanted, neuron_shares=())
 
 
-def _compared(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
+def compared_samples(model: Model, directions: Directions, groups: Sequence[Group], bank: Bank | None, count: int) -> list[Sample]:
     """Groups that compare emotions, evenly spread, as token ids under the directions' own elicitation: complete ones, and where there are
     too few, those that lack an emotion; more than `count` where an emotion would have none."""
     order, emotions = spread(groups, len(groups)), directions.emotions
