@@ -1,7 +1,7 @@
 """How small a circuit can be: circuits of seven sizes, chosen in several ways and all learned alike, with matched random ones beside them.
 
     python -m bench.frontier learn --directions FILE --out DIR          # the circuits and their margins, about four minutes a selection
-    python -m bench.frontier read --out DIR --sizes 0.05 --prompts 28   # what they write, as the panel reads it
+    python -m bench.frontier read --out DIR --sizes 0.05              # what they write, as the panel reads it
     python -m bench.frontier show --out DIR                             # the tables, and frontier.json
 
 Every selection starts from the same values, learned with all units, and goes down through the sizes with fitting on between them: the same
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from emosteer.circuits.settings import SELECTIONS, CircuitSettings, GainSettings
 from emosteer.circuits.unit_outputs import UnitOutputs, unit_outputs
 from emosteer.directions.activations import Sample
 from emosteer.directions.directions import Directions, reference_directions, stable_band
+from emosteer.models.dense_attention import dense_attention
 from emosteer.models.model import Model
 from emosteer.models.sites import Head
 from emosteer.scenarios.scenarios import Bank, Group
@@ -57,6 +59,8 @@ from emosteer.scenarios.splits import spread
 SIZES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01, 0.005)
 #: Steps with all units, before the selections part, and with every size; prompts a step; steps of learning gates.
 TRUNK, EACH, GATE_STEPS = 24, 6, 36
+#: Steps at a time by which a single circuit is fitted on.
+PART = 30
 #: Training prompts that are kept back for the margins; prompts that the final score is taken on; the size that gates are learned for.
 HELD_OUT, SCORED, GATE_BUDGET = 10, 3, 0.05
 
@@ -139,6 +143,32 @@ class Frontier:
             if f"{selection} {size:g}" not in kept.rows:
                 kept.add({f"{selection} {size:g}": self.keep(selection, size, what, state["values"])})
             yield
+        for size in SIZES:
+            if f"score of {selection} {size:g}" not in kept.rows:
+                score = self.scores(Circuit.load(self.path(selection, size), self.model))
+                kept.add({f"score of {selection} {size:g}": {"selection": selection, "size": size, "score": score}})
+            yield
+
+    def fit_on(self, selection: str, size: float, parts: int) -> Iterator[None]:
+        """Goes on fitting one circuit, with the units that it has, `PART` steps at a time; the circuit "SELECTION+N" after all N parts."""
+        what = self.outputs(selection.partition(":")[2] or "both")
+        state = load_file(self.folder / "state" / f"{slug(selection.replace(':', '/'))}_{size:g}.safetensors")
+        kept = KeyedLog(self.folder / "margins" / f"{slug(selection.replace(':', '/'))}+{parts}.jsonl")
+        for number in range(1, parts + 1):
+
+            def make(state: State = state, number: int = number) -> State:
+                found, begun = list[Tensor](), replace(what, begin=state["values"])
+                left = Ranked(what, (what.by_unit(state["values"].abs()) > 0).float())
+                schedule = Schedule(PART, {0: size}, (PART,))
+                seed = self.settings.seed + 1000 + number
+                self.fit(begun, schedule, left, seed, at_end=lambda _, values: found.append(values))
+                return {"values": found[0], "worth": state["worth"]}
+
+            state = self.state(f"{slug(selection.replace(':', '/'))}+{number}_{size:g}", make)
+            yield
+        name = f"{selection}+{parts}"
+        if f"{name} {size:g}" not in kept.rows:
+            kept.add({f"{name} {size:g}": self.keep(name, size, what, state["values"])})
 
     def state(self, name: str, make: Callable[[], State]) -> State:
         """Tensors by name, from the file of that name, which is made where it is not there."""
@@ -187,20 +217,26 @@ class Frontier:
         return self.folder / f"{slug(selection.replace(':', '/'))}_{size:g}.safetensors"
 
     def keep(self, selection: str, size: float, what: UnitOutputs, values: Tensor) -> dict[str, Any]:
-        """Writes a circuit; returns the row of its margin and its score."""
+        """Writes a circuit; returns the row of its margin."""
         z, neurons = what.outputs(values)
         d = self.directions
         learned = replace(d, z=replace(d.z, mean=z), mlp=replace(d.mlp, mean=neurons))
         budgeted = replace(self.settings, budget=size)
         sets = [learned_units(self.model, learned, e, budgeted) for e in range(len(d.emotions))]
-        metrics = {"gains": {**vars(budgeted), "select": selection, "steps": TRUNK + EACH * (SIZES.index(size) + 1)}}
+        metrics = {
+            "gains": {
+                **vars(budgeted),
+                "select": selection,
+                "steps": TRUNK + EACH * (SIZES.index(size) + 1) + PART * int(selection.partition("+")[2] or 0),
+            }
+        }
         settings = CircuitSettings(spare_names=False, seed=self.settings.seed)
         circuit = circuit_of(self.model, learned, sets, self.importance, settings, metrics, d.provenance.data, {})
         circuit.save(self.path(selection, size))
         margin, heads = self.margin(circuit), sum(isinstance(unit, Head) for unit in sets[0])
         row = {"selection": selection, "size": size, "heads": heads, "neurons": len(sets[0]) - heads}
         note(f"frontier: {selection} at {size:g}: margin {sum(margin.values()) / len(margin):.3f}")
-        return {**row, "margin": margin, "score": self.scores(circuit)}
+        return {**row, "margin": margin}
 
     @torch.no_grad()
     def margin(self, circuit: Circuit) -> dict[str, float]:
@@ -208,9 +244,10 @@ class Frontier:
         added = circuit.steering(self.model)
         data, draw = Comparisons.of(self.held_out, self.bank, self.directions.emotions), random.Random(0)
         found = torch.zeros(len(circuit.emotions))
-        for group in data.usable:
-            compared = Compared.draw(group, data, replace(self.settings, others=3), draw)
-            found += margins(self.model, compared, added, self.directions.instruction).cpu()
+        with dense_attention(self.model):
+            for group in data.usable:
+                compared = Compared.draw(group, data, replace(self.settings, others=3), draw)
+                found += margins(self.model, compared, added, self.directions.instruction).cpu()
         return dict(zip(circuit.emotions, (found / len(data.usable)).tolist(), strict=True))
 
     @cached_property
@@ -265,11 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--selections", default=",".join(known), help=f"of {', '.join(known)}; heads alone with ':heads', as in gradual:heads"
     )
+    parser.add_argument("--fit-on", type=int, default=0, metavar="N", help=f"fit circuits of --sizes on, N times {PART} steps, instead")
     parser.add_argument("--minutes", type=float, default=0, help="stop learning at the next chance after so many; 0 goes on to the end")
     parser.add_argument("--sizes", default="0.05", help="whose circuits are read")
-    parser.add_argument("--choose", type=int, default=14, metavar="N", help="development prompts that a circuit's strength is chosen on")
-    parser.add_argument("--prompts", type=int, default=28, metavar="N", help="others, that it is measured on")
-    parser.add_argument("--strengths", default="0.5,0.7,0.9,1.2", help="that are tried for every circuit")
+    parser.add_argument("--choose", type=int, default=8, metavar="N", help="development prompts that a circuit's strength is chosen on")
+    parser.add_argument("--prompts", type=int, default=32, metavar="N", help="others, that it is measured on")
+    parser.add_argument("--strengths", default="0.6,0.9,1.3", help="that are tried for every circuit")
     parser.add_argument(
         "--circuits", type=Path, nargs="*", default=[], metavar="FILE", help="further circuits to read, such as the shipped one"
     )
@@ -303,7 +341,9 @@ def learn_all(options: argparse.Namespace, chosen: Sequence[str]) -> None:
     frontier = Frontier.open(options)
     begin = time.monotonic()
     for selection in chosen:
-        for _ in frontier.descend(selection):
+        sizes = [float(size) for size in options.sizes.split(",")] if options.fit_on else []
+        runs = [frontier.fit_on(selection, size, options.fit_on) for size in sizes] or [frontier.descend(selection)]
+        for _ in chain.from_iterable(runs):
             if options.minutes and time.monotonic() - begin > 60 * options.minutes:
                 note(f"frontier: stopped after {options.minutes:g} minutes; the same command goes on")
                 return

@@ -123,7 +123,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _mean_of(rows: Sequence[Mapping[str, Any]], selection: str, size: float, name: str) -> str:
-    found = [fmean(row[name].values()) for row in rows if (row["selection"], row["size"]) == (selection, size)]
+    found = [fmean(row[name].values()) for row in rows if name in row and (row["selection"], row["size"]) == (selection, size)]
     return f"{found[0]:.2f}" if found else ""
 
 

@@ -34,6 +34,7 @@ from emosteer.circuits.precision import reader
 from emosteer.circuits.schedule import Schedule
 from emosteer.circuits.settings import GainSettings
 from emosteer.directions.activations import TokenRow, make_batch
+from emosteer.models.dense_attention import dense_attention
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
@@ -178,7 +179,7 @@ def learn(
     optimiser = torch.optim.Adam([values], lr=what.rate, betas=(0.9, 0.95))
     plan = Schedule.halfway(settings.steps, settings.keep) if schedule is None else schedule
     draw, waiting, trace = random.Random(settings.seed), list[Group](), torch.zeros(plan.steps, 3)
-    with bar(f"learning {what.label} (steps)", plan.steps) as advance:
+    with dense_attention(model), bar(f"learning {what.label} (steps)", plan.steps) as advance:
         for step in range(plan.steps):
             if step in plan.cuts:
                 mask = (choice or what).kept(values.detach() * mask, plan.cuts[step])
