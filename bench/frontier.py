@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.frontier_replies import read, show
+from bench.frontier_replies import figure, read, show
 from emosteer.attribution.gradients import importance_and_effects, prompt_samples
 from emosteer.attribution.unit_scores import UnitScores, unit_mask
 from emosteer.base.errors import EmosteerError, UsageError, suggest
-from emosteer.base.files import atomic_path, slug
+from emosteer.base.files import atomic_path, slug, write_text
 from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import note
 from emosteer.circuits.assemble import circuit_of, learned_units
@@ -307,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", default="0.05", help="whose circuits are read")
     parser.add_argument("--choose", type=int, default=8, metavar="N", help="development prompts that a circuit's strength is chosen on")
     parser.add_argument("--prompts", type=int, default=32, metavar="N", help="others, that it is measured on")
-    parser.add_argument("--strengths", default="0.6,0.9,1.3", help="that are tried for every circuit")
+    parser.add_argument("--strengths", default="0.6,0.9,1.3,1.9,2.7", help="that are tried for every circuit")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="with `show`: draw the margins as SVG")
     parser.add_argument(
         "--circuits", type=Path, nargs="*", default=[], metavar="FILE", help="further circuits to read, such as the shipped one"
     )
@@ -320,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read(options, chosen)
         else:
             print(show(options.out))
+            if options.figure:
+                write_text(options.figure, figure(options.out))
     except EmosteerError as error:
         print(f"frontier: {error}", file=sys.stderr)
         return error.exit_code

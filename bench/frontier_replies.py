@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.showcase import standalone
 from emosteer.base.errors import UsageError
 from emosteer.base.files import slug, write_text
 from emosteer.base.jsonl import KeyedLog, whole_rows
@@ -22,6 +23,7 @@ from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.jury import Jury, make_jury
 from emosteer.judges.registry import PANEL
 from emosteer.models.model import Model
+from emosteer.report import plots
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.shipped import development_groups
 from emosteer.writing.contest_writer import ContestWriter, cells_of
@@ -129,3 +131,39 @@ def _mean_of(rows: Sequence[Mapping[str, Any]], selection: str, size: float, nam
 
 def _share(figure: Mapping[str, float]) -> str:
     return f"{100 * figure['value']:.0f} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def figure(folder: Path) -> str:
+    """Margin against size, one line per selection, as SVG for light and dark pages.
+
+    Raises:
+        EmosteerError: as `show`.
+    """
+    show(folder)
+    rows = [row for row in json.loads((folder / "frontier.json").read_text())["margins"] if "margin" in row and "+" not in row["selection"]]
+    points = [{"x": 100 * row["size"], "y": fmean(row["margin"].values()), "series": row["selection"]} for row in rows]
+    points = [{**point, "tip": plots.tip(f"{point['series']}, {point['x']:g} %: {point['y']:.2f}")} for point in points]
+    shapes = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+    selections = list(dict.fromkeys(point["series"] for point in points))
+    styles = {series: _style(series, shapes[number % len(shapes)]) for number, series in enumerate(selections)}
+    x = plots.quantity(
+        "x", "size: share of the heads and of the neurons, %", log=True, values=[100 * size for size in (0.005, 0.02, 0.1, 0.5)]
+    )
+    y = plots.quantity("y", "margin on held-out prompts, nats per token")
+    color, shape = plots.named("series", styles, legend={"title": None}), plots.named("series", styles, "shape", {"title": None})
+    dash = plots.named("series", styles, "dash")
+    layers = [
+        plots.mark("line", {"x": x, "y": y, "color": color, "strokeDash": dash}, strokeWidth=2),
+        plots.mark("point", {"x": x, "y": y, "color": color, "shape": shape, "description": plots.told()}, size=60, filled=True, opacity=1),
+    ]
+    alt_text = "Margin by size. " + "; ".join(f"{p['series']} at {p['x']:g} %: {p['y']:.2f}" for p in points)
+    return standalone(plots.svg(plots.chart(points, layers, 340, plots.WIDE), alt_text))
+
+
+def _style(selection: str, shape: str) -> plots.Style:
+    """Learned selections in one colour, rankings in another, random ones grey."""
+    if selection.startswith("random"):
+        return plots.Style("m-control", shape, (2, 3))
+    return plots.Style(
+        "series-1" if selection.startswith(("gradual", "gates")) else "series-2", shape, (6, 3) if ":" in selection else (1, 0)
+    )

@@ -18,7 +18,7 @@ from emosteer.circuits import learning
 from emosteer.circuits.assemble import assemble
 from emosteer.circuits.budget import choice_of, learn_within_budget
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.gates import GateSettings, chance_open, learn_gates, sampled
+from emosteer.circuits.gates import chance_open, learn_gates, sampled
 from emosteer.circuits.learning import Compared, Comparisons
 from emosteer.circuits.name_sparing import without_names
 from emosteer.circuits.schedule import Schedule
@@ -202,12 +202,13 @@ SIXTH = replace(BRIEF, steps=60, groups=3, budget=1 / 6, preference=2.0)
 
 def test_gates_find_the_units_that_a_sparse_solution_needs(planted: Planted) -> None:
     what = outputs(planted.model, SIXTH, spare=False)
-    scores = learn_gates(planted.model, what, GROUPS, BANK, EMOTIONS, INSTRUCTION, SIXTH, 1 / 6, GateSettings(rate=0.5))
+    scores = learn_gates(planted.model, what, GROUPS, BANK, EMOTIONS, INSTRUCTION, SIXTH, 1 / 6)
     logits = what.row(scores)
-    assert share_found(planted, what, what.best(logits, 1 / 6)) > 0.75
+    assert share_found(planted, what, what.best(logits, 1 / 6)) > 0.6, "four times as many as by chance"
     assert share_found(planted, what, what.best(what.lengths(what.contrasts()), 1 / 6)) < 0.3, "those that write most are others"
-    for kind in logits.split([N_HEADS, N_NEURONS], 1):
-        assert chance_open(kind).mean() < 0.5, "most gates are closed"
+    left_open = (chance_open(logits) > 0.5).float()
+    assert left_open.sum(1).max() < 2 * 26, "the price has closed most of 156"
+    assert (left_open * planted.needed).sum() > 0.5 * left_open.sum(), "and most that are left open are needed"
 
 
 def test_gradual_pruning_finds_them_too(planted: Planted) -> None:
