@@ -28,6 +28,7 @@ from emosteer.circuits.unit_outputs import UnitOutputs, unit_outputs
 from emosteer.directions.directions import Directions
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron
+from emosteer.report.commands import made_by
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Group
 from tests.attribution.test_unit_scores import double
@@ -291,6 +292,7 @@ def test_the_circuit_adds_what_was_learned_of_heads_and_neurons_and_says_so(tiny
         assert (sum(isinstance(unit, Head) for unit in units), sum(isinstance(unit, Neuron) for unit in units)) == (3, 36)
     assert circuit.learned_outputs and circuit.metrics["gains"]["budget"] == 0.25
     assert circuit.provenance.method.startswith("learned outputs of heads and neurons")
+    assert "--gain-steps 4 --budget 0.25" in made_by("circuit", circuit, "m") and "--select" not in made_by("circuit", circuit, "m")
     circuit.save(tmp_path / "c.safetensors")
     assert torch.equal(Circuit.load(tmp_path / "c.safetensors", tiny).mlp_delta(), neurons)
 
