@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.frontier_replies import figure, read, show
+from bench.frontier_replies import figure, places, read, show
 from emosteer.attribution.gradients import importance_and_effects, prompt_samples
 from emosteer.attribution.unit_scores import UnitScores, unit_mask
 from emosteer.base.errors import EmosteerError, UsageError, suggest
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.part == "read":
             read(options, chosen)
         else:
-            print(show(options.out))
+            print(show(options.out), places(options.out, [float(size) for size in options.sizes.split(",")]), sep="\n\n")
             if options.figure:
                 write_text(options.figure, figure(options.out))
     except EmosteerError as error:

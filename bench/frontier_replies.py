@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bench.showcase import standalone
 from emosteer.base.errors import UsageError
 from emosteer.base.files import slug, write_text
@@ -118,6 +121,27 @@ def show(folder: Path) -> str:
         parts += [_line(["circuit", "strength", *SHOWN]), _line(["---"] * (2 + len(SHOWN)))]
         parts += [_line([row["circuit"], f"{row['strength']:g}", *(_share(row["figures"][name]) for name in SHOWN)]) for row in readings]
     return "\n".join(parts)
+
+
+def places(folder: Path, sizes: Sequence[float]) -> str:
+    """Where the circuits of some sizes lie, as Markdown: heads and neurons by third of the layers, all emotions together, and how much of
+    them two emotions share (Jaccard overlap, the mean over pairs)."""
+    lines = [_line(["circuit", "heads by third", "neurons by third", "heads shared", "neurons shared"]), _line(["---"] * 5)]
+    for path in sorted(path for size in sizes for path in folder.glob(f"*_{size:g}.safetensors")):
+        circuit = Circuit.load(path)
+        neurons = circuit.mlp_delta() != 0
+        thirds = [[str(int(part.sum())) for part in units.float().tensor_split(3, 1)] for units in (circuit.heads, neurons)]
+        shared = [f"{_shared(units.flatten(1).float()):.2f}" for units in (circuit.heads, neurons)]
+        lines.append(_line([path.stem, *(", ".join(some) for some in thirds), *shared]))
+    return "\n".join(lines)
+
+
+def _shared(units: Tensor) -> float:
+    """Mean Jaccard overlap of the rows of ones and zeros."""
+    both = units @ units.T
+    either = units.sum(1)[:, None] + units.sum(1) - both
+    pairs = ~torch.eye(len(units), dtype=torch.bool)
+    return (both / either.clamp_min(1))[pairs].mean().item()
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from bench import frontier as program
 from bench.frontier import Frontier
-from bench.frontier_replies import show
+from bench.frontier_replies import places, show
 from emosteer.base.errors import UsageError
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.settings import GainSettings
@@ -56,7 +56,14 @@ def test_an_interrupted_descent_ends_in_the_same_circuits_and_random_ones_match_
         assert len(mine.neuron_index) == 3 * round(144 * size)
         assert layers_of(random) == layers_of(mine) and not torch.equal(random.neuron_index, mine.neuron_index)
         assert mine.metrics["gains"]["budget"] == size
-    table = show(whole)
+    table, whole_half = show(whole), Circuit.load(whole / "gradual_0.5.safetensors", tiny)
+    where = places(whole, SIZES).splitlines()
+    assert len(where) == 6
+    line = next(line for line in where if line.startswith("| gradual_0.5 |"))
+    counts = [int(number) for number in line.split("|")[2].split(",")]
+    assert sum(counts) == 18 and counts == [
+        sum(place[0] == 0 and place[2] == layer for place in layers_of(whole_half)) for layer in range(3)
+    ]
     assert "| gradual |" in table and "| random-1 |" in table and (whole / "frontier.json").exists()
 
 
