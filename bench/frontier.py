@@ -1,13 +1,13 @@
 """How small a circuit can be: circuits of seven sizes, chosen in several ways and all learned alike, with matched random ones beside them.
 
-    python -m bench.frontier learn --directions FILE --out DIR          # the circuits and their margins, about four minutes a selection
-    python -m bench.frontier read --out DIR --sizes 0.05              # what they write, as the panel reads it
+    python -m bench.frontier learn --directions FILE --out DIR          # the circuits and their margins, about three minutes a selection
+    python -m bench.frontier read --out DIR --sizes 0.05                # what they write, as the panel reads it
     python -m bench.frontier show --out DIR                             # the tables, and frontier.json
 
 Every selection starts from the same values, learned with all units, and goes down through the sizes with fitting on between them: the same
 prompts, comparisons and steps for all. What is there already is not made again. Margins are measured on prompts of the training file that
 nothing here is learned from; replies are written to development prompts. The strength of every circuit is the one of the same few with the
-most good replies to one half of the prompts; what is shown is measured on the other half.
+most good replies to `--choose` of the prompts; what is shown is measured on `--prompts` others.
 """
 
 from __future__ import annotations
