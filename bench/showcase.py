@@ -81,7 +81,11 @@ def figure(table: str) -> str:
         plots.mark("text", text, dy=-12, fontSize=12),
     ]
     alt_text = "; ".join(f"{p['series']}: emotion {p['y']:.0f} %, answers {p['x']:.0f} %" for p in points)
-    drawn = plots.svg(plots.chart(points, layers, 320, plots.WIDE), alt_text)
+    return standalone(plots.svg(plots.chart(points, layers, 320, plots.WIDE), alt_text))
+
+
+def standalone(drawn: str) -> str:
+    """A chart of the report as a file of its own, with the report's colours for light and dark pages."""
     paints = "".join(re.findall(r"^(?::root|@media screen and).*?^}", stylesheet(), re.DOTALL | re.MULTILINE))
     paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
     begin, rest = drawn.split(">", 1)

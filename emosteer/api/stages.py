@@ -127,6 +127,9 @@ def assemble(
     gain_steps: int | None = None,
     keep: float | None = None,
     content: float | None = None,
+    budget: float | None = None,
+    units: str | None = None,
+    select: str | None = None,
     learn_residual: bool | None = None,
     tune: bool = True,
     strength: float | Mapping[str, float] | None = None,
@@ -141,6 +144,8 @@ def assemble(
         scenarios: SEV file; replies: bank that is learned on.
         learn: what is learned of each head, "outputs" or "gains"; gain_steps, keep, content: how long, the share of heads that is kept,
             and the weight of keeping to the prompt (`circuits.settings.GainSettings`).
+        budget: share of the heads, and of the neurons, that a circuit with outputs of both may have, in place of `keep`; units: "both",
+            "heads" or "neurons"; select: by what they are chosen (`circuits.selection`).
         learn_residual: whether to learn residual vectors in the same way, for the contest (method "learned-residual"), which takes as long
             again; where gains are learned, unless told otherwise.
         tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
@@ -155,6 +160,7 @@ def assemble(
 
     bare = plain_model(model)
     named = {"learn": learn, "gain_steps": gain_steps, "keep": keep, "content": content, "learn_residual": learn_residual}
+    named |= {"budget": budget, "units": units, "select": select}
     inputs = {"scenarios": scenarios, "replies": replies, "tune": tune, "strength": strength, "artifacts": artifacts}
     work = assembly_of(bare, directions, **named, **inputs, **settings)  # type: ignore[arg-type]
     circuit = stage.assemble(
@@ -199,6 +205,9 @@ def assembly_of(
     gain_steps: int | None,
     keep: float | None,
     content: float | None,
+    budget: float | None,
+    units: str | None,
+    select: str | None,
     learn_residual: bool | None,
     tune: bool,
     strength: float | Mapping[str, float] | None,
@@ -207,7 +216,7 @@ def assembly_of(
 ) -> Assembly:
     """Reads what `assemble` needs, and decides what its arguments, which these are, leave open. Errors as there."""
     chosen = CircuitSettings(**settings)
-    named = {"learn": learn, "steps": gain_steps, "keep": keep, "content": content}
+    named = {"learn": learn, "steps": gain_steps, "keep": keep, "content": content, "budget": budget, "units": units, "select": select}
     given = {name: value for name, value in named.items() if value is not None}
     gains = GainSettings(**given, seed=chosen.seed)  # type: ignore[arg-type]
     wanted = {"": strength} if isinstance(strength, (int, float)) else {emotion_key(name): s for name, s in (strength or {}).items()}
@@ -215,6 +224,11 @@ def assembly_of(
     # a ranking, a budget or a preset that is asked for is meant: gains are learned for the default circuit of `reply` directions
     ranks = chosen.preset != "auto" or chosen.head_share is not None or chosen.neuron_share is not None or not gains.steps
     learns = made.elicitation == "reply" and not ranks
+    if gains.budget is not None and not learns:
+        raise UsageError(
+            "within a budget the units' outputs are learned; leave out --preset, --heads, --neurons and --gain-steps 0, and use directions "
+            "of the elicitation 'reply'"
+        )
     if learn_residual and not learns:
         raise UsageError(
             "residual vectors are learned beside gains, on the same data; leave out --preset, --heads, --neurons and --gain-steps 0, and "

@@ -17,6 +17,7 @@ from emosteer.attribution.unit_scores import UnitScores, contrast_scores, raw_sc
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import UsageError
+from emosteer.circuits.budget import learn_within_budget
 from emosteer.circuits.circuit import Circuit, overlap
 from emosteer.circuits.faithfulness import compiled_sets, contrasts_of, faithfulness, injected_effect
 from emosteer.circuits.gains import learn_gains
@@ -112,6 +113,15 @@ def auto_units(
     return (kept[0] if kept and effects[-1] > 0 else sets[AUTO_SHARES.index(0.25)]) + extra
 
 
+def learned_units(model: Model, directions: Directions, emotion: int, gain_settings: GainSettings | None) -> list[Unit]:
+    """The heads, and within a budget the neurons, that something was learned for, of directions that hold it."""
+    heads = directions.z.mean[emotion].unflatten(-1, _heads_of(model)).any(-1)
+    found: list[Unit] = [Head(layer, head) for layer, head in heads.nonzero().tolist()]
+    if gain_settings is not None and gain_settings.budget is not None:
+        found += [Neuron(layer, neuron) for layer, neuron in directions.mlp.mean[emotion].nonzero().tolist()]
+    return found
+
+
 def _heads_of(model: Model) -> tuple[int, int]:
     return model.shape.n_heads, model.shape.d_head
 
@@ -119,20 +129,26 @@ def _heads_of(model: Model) -> tuple[int, int]:
 def _with_gains(
     model: Model, directions: Directions, groups: Sequence[Group], bank: Bank, gain_settings: GainSettings, settings: CircuitSettings
 ) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
-    """Directions whose head contrasts are what was learned (zero for the heads left out), so that everything after reads them.
+    """Directions whose contrasts of heads, and of neurons where there is a budget for them, are what was learned (zero for what is left
+    out), so that everything after reads them.
 
     The direct effect on the emotions' names is taken out head by head before anything is learned and kept out meanwhile, not again
     afterwards.
     """
     contrast = without_names(model, directions.emotions, directions.z.mean) if settings.spare_names else directions.z.mean
     context = (groups, bank, directions.emotions, directions.instruction, gain_settings)
-    if gain_settings.learn == "outputs":
+    neurons = directions.mlp
+    if gain_settings.budget is not None:
+        mean, values, found = learn_within_budget(model, directions, contrast, settings.spare_names, groups, bank, gain_settings)
+        neurons = replace(directions.mlp, mean=values)
+    elif gain_settings.learn == "outputs":
         mean, found = learn_outputs(model, contrast, settings.spare_names, *context)
     else:
         found = learn_gains(model, contrast, *context)
         mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
     record = {"gains": {**vars(gain_settings), **found.trace}}
-    return replace(directions, z=replace(directions.z, mean=mean)), replace(settings, spare_names=False), record
+    learned = replace(directions, z=replace(directions.z, mean=mean), mlp=neurons)
+    return learned, replace(settings, spare_names=False), record
 
 
 def _residual(
@@ -200,7 +216,7 @@ def assemble(
     for e, emotion in enumerate(directions.emotions):
         units: list[Unit]
         if learned:
-            units = [Head(layer, head) for layer, head in directions.z.mean[e].unflatten(-1, _heads_of(model)).any(-1).nonzero().tolist()]
+            units = learned_units(model, directions, e, gain_settings)
         elif settings.preset == "paper":
             units = paper_units(model, scores, importance, e, settings)
         else:
@@ -213,7 +229,7 @@ def assemble(
             model, directions, e, units, samples, v_ref[e], settings, plain_contrast if learned else None
         )
     hashes = directions.provenance.data if data is None else data
-    circuit = replace(_circuit(model, directions, sets, importance, settings, metrics, hashes, parents or {}), learned_residual=residual)
+    circuit = replace(circuit_of(model, directions, sets, importance, settings, metrics, hashes, parents or {}), learned_residual=residual)
     metrics["overlap"] = overlap(circuit)
     return circuit
 
@@ -232,7 +248,17 @@ def residual_band(n_layers: int) -> tuple[int, ...]:
     return tuple(range(first, max(first + 1, n_layers - max(1, n_layers // 15))))
 
 
-def _circuit(
+def how_made(metrics: Mapping[str, Any], settings: CircuitSettings) -> str:
+    """What was learned within which bounds, or ranked, for people."""
+    gains = metrics.get("gains", {})
+    if gains.get("budget") is None:
+        what = learned_of(metrics)
+        return f"learned head {what}" if what else f"{settings.preset} circuit by {settings.ranking} rank"
+    units = {"both": "heads and neurons"}.get(gains["units"], gains["units"])
+    return f"learned outputs of {units} within {gains['budget']:.4g} of them by {gains['select']} selection"
+
+
+def circuit_of(
     model: Model,
     directions: Directions,
     sets: Sequence[Sequence[Unit]],
@@ -242,6 +268,7 @@ def _circuit(
     data: Mapping[str, str],
     parents: Mapping[str, str],
 ) -> Circuit:
+    """Makes the value: units of every emotion, which add their contrast in `directions`. metrics: say what was learned, if anything."""
     masks = [unit_mask(model, units) for units in sets]
     z_mask, mlp_mask = torch.stack([m[0] for m in masks]), torch.stack([m[1] for m in masks])
     added = [contrasts_of(model, directions, e, mask, settings.spare_names) for e, mask in enumerate(masks)]
@@ -255,8 +282,7 @@ def _circuit(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
-        method=f"{f'learned head {what}' if what else f'{settings.preset} circuit by {settings.ranking} rank'}, "
-        f"{directions.elicitation} directions",
+        method=f"{how_made(metrics, settings)}, {directions.elicitation} directions",
         params={**vars(settings), "extract": directions.provenance.params},
         seed=settings.seed,
         data=dict(data),

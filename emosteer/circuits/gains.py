@@ -39,9 +39,9 @@ class HeadGains:
         """The same gain for all. Shape [emotion, layer, n_heads]."""
         return torch.full(self.written.shape[:3], self.settings.start, device=self.written.device)
 
-    def kept(self, values: Tensor) -> Tensor:
+    def kept(self, values: Tensor, share: float) -> Tensor:
         """The heads that write most."""
-        return strongest_mask(values, self.written, self.settings.keep)
+        return strongest_mask(values, self.written, share)
 
     def added(self, values: Tensor) -> Mapping[Site, Tensor]:
         """What the heads of a layer write together, at its attention output."""

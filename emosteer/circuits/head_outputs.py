@@ -59,10 +59,10 @@ class HeadOutputs:
         """What every head writes into the residual stream. Shape [emotion, layer, n_heads, d_model]."""
         return torch.einsum("elhd,lhdm->elhm", self.outputs(values), self.output)
 
-    def kept(self, values: Tensor) -> Tensor:
+    def kept(self, values: Tensor, share: float) -> Tensor:
         """The heads that write most."""
         written = self.written(values)
-        mask = strongest_mask(torch.ones_like(written[..., 0]), written, self.settings.keep)
+        mask = strongest_mask(torch.ones_like(written[..., 0]), written, share)
         return mask[..., None].expand_as(values)
 
     def added(self, values: Tensor) -> Mapping[Site, Tensor]:

@@ -51,7 +51,7 @@ class FreeVectors:
         """The directions."""
         return self.first.clone()
 
-    def kept(self, values: Tensor) -> Tensor:
+    def kept(self, values: Tensor, share: float) -> Tensor:
         """All of them: there are no units to drop."""
         return torch.ones_like(values)
 

@@ -11,16 +11,17 @@ steering (`content`).
 Where prompts lack replies, the emotions that are there are learned from and told from each other. Each is then compared with some emotions
 more often than with others; `Comparisons` weighs that out, so that what an emotion is told from does not depend on what is missing.
 
-What is free, and where it is added, is a `Parametrisation`: outputs of heads (`head_outputs.py`), gains of heads (`gains.py`), or vectors
-of the residual stream (`learned_residual.py`). Draws, objective, steps and schedule are the same for all, so that what differs between
-their results is the place and not the training. The model's weights stay as they are.
+What is free, and where it is added, is a `Parametrisation`: outputs of heads (`head_outputs.py`), of heads and neurons within a budget
+(`unit_outputs.py`), gains of heads (`gains.py`), or vectors of the residual stream (`learned_residual.py`). Draws, objective, steps and
+schedule are the same for all, so that what differs between their results is the place and not the training. The model's weights stay as
+they are.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,10 @@ from torch.nn.functional import cross_entropy, softplus
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
 from emosteer.circuits.precision import reader
+from emosteer.circuits.schedule import Schedule
 from emosteer.circuits.settings import GainSettings
 from emosteer.directions.activations import TokenRow, make_batch
+from emosteer.models.dense_attention import dense_attention
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
@@ -52,12 +55,24 @@ class Parametrisation(Protocol):
         """The values before the first step, on the model's device, float32. The first dimension is the emotion."""
         ...
 
-    def kept(self, values: Tensor) -> Tensor:
-        """Ones for the values that are learned on after half of the steps, zeros for those that are dropped."""
+    def kept(self, values: Tensor, share: float) -> Tensor:
+        """Ones for the values that are learned on when a share of the units is left, zeros for those that are dropped."""
         ...
 
     def added(self, values: Tensor) -> Mapping[Site, Tensor]:
         """What they add: site -> [emotion, d_model]. Gradients flow through it to the values."""
+        ...
+
+
+class Choice(Protocol):
+    """Which units are left when some are dropped, where that is not for the parametrisation to say."""
+
+    def see(self, values: Tensor, gradient: Tensor) -> None:
+        """Told after every step's gradients, before the values move by them. Shapes as the parametrisation's values."""
+        ...
+
+    def kept(self, values: Tensor, share: float) -> Tensor:
+        """As `Parametrisation.kept`."""
         ...
 
 
@@ -139,11 +154,20 @@ def learn(
     emotions: Sequence[str],
     instruction: str,
     settings: GainSettings,
+    *,
+    schedule: Schedule | None = None,
+    choice: Choice | None = None,
+    penalty: Callable[[Tensor, int], Tensor] | None = None,
+    at_end: Callable[[int, Tensor], None] | None = None,
 ) -> Learned:
     """Fits the values of a parametrisation; for one seed the draws of scenario-events and comparisons are the same for all of them.
 
     Args:
         groups: scenario-events of train; those with replies in two emotions or more are learned from.
+        schedule: when units are dropped and the rate comes down; one cut to `settings.keep` after half of the steps if not given. It
+            has its own number of steps.
+        choice: which units are left; the parametrisation's own if not given. penalty: (values, step) -> what is minimised besides.
+        at_end: called with the number of steps and the values at every end of the schedule.
 
     Raises:
         DataError: if an emotion has no reply beside one in another, or a prompt and its reply exceed the model's sliding window.
@@ -153,12 +177,15 @@ def learn(
     values = what.start().requires_grad_()
     mask = torch.ones_like(values)
     optimiser = torch.optim.Adam([values], lr=what.rate, betas=(0.9, 0.95))
-    draw, waiting, trace = random.Random(settings.seed), list[Group](), torch.zeros(settings.steps, 3)
-    with bar(f"learning {what.label} (steps)", settings.steps) as advance:
-        for step in range(settings.steps):
-            if step == settings.steps // 2:
-                mask = what.kept(values.detach())
-            optimiser.param_groups[0]["lr"] = what.rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
+    plan = Schedule.halfway(settings.steps, settings.keep) if schedule is None else schedule
+    draw, waiting, trace = random.Random(settings.seed), list[Group](), torch.zeros(plan.steps, 3)
+    with dense_attention(model), bar(f"learning {what.label} (steps)", plan.steps) as advance:
+        for step in range(plan.steps):
+            if step in plan.cuts:
+                mask = (choice or what).kept(values.detach() * mask, plan.cuts[step])
+            optimiser.param_groups[0]["lr"] = what.rate * plan.rate(step)
+            if penalty is not None:
+                penalty(values, step).backward()
             for _ in range(settings.groups):
                 if not waiting:
                     waiting = draw.sample(data.usable, len(data.usable))
@@ -166,8 +193,12 @@ def learn(
                 lost, told = loss(model, compared, what.added(values * mask), instruction, settings)
                 (lost / settings.groups).backward()
                 trace[step] += told / settings.groups
+            if choice is not None and values.grad is not None:
+                choice.see(values.detach() * mask, values.grad)
             optimiser.step()
             optimiser.zero_grad()
+            if at_end is not None and step + 1 in plan.ends:
+                at_end(step + 1, (values.detach() * mask).cpu())
             advance(1)
     curve, margin, kept = ([round(value, 4) for value in column] for column in trace.T.tolist())
     return Learned(
@@ -234,9 +265,7 @@ def _elsewhere(group: Group, emotions: Sequence[str], data: Comparisons, draw: r
 def loss(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruction: str, settings: GainSettings) -> tuple[Tensor, Tensor]:
     """What is minimised for one prompt, and the figures [curve, margin, kept] of `Learned`."""
     group, wanted, elsewhere = compared.group, compared.wanted, compared.elsewhere
-    if compared.held:
-        added = {site: value[list(compared.held)] for site, value in added.items()}
-    costs = reply_costs(model, group, wanted, compared.shifts, added, instruction, compared.neutral, elsewhere)
+    costs = _compared_costs(model, compared, added, instruction)
     told = costs[:-1] if elsewhere else costs
     figures = torch.stack([told[0].mean(), (told[1:] - told[0]).mean(), torch.zeros_like(told[0, 0])]).detach().cpu()
     if not elsewhere:
@@ -246,6 +275,20 @@ def loss(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruc
     kept = (costs[-1] - costs[0]) - (plain[-1] - plain[0])
     figures[2] = kept.mean().item()
     return objective(told, settings, compared.weights) + settings.content * softplus(-settings.sharpness * kept).sum(), figures
+
+
+def margins(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruction: str) -> Tensor:
+    """How many nats per token more the replies cost that one prompt's are compared with, by emotion that it has a reply in. Gradients flow
+    to what is added."""
+    costs = _compared_costs(model, replace(compared, elsewhere=()), added, instruction)
+    return (costs[1:] - costs[0]).mean(0)
+
+
+def _compared_costs(model: Model, compared: Compared, added: Mapping[Site, Tensor], instruction: str) -> Tensor:
+    """`reply_costs` of what one prompt's learning compares, under what is added for the emotions that it has."""
+    if compared.held:
+        added = {site: value[list(compared.held)] for site, value in added.items()}
+    return reply_costs(model, compared.group, compared.wanted, compared.shifts, added, instruction, compared.neutral, compared.elsewhere)
 
 
 def objective(costs: Tensor, settings: GainSettings, weights: Tensor | None = None) -> Tensor:

@@ -97,6 +97,22 @@ def name_writers(model: Model, emotions: Sequence[str]) -> Tensor:
     return writers
 
 
+def neurons_of_name(model: Model, emotions: Sequence[str]) -> Tensor:
+    """How much every neuron lifts each emotion's own name directly, through its output weights, per unit of activation.
+
+    Shape [emotion, layer, d_mlp], float32; zero where no token is the name.
+    """
+    shape = model.shape
+    lifts = torch.zeros(len(emotions), shape.n_layers, shape.d_mlp, device=model.device)
+    for e, emotion in enumerate(emotions):
+        direction = name_direction(model, emotion)
+        if direction is None:
+            continue
+        for layer in range(shape.n_layers):
+            lifts[e, layer] = model.w_down(layer).float() @ written_direction(model, layer, RESID_POST, direction).float()
+    return lifts
+
+
 def without_names(model: Model, emotions: Sequence[str], z_delta: Tensor) -> Tensor:
     """Takes out of each head's contrast what lifts the emotion's own name directly, head by head, so that no gain can bring it back.
 

@@ -14,6 +14,9 @@ PRESETS = ("auto", "paper")
 READ_IN = ("auto", "bfloat16", "float32")
 #: What is learned of every head: its whole output, or one number that scales its contrast.
 LEARNED = ("outputs", "gains")
+#: How the units of a circuit with a budget are chosen, and which kinds of units it may have.
+SELECTIONS = ("gradual", "gates", "contrast", "patch", "integrated")
+UNITS = ("both", "heads", "neurons")
 #: Steps that learning may take; a hundred are usual.
 MAX_STEPS = 10_000
 RANKINGS = ("contrast", "raw", "effect")
@@ -57,8 +60,11 @@ class GainSettings:
     the head's contrast at first; output_rate: Adam's for every coordinate, in units of that contrast. preference: weight of telling
     replies apart against making the wanted one likely; content: weight of keeping to the prompt, 0 leaves it out; sharpness: of both, per
     nat; others: replies to the same prompt that each step compares with, the neutral one among them where the bank has it. keep: share of
-    heads left after half of the steps. dtype: what a float32 model is read in meanwhile: "bfloat16" (a copy; half the time where the
-    processor has units for it), "float32" (no copy), or "auto", the faster of the two as measured (`circuits.precision`).
+    heads left after half of the steps, unless there is a budget. budget: share of the heads, and of the neurons, that the circuit may have,
+    each with an output of its own (`circuits.unit_outputs`); None keeps heads alone, by `keep`. units: of which kinds; select: by what they
+    are chosen (`circuits.selection`); neuron_rate: Adam's for every neuron, in units of its contrast. dtype: what a float32 model is read
+    in meanwhile: "bfloat16" (a copy; half the time where the processor has units for it), "float32" (no copy), or "auto", the faster of the
+    two as measured (`circuits.precision`).
     """
 
     steps: int = 100
@@ -75,14 +81,25 @@ class GainSettings:
     seed: int = 0
     dtype: str = "auto"
     learn: str = "outputs"
+    budget: float | None = None
+    units: str = "both"
+    select: str = "gradual"
+    neuron_rate: float = 0.4
 
     def __post_init__(self) -> None:
-        if self.learn not in LEARNED:
-            raise UsageError(f"unknown --learn '{self.learn}'{suggest(self.learn, LEARNED)}; expected {', '.join(LEARNED)}")
+        named = (("learn", self.learn, LEARNED), ("select", self.select, SELECTIONS), ("units", self.units, UNITS))
+        for name, value, known in named:
+            if value not in known:
+                raise UsageError(f"unknown --{name} '{value}'{suggest(value, known)}; expected {', '.join(known)}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UsageError(f"expected --budget to be a share of the units above 0 and up to 1, found {self.budget}")
+        if self.budget is not None and self.learn != "outputs":
+            raise UsageError(f"with --budget the units' outputs are learned, found --learn {self.learn}; leave one of the two out")
         if not 0 <= self.content < math.inf:
             raise UsageError(f"expected --content to be a number of at least 0, found {self.content}")
-        if not 0 < self.output_rate < math.inf:
-            raise UsageError(f"expected a rate above 0, found {self.output_rate}")
+        for rate in (self.output_rate, self.neuron_rate):
+            if not 0 < rate < math.inf:
+                raise UsageError(f"expected a rate above 0, found {rate}")
         if self.dtype not in READ_IN:
             raise UsageError(f"unknown dtype '{self.dtype}'{suggest(self.dtype, READ_IN)}; expected {', '.join(READ_IN)}")
         if not 0 <= self.steps <= MAX_STEPS or not 0 < self.keep <= 1:

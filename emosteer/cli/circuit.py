@@ -50,6 +50,18 @@ def circuit(
         int, typer.Option(min=0, max=MAX_STEPS, help="Steps of learning what each head adds, on the reply bank; 0 ranks heads instead.")
     ] = GainSettings.steps,
     keep: Annotated[float, typer.Option(help="Share of heads that learning keeps.")] = GainSettings.keep,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the heads, and of the neurons, that the circuit may have, such as 0.05; --keep of the heads if not given.",
+            show_default=False,
+        ),
+    ] = GainSettings.budget,
+    units: Annotated[str, typer.Option(help="What a circuit with a budget is made of: both, heads or neurons.")] = GainSettings.units,
+    select: Annotated[
+        str,
+        typer.Option(help="By what a circuit with a budget chooses: gradual (pruned while learning), gates, contrast, patch, integrated."),
+    ] = GainSettings.select,
     content: Annotated[
         float, typer.Option(max=1000, help="Weight of keeping to the prompt while learning; half as long again where it is not 0.")
     ] = GainSettings.content,
@@ -85,11 +97,14 @@ def circuit(
     from emosteer.cli.print_artifacts import circuit_summary, print_circuit
     from emosteer.models.model import Model
 
-    gains = GainSettings(gain_steps, keep=keep, content=content, seed=seed, learn=learn)  # what is wrong with it is said before loading
+    within = {"budget": budget, "units": units, "select": select}
+    # what is wrong with them is said before loading
+    gains = GainSettings(gain_steps, keep=keep, content=content, seed=seed, learn=learn, **within)  # type: ignore[arg-type]
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     given: Any = {
         **{"scenarios": scenarios, "replies": replies, "artifacts": root, "tune": tune, "strength": wanted},
         **{"learn": gains.learn, "gain_steps": gains.steps, "keep": gains.keep, "content": gains.content},
+        **{"budget": gains.budget, "units": gains.units, "select": gains.select},
         **{"learn_residual": learn_residual, **vars(settings)},
     }
     target = out or Places.of(loaded.name, root).circuit

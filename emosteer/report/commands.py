@@ -77,6 +77,7 @@ def rebuilt(kind: str, item: Any, reference: str) -> str:
         gains = item.metrics.get("gains") or {}
         chosen = [params.get(name, getattr(CircuitSettings, name)) for name in ("preset", "head_share", "neuron_share")]
         learns = (params.get("extract") or {}).get("elicitation") == "reply" and chosen == [CircuitSettings.preset, None, None]
+        within = {name: getattr(GainSettings, name) for name in ("budget", "units", "select")}
         unlearned = 0 if learns else GainSettings.steps  # where the command would learn gains, their absence was asked for
         options += [
             ("--preset", params.get("preset", CircuitSettings.preset), CircuitSettings.preset),
@@ -87,6 +88,7 @@ def rebuilt(kind: str, item: Any, reference: str) -> str:
             ("--learn", learned_of(item.metrics), GainSettings.learn),
             ("--gain-steps", gains.get("steps", unlearned), GainSettings.steps),
             ("--keep", gains.get("keep", GainSettings.keep), GainSettings.keep),
+            *((f"--{name}", gains.get(name, default), default) for name, default in within.items()),
         ]
     written = [f"{name} {shlex.quote(str(value))}" for name, value, usual in options if value != usual and value is not None]
     bare = " --no-curves" if kind == "scores" and not curves else ""

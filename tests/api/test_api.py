@@ -174,7 +174,10 @@ def test_functions_and_commands_make_the_same_artefacts(tmp_path: Path, monkeypa
     steered = SteeredModel(m.model, emosteer.assemble(m, **learned))
     assert steered.circuit is not None and steered.circuit.learned_residual is not None, "the default"
     assert steered.generate("the boss", "anger", method="learned-residual", strength=9.0, **LONG).ids != steered.generate("the boss").ids
-    assert emosteer.assemble(m, learn_residual=False, **learned).learned_residual is None
+    small = emosteer.assemble(m, learn_residual=False, budget=0.25, units="neurons", **learned)
+    assert small.learned_residual is None and not small.heads.any() and len(small.neuron_index) == len(EMOTIONS) * 36
+    with pytest.raises(UsageError, match="within a budget the units' outputs are learned; leave out --preset"):
+        emosteer.assemble(m, budget=0.25, head_share=0.25, **learned)
     assert circuit.metrics == written.metrics and circuit.provenance.parents == written.provenance.parents
     assert m.circuit is not None and torch.equal(m.circuit.z_delta, written.z_delta), "load finds what the command made"
 

@@ -123,7 +123,7 @@ def test_half_of_the_heads_go_and_stay_away(tiny: Model) -> None:
     assert heads.sum(1).tolist() == [3, 3, 3]
     what = outputs(tiny)
     size = what.written(what.start()).norm(dim=-1).flatten(1)
-    mask = what.kept(what.start())[..., 0].flatten(1)
+    mask = what.kept(what.start(), 0.5)[..., 0].flatten(1)
     for e in range(3):
         assert set(mask[e].nonzero().flatten().tolist()) == set(size[e].topk(6).indices.tolist())
 

@@ -54,6 +54,7 @@ FIELDS: dict[str, dict[str, Any]] = {
             "keep": GAINS.keep,
             "content": GAINS.content,
             "learn": GAINS.learn,
+            **{name: vars(GAINS)[name] for name in ("budget", "units", "select")},
         },
         "learn_residual": None,  # where gains are learned
     },
