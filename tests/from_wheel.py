@@ -21,6 +21,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.helpers.tiny_project import write_tiny_project  # noqa: E402
+
 #: What README.md shows and cannot be run from the wheel alone, by how it begins, and why.
 LEFT_OUT = {
     "git clone": "the repository",
@@ -29,7 +33,9 @@ LEFT_OUT = {
 }
 #: A model of the hub, which this check does not fetch.
 FROM_THE_HUB = re.compile(r"--model \w+/")
-#: Every command once, as small as it can be; {package} is where the wheel was installed.
+#: Every command once, as small as it can be; {package} is where the wheel was installed. The stages read a tiny model, so that all takes
+#: minutes; the README's commands, `extract` and `models check` the real one.
+DATA = "--model ./tiny --scenarios sev.jsonl --replies bank.jsonl"
 EVERY = """
 emosteer --version
 emosteer doctor
@@ -39,19 +45,20 @@ emosteer models check smollm2-135m --json
 emosteer cache list
 emosteer cache clean
 emosteer inspect {package}/assets/smollm2-135m.circuit.safetensors
-emosteer build {package}/data/sev/test.jsonl
 emosteer geometry {package}/assets/smollm2-135m.circuit.safetensors
-emosteer extract --limit 12 --dry-run --json
-emosteer extract --limit 12
-emosteer circuit --gain-steps 2 --no-learn-residual --no-tune
-emosteer ablate --shares 0.1 --neuron-shares '' --kinds zero --randoms 0 --prompts 1 --patch-groups 1 --true-units 2 --verify-prompts 0
-emosteer calibrate --groups 8 --points 2 --refine 0 --max-new-tokens 8
-emosteer evaluate --groups 8 --dev-groups 8 --doses 1 --methods none,circuit --max-new-tokens 8
-emosteer probe --per-label 24 --epochs 2 --sites resid_post --hidden 0 --followed 0 --prompted 0 --moved 0
-emosteer heads --groups 8 --checked 4
-emosteer validate --parts reading --prompts 2 --randoms 2 --sizes 0.1 --references 2 --bank-groups 6 --bootstraps 3
-emosteer effects --methods circuit --intensities 50 --per-prompt 1 --items 6 --requests 2 --attachments 0 --texts 2 --rounds 0 --followed 0
-emosteer report --out report.html
+emosteer build {package}/data/sev/test.jsonl
+emosteer extract --limit 6
+emosteer extract {data} --emotions anger,sadness,fear --dry-run --json
+emosteer extract {data} --emotions anger,sadness,fear
+emosteer ablate {data} --no-curves --patch-groups 1 --true-units 2 --verify-neurons 2
+emosteer circuit {data} --gain-steps 2 --no-tune --no-learn-residual
+emosteer calibrate --model ./tiny --groups 2 --points 3 --refine 1 --max-new-tokens 4 --judge linear --guidance 1
+emosteer evaluate --model ./tiny --groups 2 --dev-groups 2 --doses 1 --methods none,circuit --max-new-tokens 4
+emosteer probe {data} --per-label 12 --folds 2 --epochs 1 --hidden 0 --sites resid_post --followed 3 --prompted 3 --moved 3
+emosteer heads {data} --groups 8 --checked 4
+emosteer validate {data} --prompts 2 --randoms 2 --sizes 0.1 --doses 0.5 --references 2 --bank-groups 6 --bootstraps 3
+emosteer effects --model ./tiny --quick --items 2 --requests 1 --attachments 1 --everyday 1 --texts 2
+emosteer report --model ./tiny --out report.html
 emosteer generate --input prompts.jsonl --method none --max-new-tokens 8 --out replies.jsonl
 emosteer judge replies.jsonl --judge linear --out judged.jsonl
 emosteer export --emotion anger --to gguf --out anger.gguf
@@ -142,7 +149,8 @@ def check(room: Path, torch: str) -> None:
     assert package.is_relative_to(room), f"expected the wheel's package, found {package}"
     prompts = (package / "data" / "prompts" / "dev.jsonl").read_text("utf-8").splitlines(keepends=True)[:4]
     (empty / "prompts.jsonl").write_text("".join(prompts), "utf-8")
-    steps = readme_steps() + EVERY.format(package=package).strip().splitlines()
+    write_tiny_project(empty)
+    steps = readme_steps() + EVERY.format(package=package, data=DATA).strip().splitlines()
     done = 0
     for step in steps:
         words = shlex.split(step)
