@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from emosteer.circuits.heads.heads import HeadStudy
     from emosteer.circuits.validation.validation import Validation
     from emosteer.directions.directions import Directions
-    from emosteer.effects.side_effects import SideEffects
     from emosteer.generation.decoding import Decoding
     from emosteer.generation.generate import Reply
     from emosteer.judges.registry import make_judge
     from emosteer.models.model import Model
     from emosteer.probing.probes import Probes
     from emosteer.scenarios.scenarios import EMOTIONS
+    from emosteer.side_effects.side_effects import SideEffects
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _HOMES = {
     "Circuit": "emosteer.circuits.circuit",
     "Probes": "emosteer.probing.probes",
     "HeadStudy": "emosteer.circuits.heads.heads",
-    "SideEffects": "emosteer.effects.side_effects",
+    "SideEffects": "emosteer.side_effects.side_effects",
     "Validation": "emosteer.circuits.validation.validation",
     "Decoding": "emosteer.generation.decoding",
     "Reply": "emosteer.generation.generate",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from emosteer.api.costs.memory import memory_of
 from emosteer.api.support import Support, support
-from emosteer.costs.memory import memory_of
 
 if TYPE_CHECKING:
     from emosteer.models.chat_templates import Template

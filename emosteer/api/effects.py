@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from emosteer.api.inputs import PathLike, circuit_of, path_of, plain_model
 from emosteer.circuits.places import ARTIFACTS, Places, packaged_effects
-from emosteer.effects.battery import battery_of
-from emosteer.effects.limits import find_rows, warnings_for
-from emosteer.effects.settings import EffectsSettings, Limits
 from emosteer.judges.registry import EMBEDDED
+from emosteer.side_effects.battery import battery_of
+from emosteer.side_effects.limits import find_rows, warnings_for
+from emosteer.side_effects.settings import EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from emosteer.api.options import EffectsOptions
     from emosteer.api.steered_model import SteeredModel
     from emosteer.circuits.circuit import Circuit
-    from emosteer.effects.side_effects import SideEffects
     from emosteer.models.model import Model
+    from emosteer.side_effects.side_effects import SideEffects
 
 
 def effects(
@@ -45,15 +45,15 @@ def effects(
     Args:
         circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own in `artifacts`, else the shipped one.
         questions: JSON-lines file of items with their checks; the shipped ones by default. judge: reads the emotion of everyday replies.
-        limits: what the result is held against, such as "perplexity=1.3,accuracy=10"; see `effects.settings.LIMITS`.
+        limits: what the result is held against, such as "perplexity=1.3,accuracy=10"; see `side_effects.settings.LIMITS`.
         quick: a few minutes' worth of it; settings that are given count.
         partial: folder that progress is kept in, so that the same call goes on; None keeps nothing. fresh: start over.
-        settings: fields of `effects.settings.EffectsSettings`.
+        settings: fields of `side_effects.settings.EffectsSettings`.
 
     Raises:
         UsageError, DataError: if the items or a setting make no sense. ArtifactError: for a circuit of another model or without a dial.
     """
-    from emosteer.effects import measure as stage
+    from emosteer.side_effects import measure as stage
 
     bare = plain_model(model)
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}

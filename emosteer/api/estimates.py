@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emosteer.api.costs.cost import Cost
 from emosteer.api.inputs import PathLike, directions_of, path_of
 from emosteer.api.stages import assembly_of
 from emosteer.attribution.settings import AblateSettings
 from emosteer.circuits.places import own_bank_of
 from emosteer.circuits.settings import CircuitSettings, GainSettings
-from emosteer.costs.cost import Cost
 from emosteer.probing.settings import ProbeSettings
 from emosteer.probing.texts import texts_of
 from emosteer.scenarios.shipped import Data, read_data, without_development
@@ -33,7 +33,7 @@ def ablate(
     artifacts: PathLike,
 ) -> Cost:
     """Of `api.stages.ablate` with the same arguments; raises what it raises of its data."""
-    from emosteer.costs.stages import of_ablate
+    from emosteer.api.costs.stages import of_ablate
 
     made, _, path = directions_of(model, directions, Path(artifacts))
     bank = path_of(replies) or (own_bank_of(made, path) if path else None)
@@ -43,7 +43,7 @@ def ablate(
 
 def assemble(model: Model, directions: Directions | PathLike | None, **given: Any) -> Cost:
     """Of `api.stages.assemble` with the same arguments; raises what it raises of its data."""
-    from emosteer.costs.stages import of_circuit
+    from emosteer.api.costs.stages import of_circuit
 
     work = assembly_of(model, directions, **given)
     made = work.directions
@@ -54,7 +54,7 @@ def assemble(model: Model, directions: Directions | PathLike | None, **given: An
 
 def probe(model: Model, texts: PathLike | None, *, scenarios: PathLike | None, replies: PathLike | None, **settings: Any) -> Cost:
     """Of `api.probing.probe` with the same arguments; raises what it raises of its data."""
-    from emosteer.costs.stages import of_probe
+    from emosteer.api.costs.stages import of_probe
 
     chosen = ProbeSettings(**settings)
     return of_probe(model, texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen), chosen)
@@ -62,7 +62,7 @@ def probe(model: Model, texts: PathLike | None, *, scenarios: PathLike | None, r
 
 def first_reply(model: Model, data: Data, emotions: Sequence[str], checkpoint: Path, extracted: bool) -> tuple[Cost, ...]:
     """Of everything that `--auto` does before the first reply of a new model. extracted: whether the directions are there already."""
-    from emosteer.costs.stages import of_circuit, of_extract
+    from emosteer.api.costs.stages import of_circuit, of_extract
     from emosteer.directions.settings import Settings
 
     settings = Settings(tuple(emotions))

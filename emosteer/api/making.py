@@ -31,9 +31,9 @@ def ensure_circuit(model: Identified, given: Path | None, root: Path, loaded: Ca
 
 def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     """From nothing to a circuit with the shipped data and default settings."""
+    from emosteer.api.costs.cost import spoken
     from emosteer.api.estimates import first_reply
     from emosteer.api.stages import assemble
-    from emosteer.costs.cost import spoken
 
     places, data = Places.of(model.name, root), read_data(None, None)
     ready = usable_directions(model, places.directions)

@@ -143,7 +143,7 @@ class ProbeOptions(TypedDict, total=False):
 
 
 class EffectsOptions(TypedDict, total=False):
-    """`effects.settings.EffectsSettings`."""
+    """`side_effects.settings.EffectsSettings`."""
 
     methods: Sequence[str]
     intensities: Sequence[float]

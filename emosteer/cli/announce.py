@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
+from emosteer.api.costs.cost import Cost, amount, spoken
 from emosteer.base.processes import rank, world
 from emosteer.base.progress import note
-from emosteer.costs.cost import Cost, amount, spoken
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what it would do and how long that takes here.")]
 

@@ -304,8 +304,8 @@ def _author(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    from emosteer.api.costs.cost import of_author
     from emosteer.base import progress
-    from emosteer.costs.cost import of_author
     from emosteer.scenarios.author_prompts import THEMES
     from emosteer.scenarios.authoring import AuthorEvent, author_scenarios
 

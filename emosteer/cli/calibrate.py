@@ -116,7 +116,7 @@ def calibrate(
     kept = KeyedLog(log)
     readers = jury(kept)
     refuse_same_weights(readers.judges, loaded.sha256)
-    from emosteer.costs.stages import of_calibrate
+    from emosteer.api.costs.stages import of_calibrate
 
     try:
         with announced(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from emosteer.circuits.heads.heads import HeadStudy
     from emosteer.circuits.validation.validation import Validation
     from emosteer.directions.directions import Directions
-    from emosteer.effects.side_effects import SideEffects
     from emosteer.probing.probes import Probes
+    from emosteer.side_effects.side_effects import SideEffects
 
 Made = TypeVar("Made", "Directions", "Scores", "Circuit", "Probes", "HeadStudy", "SideEffects", "Validation")
 

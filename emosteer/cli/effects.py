@@ -24,8 +24,8 @@ from emosteer.cli.options import (
     SeedOption,
     listed,
 )
-from emosteer.effects.settings import LIMITS, MAX_DISTANCE, QUICK, TRIED, EffectsSettings, Limits
 from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS
+from emosteer.side_effects.settings import LIMITS, MAX_DISTANCE, QUICK, TRIED, EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE
 
 _COUNT = {"min": 0, "max": 100_000, "show_default": False}

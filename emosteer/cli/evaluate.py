@@ -124,8 +124,8 @@ def evaluate(
         if not dry_run:
             contest.serve()
         return
+    from emosteer.api.costs.stages import of_evaluate
     from emosteer.circuits.circuit import default_strengths
-    from emosteer.costs.stages import of_evaluate
 
     known_strengths, dev, test = default_strengths(ready, settings.methods), splits.dev.groups, splits.test.groups
     try:

@@ -102,7 +102,7 @@ def extract(
         raise UsageError("--dry-run cannot count replies that are not written yet; leave out --replies self")
     bank = _own_bank(loaded, data, wanted, target, settings, fresh, crew) if own else data.bank
     checkpoint = target.with_name(target.name + ".partial")
-    from emosteer.costs.stages import of_extract
+    from emosteer.api.costs.stages import of_extract
 
     with announced(lambda: of_extract(loaded, data.groups, settings, bank, None if fresh else checkpoint), dry_run, as_json):
         found = run(loaded, data.groups, settings, bank=bank, data=data.hashes, checkpoint=checkpoint, fresh=fresh, crew=crew)

@@ -11,11 +11,11 @@ import typer
 
 from emosteer.base.errors import UsageError, suggest
 from emosteer.base.processes import world
-from emosteer.base.strict_json import loads
 from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.engine_options import engine_options
 from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.limits import MaxHarmOption, warn_of_harm
 from emosteer.cli.options import (
@@ -29,10 +29,10 @@ from emosteer.cli.options import (
     complete_emotion,
     one_of,
 )
-from emosteer.effects.settings import Limits
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
+from emosteer.side_effects.settings import Limits
 from emosteer.writing.feelings import Feeling
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from emosteer.models.model import Model
     from emosteer.serving.vllm_writer import Served
     from emosteer.writing.jobs import Job, ReplyWriter
-
-ENGINES = ("builtin", "vllm")
 
 
 def generate(
@@ -164,7 +162,7 @@ def generate(
     _check_intensity(intensity, strength, method)
     positions = _positions(positions, engine)
     leaning = _guidance(guidance, engine)
-    options = _engine_options(engine, engine_option, device, device_map)
+    options = engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
     limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
@@ -280,32 +278,6 @@ def _guidance(given: float | None, engine: str) -> float:
     if given not in (None, 1):
         raise UsageError("vLLM writes every reply on its own and cannot guide it; leave --guidance out, or use the built-in engine")
     return 1.0
-
-
-def _engine_options(engine: str, given: Sequence[str] | None, device: str, device_map: str | None) -> dict[str, Any]:
-    """NAME=VALUE of vLLM, values as JSON where they are, else as text.
-
-    Raises:
-        UsageError: for an unknown engine, or options that it does not take.
-    """
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine '{engine}'{suggest(engine, ENGINES)}; expected {' or '.join(ENGINES)}")
-    if engine == "builtin":
-        if given:
-            raise UsageError("--engine-option has no meaning with the built-in engine; it belongs to --engine vllm")
-        return {}
-    if device != "auto" or device_map is not None:
-        raise UsageError("--device and --device-map have no meaning with --engine vllm; choose GPUs with CUDA_VISIBLE_DEVICES")
-    options: dict[str, Any] = {}
-    for item in given or ():
-        name, equals, value = item.partition("=")
-        if not (equals and name.isidentifier()):
-            raise UsageError(f"expected --engine-option NAME=VALUE, such as tensor_parallel_size=4, found '{item}'")
-        try:
-            options[name] = loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 def _load(engine: str, model: str, device: str, device_map: str | None, dtype: str, method: str, control_tokens: bool) -> Model | Served:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emosteer.circuits.methods import CIRCUIT
-from emosteer.effects.settings import LIMITS, Limits
+from emosteer.side_effects.settings import LIMITS, Limits
 
 if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit

@@ -22,10 +22,10 @@ from emosteer.cli.print_heads import heads_summary, print_heads
 from emosteer.cli.print_probes import print_probes, probes_summary
 from emosteer.cli.print_validation import print_validation, validation_summary
 from emosteer.directions.directions import Directions
-from emosteer.effects.side_effects import SideEffects
 from emosteer.models.sites import RESID_POST, Head, Neuron
 from emosteer.probing.probes import Probes
 from emosteer.report.commands import made_by
+from emosteer.side_effects.side_effects import SideEffects
 
 Summary = dict[str, Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from emosteer.base.tables import print_table
 from emosteer.circuits.methods import CIRCUIT
-from emosteer.effects.limits import held_table
-from emosteer.effects.settings import LIMITS, Limits
-from emosteer.effects.side_effects import SideEffects
+from emosteer.side_effects.limits import held_table
+from emosteer.side_effects.settings import LIMITS, Limits
+from emosteer.side_effects.side_effects import SideEffects
 
 Summary = dict[str, Any]
 #: What the tables call a measure.

@@ -52,6 +52,22 @@ def written_out(model: Model) -> Iterator[None]:
         model.hf.set_attn_implementation(before)
 
 
+@contextlib.contextmanager
+def _no_hook_left(model: Model) -> Iterator[None]:
+    """Takes out again what transformers hooks into a model that is asked for its inner values: the fast pass writes for models that nothing
+    is hooked into alone."""
+    modules = list(model.hf.modules())
+    before = [(set(module._forward_hooks), set(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for module, (hooks, names) in zip(modules, before, strict=True):
+            for key in module._forward_hooks.keys() - hooks:
+                module._forward_hooks.pop(key)
+            if "_output_capturing_hooks_installed" not in names:  # so that they come back when they are asked for
+                vars(module).pop("_output_capturing_hooks_installed", None)
+
+
 @torch.no_grad()
 def see(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, sites: Sequence[Site] = ()) -> Seen:
     """One pass of the plain model, with everything that attention does.
@@ -66,7 +82,8 @@ def see(model: Model, ids: Tensor, mask: Tensor, positions: Tensor, sites: Seque
     if model.spread:
         raise ModelError(f"{model.name} lies on several devices; where its heads look is read on one, so leave out --device-map")
     store: dict[Site, Tensor] = {}
-    with written_out(model), model.hooks({site: reading(store, site, None) for site in sites}, bridge=False) as body:
+    hooks = {site: reading(store, site, None) for site in sites}
+    with written_out(model), _no_hook_left(model), model.hooks(hooks, bridge=False) as body:
         out = body(
             input_ids=ids,
             attention_mask=mask,

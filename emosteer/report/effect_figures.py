@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emosteer.circuits.methods import CIRCUIT, METHODS
-from emosteer.effects.limits import held_table
-from emosteer.effects.settings import LIMITS, Limits
-from emosteer.effects.side_effects import SideEffects
 from emosteer.report import plots
 from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys
 from emosteer.report.plots import PANEL, WIDE, Style
 from emosteer.report.wording import Interval, number, percent, percent_range, plural, points_range
+from emosteer.side_effects.limits import held_table
+from emosteer.side_effects.settings import LIMITS, Limits
+from emosteer.side_effects.side_effects import SideEffects
 
 SOURCES = ("effects",)
 #: Measures in points -> what the page calls them and how they are drawn.

@@ -18,12 +18,12 @@ from emosteer.circuits.places import Places, packaged_circuit
 from emosteer.circuits.schema import check_of_dial
 from emosteer.circuits.validation.validation import Validation
 from emosteer.directions.directions import Directions
-from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
 from emosteer.report import commands
 from emosteer.report.figures import Absent
 from emosteer.report.measured import EARLIER, Measured, OutdatedError
 from emosteer.report.wording import kind_counts
+from emosteer.side_effects.side_effects import SideEffects
 
 
 @dataclass(frozen=True)

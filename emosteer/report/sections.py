@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from emosteer.circuits.validation.validation import Validation
-from emosteer.effects.side_effects import SideEffects
 from emosteer.probing.probes import Probes
 from emosteer.report import (
     circuit_figures,
@@ -24,6 +23,7 @@ from emosteer.report.figures import Figure, Section
 from emosteer.report.inputs import Inputs
 from emosteer.report.measured import Measured
 from emosteer.report.wording import kind_counts, percent, plural
+from emosteer.side_effects.side_effects import SideEffects
 
 
 def sections(inputs: Inputs) -> list[Section]:

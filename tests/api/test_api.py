@@ -25,9 +25,9 @@ from emosteer.circuits.settings import CircuitSettings
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
-from emosteer.effects.settings import EffectsSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.probing.settings import ProbeSettings
+from emosteer.side_effects.settings import EffectsSettings
 from emosteer.writing.settings import BATCH_SIZE
 from tests.conftest import build
 from tests.helpers.tiny_project import EMOTIONS, write_tiny_project

@@ -369,3 +369,11 @@ def test_the_command_writes_artefact_and_graph_and_inspect_prints_them(
     assert shlex.split(study.provenance.command or "")[:2] == ["emosteer", "heads"] and "--json" not in (study.provenance.command or "")
     shown = said("inspect", str(places.heads))
     assert "where the heads look while a reply is written" in shown and str(study.of("anger")[0]["layer"]) in shown
+
+
+def test_looking_inside_leaves_no_hook_behind(tiny: Model) -> None:
+    """Neither the first time nor the second, which sees the same; with a hook left there, replies would be written by the slow engine."""
+    ids = torch.tensor([[3, 5, 7, 9]])
+    once, again = (see(tiny, ids, torch.ones_like(ids), torch.arange(4)[None]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once.patterns + once.stream, again.patterns + again.stream, strict=True))
+    assert not any(module._forward_hooks for module in tiny.hf.modules())

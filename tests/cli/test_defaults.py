@@ -15,7 +15,6 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli.main import app
 from emosteer.directions.settings import Settings
-from emosteer.effects.settings import EffectsSettings, Limits
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import EMBEDDED, KEY_ENV, PANEL, PARALLEL
@@ -23,6 +22,7 @@ from emosteer.probing.settings import ProbeSettings
 from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
 from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.serving.settings import ServeSettings
+from emosteer.side_effects.settings import EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
 
 DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}

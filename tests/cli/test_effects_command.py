@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from emosteer.cli import main as cli
-from emosteer.effects.side_effects import SideEffects
+from emosteer.side_effects.side_effects import SideEffects
 from tests.conftest import build, tiny_tokenizer
 from tests.helpers.dialled import TOP, dialled_circuit
 from tests.helpers.effects_setup import read_by_words, small_battery

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from emosteer.effects.battery import ATTACHMENT, CROSS, EVERYDAY, HARMFUL, HARMLESS, PLAIN, WARM, Battery, prompt_of
-from emosteer.effects.checks import Check, Item
 from emosteer.scenarios.scenarios import Group
+from emosteer.side_effects.battery import ATTACHMENT, CROSS, EVERYDAY, HARMFUL, HARMLESS, PLAIN, WARM, Battery, prompt_of
+from emosteer.side_effects.checks import Check, Item
 from tests.conftest import WORDS
 
 _PLAIN_WORDS = [word for word in WORDS if word.isalpha()]

@@ -11,6 +11,7 @@ from emosteer.base import artifacts
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import sha256_file
 from emosteer.judges.adapters import TunedJudge
+from emosteer.judges.answers import feature_count
 from emosteer.judges.embedded import ASSET, KIND, LinearJudge, fit_head
 from emosteer.judges.protocol import LABELS
 from emosteer.judges.soundness import FAULTS, SOUND
@@ -125,7 +126,8 @@ PLAIN_CASES = {
 def test_the_shipped_heads_load() -> None:
     heads = load_heads(ASSET)
     assert heads["emotion"].labels == LABELS and heads["soundness"].labels == (SOUND, *FAULTS)
-    states, pairs = 2 * 7 * 384, 2 * 384 + 9  # mean and spread, six layers and the embeddings; what is read of a prompt and its reply
+    states = 2 * 7 * 384  # mean and spread, six layers and the embeddings
+    pairs = feature_count(real_encoder())
     for name, width in (("emotion", states), ("soundness", states), ("answers", pairs)):
         assert heads[name].weight.shape == (len(heads[name].labels), width) and heads[name].mean.shape == (width,)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from emosteer.circuits.places import Places
-from emosteer.effects.measure import effects
-from emosteer.effects.settings import EffectsSettings
-from emosteer.effects.side_effects import SideEffects
 from emosteer.models.model import Model
 from emosteer.report.inputs import read_inputs
 from emosteer.report.page import build_report
 from emosteer.report.sections import sections
+from emosteer.side_effects.measure import effects
+from emosteer.side_effects.settings import EffectsSettings
+from emosteer.side_effects.side_effects import SideEffects
 from tests.helpers.dialled import dialled_circuit
 from tests.helpers.effects_setup import read_by_words, small_battery
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emosteer.circuits.methods import CIRCUIT, METHODS, NONE
-from emosteer.effects.settings import SENTENCES, EffectsSettings
+from emosteer.side_effects.settings import SENTENCES, EffectsSettings
 
 if TYPE_CHECKING:
     from emosteer.circuits.circuit import Circuit

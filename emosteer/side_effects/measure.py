@@ -16,17 +16,17 @@ from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
-from emosteer.effects import conversations, figures, outcomes
-from emosteer.effects.battery import CROSS, PLAIN, WARM, Battery
-from emosteer.effects.checks import read_phrases
-from emosteer.effects.conditions import Condition, conditions_of
-from emosteer.effects.conversations import After
-from emosteer.effects.outcomes import ASKED, ITEMS, MEASURES, REPLIES, TEXTS, Reader, Tables
-from emosteer.effects.settings import SENTENCES, EffectsSettings, Limits
-from emosteer.effects.side_effects import SideEffects
 from emosteer.evaluation.controls import added_key
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
+from emosteer.side_effects import conversations, figures, outcomes
+from emosteer.side_effects.battery import CROSS, PLAIN, WARM, Battery
+from emosteer.side_effects.checks import read_phrases
+from emosteer.side_effects.conditions import Condition, conditions_of
+from emosteer.side_effects.conversations import After
+from emosteer.side_effects.outcomes import ASKED, ITEMS, MEASURES, REPLIES, TEXTS, Reader, Tables
+from emosteer.side_effects.settings import SENTENCES, EffectsSettings, Limits
+from emosteer.side_effects.side_effects import SideEffects
 from emosteer.writing.contest_writer import ContestWriter
 
 METHOD = "replies and neutral text under every condition, checked by committed lists, paired by prompt with the unsteered model"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from emosteer.base.files import sha256_file
-from emosteer.effects.checks import Item, read_items, read_prompts
-from emosteer.effects.settings import SENTENCES, EffectsSettings
 from emosteer.scenarios.scenarios import NEUTRAL, Group, GroupKey, data_path
 from emosteer.scenarios.shipped import development_groups, read_data
+from emosteer.side_effects.checks import Item, read_items, read_prompts
+from emosteer.side_effects.settings import SENTENCES, EffectsSettings
 
 HARMFUL, HARMLESS, ATTACHMENT, EVERYDAY = "harmful", "harmless", "attachment", "everyday"
 #: Feedback on wrong answers: plain, and by turns warm and cross.

@@ -15,17 +15,17 @@ from emosteer.base import artifacts
 from emosteer.base.errors import ArtifactError
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE, RESIDUAL, Part
-from emosteer.effects import figures, outcomes
-from emosteer.effects.battery import EVERYDAY, battery_of, evenly
-from emosteer.effects.conditions import ALL, Condition, conditions_of, lines_of
-from emosteer.effects.conversations import REQUESTED, STEERED, UNTOLD, second_chances
-from emosteer.effects.measure import effects
-from emosteer.effects.neutral import text_nll
-from emosteer.effects.settings import QUICK, EffectsSettings
-from emosteer.effects.side_effects import SideEffects
 from emosteer.generation.engines import engine_for
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.model import Model
+from emosteer.side_effects import figures, outcomes
+from emosteer.side_effects.battery import EVERYDAY, battery_of, evenly
+from emosteer.side_effects.conditions import ALL, Condition, conditions_of, lines_of
+from emosteer.side_effects.conversations import REQUESTED, STEERED, UNTOLD, second_chances
+from emosteer.side_effects.measure import effects
+from emosteer.side_effects.neutral import text_nll
+from emosteer.side_effects.settings import QUICK, EffectsSettings
+from emosteer.side_effects.side_effects import SideEffects
 from emosteer.writing.contest_writer import Cell, ContestWriter
 from tests.helpers.dialled import TOP, dialled_circuit
 from tests.helpers.effects_setup import read_by_words, small_battery
@@ -218,7 +218,7 @@ def test_a_run_that_was_ended_goes_on_without_writing_again(
     whole[0].save(tmp_path / "whole")
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     monkeypatch.setattr(contest_writer, "generate", None)
-    monkeypatch.setattr("emosteer.effects.neutral.text_nll", None)
+    monkeypatch.setattr("emosteer.side_effects.neutral.text_nll", None)
     run().save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     with pytest.raises(TypeError):  # another circuit's replies are not taken for this one's

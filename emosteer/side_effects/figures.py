@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from emosteer.circuits.methods import NONE
-from emosteer.effects.checks import ITEM_KINDS
-from emosteer.effects.conditions import Condition, Line, lines_of
-from emosteer.effects.conversations import After
-from emosteer.effects.outcomes import MEASURES, Tables
 from emosteer.evaluation.bootstrap import Draws, estimate, mean, paired, sign_flip_p
+from emosteer.side_effects.checks import ITEM_KINDS
+from emosteer.side_effects.conditions import Condition, Line, lines_of
+from emosteer.side_effects.conversations import After
+from emosteer.side_effects.outcomes import MEASURES, Tables
 
 Row = dict[str, Any]
 

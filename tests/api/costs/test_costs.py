@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from emosteer.api.costs import stages, trials
+from emosteer.api.costs.cost import Cost, Part, amount, of_author, spoken
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.cli import main as cli
-from emosteer.costs import stages, trials
-from emosteer.costs.cost import Cost, Part, amount, of_author, spoken
 from emosteer.directions.extract import extract, finish_checkpoint, work_of
 from emosteer.directions.settings import Settings
 from emosteer.models.model import Model

@@ -11,7 +11,9 @@ import pytest
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import write_jsonl
-from emosteer.effects.checks import (
+from emosteer.scenarios.scenarios import data_path
+from emosteer.scenarios.shipped import development_groups, unseen_groups
+from emosteer.side_effects.checks import (
     ARITHMETIC,
     FACT,
     INSULT,
@@ -27,8 +29,6 @@ from emosteer.effects.checks import (
     read_prompts,
     whole_words,
 )
-from emosteer.scenarios.scenarios import data_path
-from emosteer.scenarios.shipped import development_groups, unseen_groups
 
 
 def item(tmp_path: Path, **check: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_list_that_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.M
     lists = json.loads(data_path("effects/phrases.json").read_text("utf-8"))
     assert {f"pattern: {name}" for name in PATTERNS} < set(lists)
     (tmp_path / "phrases.json").write_text(json.dumps({name: lists[name] for name in list(lists)[1:]}))
-    monkeypatch.setattr("emosteer.effects.checks.data_path", lambda _: tmp_path / "phrases.json")
+    monkeypatch.setattr("emosteer.side_effects.checks.data_path", lambda _: tmp_path / "phrases.json")
     with pytest.raises(DataError, match="to hold the lists"):
         read_phrases()
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from emosteer.circuits.methods import CIRCUIT, NONE
-from emosteer.effects.battery import EVERYDAY, Battery, evenly, prompt_of
-from emosteer.effects.outcomes import Reader
 from emosteer.scenarios.scenarios import Group, Message
+from emosteer.side_effects.battery import EVERYDAY, Battery, evenly, prompt_of
+from emosteer.side_effects.outcomes import Reader
 from emosteer.writing.contest_writer import Cell, ContestWriter
 
 #: How an emotion is had after a long conversation: by steering now, by having been asked for at its beginning, not at all.

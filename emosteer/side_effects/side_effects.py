@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
-from emosteer.effects import schema
+from emosteer.side_effects import schema
 
 KIND = "effects"
 Row = Mapping[str, Any]

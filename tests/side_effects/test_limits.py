@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from emosteer.base.errors import UsageError
-from emosteer.effects.limits import harm, held_table, holds_up_to, warnings_for
-from emosteer.effects.settings import LIMITS, QUICK, EffectsSettings, Limits
+from emosteer.side_effects.limits import harm, held_table, holds_up_to, warnings_for
+from emosteer.side_effects.settings import LIMITS, QUICK, EffectsSettings, Limits
 
 
 def estimate(value: float, reach: float = 0.02) -> dict[str, float]:

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from emosteer.api.costs import trials
+from emosteer.api.costs.cost import REPLY_BYTES, Cost, Part
+from emosteer.api.costs.memory import memory_of
+from emosteer.api.costs.trials import plus, times
 from emosteer.attribution.ablate import compared_groups
 from emosteer.attribution.curves import Runner, TextScore, conditions, kept_points
 from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
@@ -16,10 +20,6 @@ from emosteer.calibration.settings import CalibrateSettings, TuneSettings
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
-from emosteer.costs import trials
-from emosteer.costs.cost import REPLY_BYTES, Cost, Part
-from emosteer.costs.memory import memory_of
-from emosteer.costs.trials import plus, times
 from emosteer.directions.activations import TokenRow
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.directions.extract import work_of

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from emosteer.base.jsonl import KeyedLog
 from emosteer.circuits.methods import NONE
-from emosteer.effects.battery import ATTACHMENT, EVERYDAY, HARMFUL, HARMLESS, Battery, prompt_of
-from emosteer.effects.checks import INSULT, JOINS, PATTERNS, REFUSAL, THREAT, Phrases, common_words, is_foreign
-from emosteer.effects.conditions import Condition
-from emosteer.effects.neutral import read_texts
-from emosteer.effects.settings import SENTENCES
 from emosteer.scenarios.scenarios import Group
+from emosteer.side_effects.battery import ATTACHMENT, EVERYDAY, HARMFUL, HARMLESS, Battery, prompt_of
+from emosteer.side_effects.checks import INSULT, JOINS, PATTERNS, REFUSAL, THREAT, Phrases, common_words, is_foreign
+from emosteer.side_effects.conditions import Condition
+from emosteer.side_effects.neutral import read_texts
+from emosteer.side_effects.settings import SENTENCES
 from emosteer.writing.contest_writer import Cell, ContestWriter
 from emosteer.writing.resumable import Row
 

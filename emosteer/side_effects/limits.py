@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from emosteer.circuits.methods import CIRCUIT
-from emosteer.effects.conditions import ALL
-from emosteer.effects.settings import LIMITS, Limits
+from emosteer.side_effects.conditions import ALL
+from emosteer.side_effects.settings import LIMITS, Limits
 
 #: Limit -> the measure that it is of, and the sign of harm in its change.
 _MEASURED = {
@@ -129,7 +129,7 @@ def find_rows(candidates: Iterable[Path | None], circuit_sha256: str) -> Rows | 
         if path is not None and path.is_file():
             fields = artifacts.load_fields(path, "effects")
             if fields is not None and fields.get("circuit_sha256") == circuit_sha256:
-                from emosteer.effects.side_effects import SideEffects
+                from emosteer.side_effects.side_effects import SideEffects
 
                 return SideEffects.load(path).rows
     return None

@@ -10,8 +10,9 @@ from emosteer.base import schema
 from emosteer.base.artifacts import Artifact
 from emosteer.base.errors import ArtifactError
 from emosteer.base.schema import Count, Fields, Names, Share, Text
-from emosteer.effects.battery import EVERYDAY
-from emosteer.effects.outcomes import ASKED, ITEMS, MEASURES, REPLIES, TEXTS
+from emosteer.circuits.methods import CIRCUIT
+from emosteer.side_effects.battery import EVERYDAY
+from emosteer.side_effects.outcomes import ASKED, ITEMS, MEASURES, REPLIES, TEXTS
 
 _Intensity = Annotated[float, Field(ge=0, le=100)]
 _Strength = Annotated[float, Field(ge=0, le=1000)]
@@ -132,5 +133,5 @@ def check(found: Artifact) -> None:
             raise ArtifactError(f"{path}: a row of '{row.method}' for '{row.emotion[:60]}' is of no condition; make it again")
         if stray := sorted(row.figures.keys() - MEASURES.keys()):
             raise ArtifactError(f"{path}: expected figures of {', '.join(MEASURES)}, found '{stray[0][:60]}'; make it again")
-        if row.method == "circuit" and (row.intensity is None or (row.strength is None) != (row.emotion == "all")):
+        if row.method == CIRCUIT and (row.intensity is None or (row.strength is None) != (row.emotion == "all")):
             raise ArtifactError(f"{path}: a row of the circuit for '{row.emotion[:60]}' lacks its place on the dial; make it again")
