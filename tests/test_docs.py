@@ -122,7 +122,7 @@ def test_the_commands_that_the_documents_print_are_known_to_the_command_line() -
 
 def test_the_wheel_is_tried_with_every_command_and_with_what_the_readme_shows() -> None:
     """The lines of tests/from_wheel.py are parsed here, not run."""
-    lines = [shlex.split(line)[1:] for line in from_wheel.EVERY.format(package=ROOT).strip().splitlines()]
+    lines = [shlex.split(line)[1:] for line in from_wheel.EVERY.format(package=ROOT, data=from_wheel.DATA).strip().splitlines()]
     tried = set()
     for words in lines:
         command, name = get_command(app), []

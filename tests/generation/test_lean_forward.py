@@ -157,6 +157,7 @@ def test_it_writes_what_a_recomputation_from_scratch_writes(model: Model, monkey
 
 
 def test_prompts_of_one_token_need_nothing_read(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tiny, requests([(1,), (9,)]), decoding=Decoding(2))  # the proof of the compiled step reads
     monkeypatch.setattr(Lean, "read", lambda *args: pytest.fail("there is nothing to read"))
     monkeypatch.setattr(lean, "_proved", lambda found: True)
     found = generate(tiny, requests([(1,), (9,)]), decoding=Decoding(6))
