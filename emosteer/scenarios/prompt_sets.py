@@ -43,7 +43,7 @@ def _items(path: Path) -> Iterator[Scenario | Group]:
         item = parse_prompt(row, where) if "messages" in row else parse_scenario(row, where)
         name = item.key.scenario if isinstance(item, Group) else item.id
         if name in seen:
-            raise DataError(f"{where}: the id '{name}' was used on line {seen[name]}; ids must be unique")
+            raise DataError(f"{where}: the id '{name[:60]}' was used on line {seen[name]}; ids must be unique")
         seen[name] = number
         yield item
 
@@ -56,7 +56,7 @@ def parse_prompt(row: dict[str, Any], where: str) -> Group:
     """
     kind = text_field(row.get("kind"), "kind", where)
     if kind not in KINDS:
-        raise DataError(f"{where}: unknown kind '{kind}'{suggest(kind, KINDS)}; expected {', '.join(KINDS)}")
+        raise DataError(f"{where}: unknown kind '{kind[:60]}'{suggest(kind[:60], KINDS)}; expected {', '.join(KINDS)}")
     messages = parse_messages(row.get("messages"), where)
     return Group(GroupKey(text_field(row.get("id"), "id", where), ""), kind, messages[-1].content, kind, messages[:-1])
 

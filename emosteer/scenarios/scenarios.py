@@ -91,7 +91,7 @@ def read_scenarios(path: Path | str) -> list[Scenario]:
     for number, row in read_jsonl(Path(path), "scenario file"):
         scenario = parse_scenario(row, f"{path}:{number}")
         if scenario.id in seen:
-            raise DataError(f"{path}:{number}: skeleton_id '{scenario.id}' was used on line {seen[scenario.id]}; ids must be unique")
+            raise DataError(f"{path}:{number}: skeleton_id '{scenario.id[:60]}' was used on line {seen[scenario.id]}; ids must be unique")
         seen[scenario.id] = number
         scenarios.append(scenario)
     return scenarios

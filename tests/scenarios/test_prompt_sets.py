@@ -79,6 +79,7 @@ def test_lines_of_both_forms_stand_together(write: Callable[..., Path]) -> None:
     [
         ({"kind": None}, "f.jsonl:2: expected 'kind' to be a text that is not empty, found nothing"),
         ({"kind": "chatt"}, "f.jsonl:2: unknown kind 'chatt' \\(did you mean 'chat'\\?\\); expected sev-vivid, sev-plain, "),
+        ({"kind": "x" * 5000}, "f.jsonl:2: unknown kind 'x{60}'; expected sev-vivid, sev-plain, "),
         ({"id": " "}, "f.jsonl:2: expected 'id' to be a text that is not empty"),
         ({"messages": []}, "f.jsonl:2: expected 'messages' to be a list of objects with 'role' and 'content', found \\[\\]"),
         ({"messages": turns(("user", "a"), ("assistant", "b"))}, "f.jsonl:2: expected the last message to be the user's"),
