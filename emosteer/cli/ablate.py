@@ -27,6 +27,8 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
     listed,
+    numbers,
+    words,
 )
 
 #: Points of a curve.
@@ -69,7 +71,7 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Score every head and neuron, check the scores by intervening, and draw ablation and enhancement curves."""
-    chosen = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    chosen = words(kinds)
     for name in chosen:
         if name not in (*ABLATIONS, ENHANCE):
             raise UsageError(f"unknown kind '{name}'; expected {', '.join((*ABLATIONS, ENHANCE))}")
@@ -112,10 +114,7 @@ def ablate(
 
 
 def _shares(text: str, name: str) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"expected {name} to be numbers with commas, found '{text}'") from error
+    found = numbers(text, name, float)
     if len(found) > MAX_SHARES:
         raise UsageError(f"expected at most {MAX_SHARES} numbers in {name}, found {len(found)}")
     if any(not 0 < share <= 1 for share in found):

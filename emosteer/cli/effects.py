@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
@@ -23,6 +22,8 @@ from emosteer.cli.options import (
     RootOption,
     SeedOption,
     listed,
+    numbers,
+    words,
 )
 from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS
 from emosteer.side_effects.settings import LIMITS, MAX_DISTANCE, QUICK, TRIED, EffectsSettings, Limits
@@ -116,11 +117,11 @@ def effects(
     counts |= {"rounds": rounds, "followed": followed}
     given: dict[str, Any] = {name: value for name, value in counts.items() if value is not None}
     given |= {"per_prompt": per_prompt, "item_tokens": item_tokens, "reply_tokens": reply_tokens, "guidance": guidance, "seed": seed}
-    given |= {"followed_intensity": followed_intensity, "distances": _numbers(distances, "--distances", int)}
+    given |= {"followed_intensity": followed_intensity, "distances": numbers(distances, "--distances", int)}
     if methods is not None:
-        given["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
+        given["methods"] = words(methods)
     if intensities is not None:
-        given["intensities"] = _numbers(intensities, "--intensities", float)
+        given["intensities"] = numbers(intensities, "--intensities", float)
     EffectsSettings.quick(**given) if quick else EffectsSettings(**given)  # what makes no sense is said before the model is loaded
     from emosteer.api.effects import effects as run
     from emosteer.circuits.places import Places
@@ -140,10 +141,3 @@ def effects(
 
     summary = {"file": str(target), **effects_summary(found)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_effects(summary)
-
-
-def _numbers(text: str, name: str, kind: type) -> tuple:  # type: ignore[type-arg]
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"expected {name} to be {'whole ' if kind is int else ''}numbers with commas, found '{text[:60]}'") from error

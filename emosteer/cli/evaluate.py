@@ -27,6 +27,7 @@ from emosteer.cli.options import (
     RootOption,
     SeedOption,
     listed,
+    words,
 )
 from emosteer.evaluation.settings import Budget, EvaluationSettings
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
@@ -151,5 +152,5 @@ def _settings(methods: str | None, doses: str, dev_groups: int, budget: float, s
         grid = [float(part) for part in doses.split(",") if part.strip()]
     except ValueError as error:
         raise UsageError(f"expected --doses to be numbers with commas, found '{doses}'") from error
-    named = None if methods is None else [part.strip() for part in methods.split(",") if part.strip()]
+    named = None if methods is None else words(methods)
     return settings_of(named, grid, dev_groups, budget, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -71,6 +71,26 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, max=1_000_000
 def listed(values: Iterable[float | str]) -> str:
     """Several values as one option takes them: with commas, numbers as short as can be."""
     return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The names in an option that takes several, with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str, name: str, kind: type[Number]) -> tuple[Number, ...]:
+    """The same of numbers. name: the option's.
+
+    Raises:
+        UsageError: if one of them is none.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"expected {name} to be {'whole ' if kind is int else ''}numbers with commas, found '{text[:60]}'") from error
 
 
 def one_of(intensity: float | None, strength: float | None) -> None:

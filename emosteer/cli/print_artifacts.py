@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -278,6 +278,18 @@ def print_calibration_check(result: Mapping[str, Any]) -> None:
 # ---- any artefact --------------------------------------------------------------------------------------------------
 
 
+#: Kind -> how an artefact becomes a value, the value a summary, and the summary a print.
+_KINDS: dict[str, tuple[Callable[[Artifact], Any], Callable[[Any], Summary], Callable[[Summary], None]]] = {
+    "directions": (Directions.from_artifact, directions_summary, print_directions),
+    "circuit": (Circuit.from_artifact, circuit_summary, print_circuit),
+    "scores": (Scores.from_artifact, scores_summary, print_scores),
+    "probes": (Probes.from_artifact, probes_summary, print_probes),
+    "heads": (HeadStudy.from_artifact, heads_summary, print_heads),
+    "effects": (SideEffects.from_artifact, effects_summary, print_effects),
+    "validation": (Validation.from_artifact, validation_summary, print_validation),
+}
+
+
 def artifact_summary(found: Artifact) -> Summary:
     """Kind, provenance, tensors, the kind's own summary, and the command that makes it again, kept or rebuilt from the record."""
     p = found.provenance
@@ -288,30 +300,11 @@ def artifact_summary(found: Artifact) -> Summary:
         "provenance": p.record(),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in found.tensors.items()},
     }
-    value: Directions | Circuit | Scores | Probes | HeadStudy | SideEffects | Validation
-    if found.kind == "directions":
-        value = Directions.from_artifact(found)
-        summary["content"] = directions_summary(value)
-    elif found.kind == "circuit":
-        value = Circuit.from_artifact(found)
-        summary["content"] = circuit_summary(value)
-    elif found.kind == "scores":
-        value = Scores.from_artifact(found)
-        summary["content"] = scores_summary(value)
-    elif found.kind == "probes":
-        value = Probes.from_artifact(found)
-        summary["content"] = probes_summary(value)
-    elif found.kind == "heads":
-        value = HeadStudy.from_artifact(found)
-        summary["content"] = heads_summary(value)
-    elif found.kind == "effects":
-        value = SideEffects.from_artifact(found)
-        summary["content"] = effects_summary(value)
-    elif found.kind == "validation":
-        value = Validation.from_artifact(found)
-        summary["content"] = validation_summary(value)
-    else:
+    if found.kind not in _KINDS:
         return summary
+    made_from, summary_of, _ = _KINDS[found.kind]
+    value = made_from(found)
+    summary["content"] = summary_of(value)
     return {**summary, "command": made_by(found.kind, value, p.model)}
 
 
@@ -331,17 +324,8 @@ def print_artifact(summary: Summary) -> None:
         ("parameters", ", ".join(f"{k}={v}" for k, v in p["params"].items() if not isinstance(v, dict))),
     ]
     print_table(("provenance", ""), lines)
-    printers = {
-        "directions": print_directions,
-        "circuit": print_circuit,
-        "scores": print_scores,
-        "probes": print_probes,
-        "heads": print_heads,
-        "effects": print_effects,
-        "validation": print_validation,
-    }
-    if summary["kind"] in printers:
-        printers[summary["kind"]]({"file": summary["file"], **summary["content"]})
+    if summary["kind"] in _KINDS:
+        _KINDS[summary["kind"]][2]({"file": summary["file"], **summary["content"]})
     print_table(("tensor", "dtype", "shape"), [(name, dtype, shape) for name, (dtype, shape) in summary["tensors"].items()])
 
 

@@ -27,6 +27,8 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
     listed,
+    numbers,
+    words,
 )
 from emosteer.directions.settings import GPU_TOKENS
 from emosteer.probing.settings import KINDS, MAX_DISTANCE, READS, ProbeSettings
@@ -91,11 +93,11 @@ def probe(
     counts = {"folds": folds, "hidden": hidden, "shuffles": shuffles, "epochs": epochs, "longest": longest, "per_label": per_label}
     counts |= {"followed": followed, "prompted": prompted, "shots": shots, "moved": moved}
     settings = ProbeSettings(
-        kinds=tuple(name.strip() for name in sites.split(",") if name.strip()),
+        kinds=words(sites),
         read=read,
         test_share=test_share,
-        decays=_numbers(decays, "--decays", float),
-        distances=_numbers(distances, "--distances", int),
+        decays=numbers(decays, "--decays", float),
+        distances=numbers(distances, "--distances", int),
         seed=seed,
         **counts,
     )
@@ -125,10 +127,3 @@ def probe(
 
     summary = {"file": str(target), **probes_summary(found)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_probes(summary)
-
-
-def _numbers(text: str, name: str, kind: type) -> tuple:  # type: ignore[type-arg]
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"expected {name} to be {'whole ' if kind is int else ''}numbers with commas, found '{text[:60]}'") from error

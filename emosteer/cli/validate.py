@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.validation.settings import ASKING, KINDS, PARTS, QUICK, ValidateSettings
 from emosteer.cli.command_line import command_line, with_command
@@ -26,6 +25,8 @@ from emosteer.cli.options import (
     ScenariosOption,
     SeedOption,
     listed,
+    numbers,
+    words,
 )
 from emosteer.judges.registry import PANEL
 
@@ -89,12 +90,12 @@ def validate(
     settings = ValidateSettings(
         prompts,
         randoms,
-        _numbers(sizes, "--sizes"),
+        numbers(sizes, "--sizes", float),
         focus,
-        _numbers(doses, "--doses"),
-        _words(kinds),
-        _words(held),
-        _words(elicitations),
+        numbers(doses, "--doses", float),
+        words(kinds),
+        words(held),
+        words(elicitations),
         others,
         reply_tokens,
         references,
@@ -103,7 +104,7 @@ def validate(
         written,
         row_tokens,
         seed,
-        _words(parts),
+        words(parts),
     )
     if quick:
         settings = replace(settings, **_not_given(context, QUICK))
@@ -133,14 +134,3 @@ def _not_given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]
     """Those of the values whose option was left at its default."""
     sources = {name: context.get_parameter_source(name) for name in values}
     return {name: value for name, value in values.items() if (source := sources[name]) is None or source.name != "COMMANDLINE"}
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str, name: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"expected {name} to be numbers with commas, found '{text[:60]}'") from error
