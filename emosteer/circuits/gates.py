@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emosteer.attribution.unit_scores import UnitScores
+from emosteer.base.seeds import torch_seed
 from emosteer.circuits.learning import learn
 from emosteer.circuits.schedule import Schedule
 from emosteer.circuits.settings import GainSettings
@@ -160,7 +161,7 @@ def learn_gates(
     Raises:
         DataError: as `learning.learn`.
     """
-    gated = Gated(what, budget, settings.steps, gates or GateSettings(), torch.Generator().manual_seed(settings.seed))
+    gated = Gated(what, budget, settings.steps, gates or GateSettings(), torch.Generator().manual_seed(torch_seed(settings.seed)))
     schedule = Schedule(settings.steps, {}, (settings.steps,))
     found = learn(model, gated, groups, bank, emotions, instruction, settings, schedule=schedule, choice=gated, penalty=gated.penalty)
     return what.table(gated.parts(found.values.to(what.heads.first))[1])

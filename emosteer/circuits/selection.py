@@ -25,6 +25,7 @@ from emosteer.attribution.ablate import compared_groups
 from emosteer.attribution.gradients import attribution_patching
 from emosteer.attribution.unit_scores import UnitScores, contrast_scores
 from emosteer.base.progress import bar
+from emosteer.base.seeds import torch_seed
 from emosteer.circuits.learning import Compared, Comparisons, margins
 from emosteer.circuits.precision import reader
 from emosteer.circuits.settings import GainSettings
@@ -76,7 +77,7 @@ class Ranked:
 def shuffled(scores: UnitScores, seed: int) -> UnitScores:
     """A random ranking matched to another one: in every layer the same scores, dealt out to the layer's units at random. However many units
     are taken, each layer gives as many as by the other ranking."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(torch_seed(seed))
     tables = []
     for table in (scores.heads, scores.neurons):
         order = torch.rand(table.shape, generator=draw).argsort(-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import UsageError
+from emosteer.base.seeds import torch_seed
 from emosteer.directions.directions import Directions, band_mean, stable_band
 from emosteer.models.sites import RESID_POST
 from emosteer.scenarios.taxonomies import families_in, place_of
@@ -141,7 +142,7 @@ def tree(vectors: Tensor, emotions: Sequence[str], families: Mapping[str, Sequen
     Args:
         vectors: [emotion, d_model]; families: parent -> children, all of them among the emotions, at least two of them.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(torch_seed(seed))
     unit = torch.nn.functional.normalize(vectors, dim=-1)
     place = {emotion: unit[index] for index, emotion in enumerate(emotions)}
     parents = torch.stack([place[parent] for parent in families])
@@ -185,7 +186,7 @@ def map_error(vectors: Tensor, places: Tensor, deals: int = DEALS, seed: int = 0
     Args:
         vectors: [emotion, d_model]; places: [emotion, axis]. The null deals the places out at random.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(torch_seed(seed))
     n = len(vectors)
     weights = torch.zeros(n, n, dtype=torch.float64)  # what is read of an emotion is a weighted mean of the others' places
     for left in range(n):
@@ -217,7 +218,7 @@ def circumplex(vectors: Tensor, emotions: Sequence[str], deals: int = DEALS, see
         vectors: [emotion, d_model] of emotions that have a place. The null deals the places out at random, and may choose the better of
             the two components, too.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(torch_seed(seed))
     places = places_of(emotions)
     u, s, _ = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     points, axes = u[:, :PLANE] * s[:PLANE], ("valence", "arousal", "dominance")

@@ -13,16 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emosteer.generation.generate import seed_of
+from emosteer.base.seeds import torch_seed
 
 N_DRAWS = 2000
 #: Up to this many scenario-events that differ, real-valued differences are tested by all 2^n sign flips; above, by drawn ones.
 EXACT_UP_TO, N_FLIPS = 13, 20_000
-
-
-def torch_seed(seed: int) -> int:
-    """A seed that torch takes: the seed itself, or a hash of one that is too large."""
-    return seed if -(2**63) <= seed < 2**63 else seed_of(seed, "torch")
 
 
 @dataclass(frozen=True, eq=False)

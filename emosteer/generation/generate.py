@@ -7,7 +7,6 @@ plan, seed and decoding alone: sampling noise is drawn per row, so batch size an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emosteer.base.errors import DataError
+from emosteer.base.seeds import seed_of
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.engines import Engine, engine_for
 from emosteer.generation.guidance import GuidedEngine
@@ -242,12 +242,6 @@ def noise_of(request: Request, decoding: Decoding) -> Tensor:
     """Uniform numbers [step] of one request, drawn from its own seed."""
     generator = torch.Generator().manual_seed(seed_of(decoding.seed, request.key))
     return torch.rand(decoding.max_new_tokens, generator=generator)
-
-
-def seed_of(seed: int, key: str) -> int:
-    """A row's own seed, 63 bits: whatever the batch, the neighbours and the engine."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:

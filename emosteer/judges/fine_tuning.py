@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from emosteer.base.errors import DataError
 from emosteer.base.progress import bar
+from emosteer.base.seeds import torch_seed
 from emosteer.judges.adapters import Adapter, linear_layers, pooled
 from emosteer.judges.embedded import SentenceEncoder
 from emosteer.judges.protocol import LABELS
@@ -110,7 +111,7 @@ def fine_tune(
         DataError: if a source has no text.
     """
     sampler, encoder = Sampler(sources, shares, settings.balance, settings.seed), SentenceEncoder()
-    noise = torch.Generator().manual_seed(settings.seed)
+    noise = torch.Generator().manual_seed(torch_seed(settings.seed))
     model = encoder.model.requires_grad_(False)
     places = {path: _Adapted(linear, settings.rank, noise) for path, linear in linear_layers(model, settings.layers)}
     for path, place in places.items():
@@ -124,7 +125,7 @@ def fine_tune(
         _begin_at(start, places, head)
     learned = [parameter for place in places.values() for parameter in (place.down, place.up)] + list(head.parameters())
     optimiser = torch.optim.AdamW(learned, lr=settings.rate, weight_decay=0.01)
-    torch.manual_seed(settings.seed)  # dropout
+    torch.manual_seed(torch_seed(settings.seed))  # dropout
     model.train()
     with torch.enable_grad(), bar(f"{what} (steps)", settings.steps) as advance:
         for step in range(settings.steps):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emosteer.base.seeds import torch_seed
 from emosteer.directions.activations import TokenRow
 from emosteer.models.hooks import Edit
 from emosteer.models.model import Model
@@ -47,7 +48,7 @@ def adding(vectors: Mapping[Site, Tensor]) -> dict[Site, Edit]:
 
 def as_long(vectors: Mapping[Site, Tensor], seed: int) -> dict[Site, Tensor]:
     """Random vectors of the same lengths at the same sites."""
-    drawn = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(torch_seed(seed))
     found = {}
     for site in sorted(vectors):
         random = torch.randn(vectors[site].shape, generator=drawn)

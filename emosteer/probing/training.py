@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
+from emosteer.base.seeds import torch_seed
+
 #: One shard after the other: numbers of texts [b], states [b, unit, width].
 Shards = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 #: Step size of Adam at the first step; it falls to nothing in a straight line.
@@ -122,7 +124,7 @@ def _start(size: torch.Size, n_runs: int, n_labels: int, hidden: int, seed: int)
     if not hidden:
         layers = [torch.zeros(units, width, n_runs, n_labels), torch.zeros(units, n_runs, n_labels)]
     else:
-        drawn = torch.randn(units, width, 1, hidden, generator=torch.Generator().manual_seed(seed)) / width**0.5
+        drawn = torch.randn(units, width, 1, hidden, generator=torch.Generator().manual_seed(torch_seed(seed))) / width**0.5
         layers = [drawn.repeat(1, 1, n_runs, 1), torch.zeros(units, n_runs, hidden)]
         layers += [torch.zeros(units, n_runs, hidden, n_labels), torch.zeros(units, n_runs, n_labels)]
     return [layer.requires_grad_() for layer in layers]
@@ -189,7 +191,7 @@ def shuffled(labels: Tensor, among: Tensor, seed: int) -> Tensor:
         among: [text], true for those whose labels are shuffled.
     """
     where = among.nonzero()[:, 0]
-    order = torch.randperm(len(where), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(where), generator=torch.Generator().manual_seed(torch_seed(seed)))
     dealt = labels.clone()
     dealt[where] = labels[where[order]]
     return dealt

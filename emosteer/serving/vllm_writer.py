@@ -15,12 +15,13 @@ from typing import Any
 
 from emosteer.base.errors import ModelError, UsageError, first_line
 from emosteer.base.files import sha256_text
+from emosteer.base.seeds import seed_of
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS, VLLM
 from emosteer.export.cached import cached_checkpoint
 from emosteer.export.vectors import ExportRequest
 from emosteer.generation.decoding import Decoding
-from emosteer.generation.generate import Reply, Request, check_lengths, seed_of
+from emosteer.generation.generate import Reply, Request, check_lengths
 from emosteer.models import tokens
 from emosteer.models.architecture import context_of
 from emosteer.models.weights.resolve import Weights

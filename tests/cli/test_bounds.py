@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.main import get_command
 
+import emosteer
 from emosteer.base.errors import UsageError
+from emosteer.base.seeds import torch_seed
 from emosteer.calibration.settings import CalibrateSettings
 from emosteer.circuits.settings import GainSettings
 from emosteer.cli import main as cli
 from emosteer.cli.checked import MAX_DIGITS
-from emosteer.evaluation.bootstrap import Draws, torch_seed
+from emosteer.evaluation.bootstrap import Draws
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.generation.decoding import Decoding
 
@@ -117,3 +121,18 @@ def test_bytes_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str], 
 
 def test_text_of_any_script_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-option" in said(capsys, "generate", "怒り 🙂", "--no-such-option")
+
+
+def test_no_generator_is_seeded_with_what_a_user_gave_as_it_is() -> None:
+    """Any whole number is a seed; torch takes 64 bits."""
+    planted = "g.manual_seed(seed); g.manual_seed(a.seed + 1); g.manual_seed(torch_seed(seed)); g.manual_seed(0)"
+    assert len(bare_seeds(ast.parse(planted))) == 2
+    files = sorted(Path(emosteer.__file__).parent.rglob("*.py"))
+    assert {file.name: found for file in files if (found := bare_seeds(ast.parse(file.read_text("utf-8"))))} == {}
+
+
+def bare_seeds(tree: ast.Module) -> list[str]:
+    """What generators are seeded with that names a seed outside a call."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    given = [call.args[0] for call in calls if call.func.attr == "manual_seed"]  # type: ignore[attr-defined]
+    return [ast.unparse(seed) for seed in given if not isinstance(seed, ast.Call) and "seed" in ast.unparse(seed)]

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from emosteer.base.errors import UsageError
+from emosteer.base.seeds import seed_of
 from emosteer.circuits.circuit import Circuit
 from emosteer.cli import main as cli
 from emosteer.export import cached
 from emosteer.export.vectors import ExportRequest
 from emosteer.generation.decoding import Decoding
-from emosteer.generation.generate import seed_of
 from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
 from emosteer.scenarios.prompts import INSTRUCTION, elicit, plain

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from emosteer.base.seeds import torch_seed
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.heads.paths import Targets, contrast, edges_into
 from emosteer.circuits.heads.reading import Described, Readings
@@ -45,7 +46,7 @@ def make_pages(
     added, own = (_outputs(table, described, shape.d_head) for table in (circuit.z_delta, directions.z.mean))
     vectors = {name: written(model, described.heads, z) for name, z in (("added", added), ("own", own))}
     draw = torch.randn(
-        len(described.heads), settings.random, shape.d_head, generator=torch.Generator().manual_seed(settings.seed + 1)
+        len(described.heads), settings.random, shape.d_head, generator=torch.Generator().manual_seed(torch_seed(settings.seed + 1))
     )  # the same for every kind of lift
     changes = {name: logit_changes(model, rows) for name, rows in vectors.items()}
     by_chance = logit_changes(model, written(model, described.heads, draw).flatten(0, 1))

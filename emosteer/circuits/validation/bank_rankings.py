@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emosteer.attribution.unit_scores import head_contributions
 from emosteer.base.progress import bar
+from emosteer.base.seeds import torch_seed
 from emosteer.circuits.validation.unit_sets import UnitSet
 from emosteer.directions.activations import batches_by_cost, read_states, tokenize_group
 from emosteer.directions.contrast import unit_vectors
@@ -102,7 +103,7 @@ def half_rankings(model: Model, contrasts: BankContrasts, counts: Sequence[int],
 
 def inclusion(model: Model, contrasts: BankContrasts, counts: Sequence[int], bootstraps: int, seed: int) -> Tensor:
     """In which share of bootstraps of the prompts each head is among the best. Shape [emotion, layer, head]."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(torch_seed(seed))
     n = len(contrasts.z)
     total = torch.zeros(contrasts.z.shape[1], contrasts.z.shape[2], model.shape.n_heads)
     with bar("bootstraps of the bank", bootstraps) as advance:

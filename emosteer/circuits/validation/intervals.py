@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emosteer.base.seeds import torch_seed
+
 #: Resamples, and what an interval covers.
 RESAMPLES, COVERED = 2000, 0.95
 
@@ -35,7 +37,7 @@ class Resampled:
     @classmethod
     def of(cls, n: int, seed: int = 0) -> Resampled:
         """n: prompts."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(torch_seed(seed))
         drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
         counts = torch.zeros(RESAMPLES, n).scatter_add_(1, drawn, torch.ones(RESAMPLES, n))
         return cls(torch.cat([torch.ones(1, n), counts]) / n, generator)
