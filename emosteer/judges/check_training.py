@@ -1,8 +1,8 @@
 """What `make judge` fits beside the judges of emotions: the check for sound text and the check for answers, and how they are measured.
 
-Both are fitted half on texts that are made for them (sound texts broken on purpose, replies put to other prompts) and half on replies that
-models wrote and readers read: what models get wrong is seldom what can be broken on purpose. The check of answers is then set as strict as
-the readers: on prompts that were left out, it passes as many replies as readers do.
+Both learn from texts that are made for them (sound texts broken on purpose, replies put to other prompts) and from replies that models
+wrote and readers read: what models get wrong is seldom what can be broken on purpose. They are then set as strict as the readers: on
+prompts that were left out, they pass as many replies as readers do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from emosteer.base.errors import DataError
 from emosteer.base.files import read_jsonl
 from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, feature_weights, labelled_pairs, pair_features
-from emosteer.judges.broken_texts import soundness_examples
+from emosteer.judges.broken_texts import soundness_examples, still_sound
 from emosteer.judges.embedded import LinearHead, SentenceEncoder, fit_head
 from emosteer.judges.protocol import ANSWERED
-from emosteer.judges.soundness import FAULTS, SENSE, SOUND, verdicts_of
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, SoundnessHeads, verdicts_of
 from emosteer.judges.sources import HELD_OUT, held_out
 from emosteer.scenarios.splits import stable_share
 
@@ -31,7 +31,10 @@ from emosteer.scenarios.splits import stable_share
 ANSWER_RIDGE = 2e-4
 #: Pairs that are made for it, drawn from all that could be.
 MADE = 6000
-#: Parts of the prompts that are left out in turn to find how strict the check of answers is.
+#: Of the head that tells sense from no sense; texts that are known to make sense, drawn for it from all that could be, and their weight
+#: beside the replies that were read. Fewer of them, and sound texts in the manner of the reply banks do not pass.
+SENSE_RIDGE, SENSIBLE, SENSIBLE_SHARE = 1e-4, 4000, 0.35
+#: Parts of the prompts that are left out in turn to find how strict a check is.
 FOLDS = 5
 
 
@@ -119,14 +122,17 @@ def folds_of(read: Sequence[ReadReply]) -> list[int]:
 
 # ---- soundness ---------------------------------------------------------------------------------------------------------------------
 
+Read = Mapping[bool, Sequence[ReadReply]]
+
 
 def fit_soundness(
-    encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str], read: Mapping[bool, Sequence[ReadReply]]
-) -> tuple[LinearHead, dict[str, Any]]:
-    """The soundness head, and what it does on texts that were held out.
+    encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str], read: Read, strictly: Read, replies: Sequence[str] = ()
+) -> tuple[SoundnessHeads, dict[str, Any]]:
+    """Both heads of the check, and what it does on texts that were held out.
 
     Args:
-        texts: sound ones; foreign: in other languages; read: as `read_replies` gives them.
+        texts: sound ones; foreign: in other languages; read, strictly: as `read_replies` gives them; how strict the check is goes by the
+            first alone, whose readers were told what *sound* means here. replies: further texts that make sense, of the reply banks.
     """
     names = (SOUND, *FAULTS)
     made = {
@@ -137,25 +143,63 @@ def fit_soundness(
         )
         for part in (False, True)
     }
-    labelled = [*made[False], *((SOUND if reply.sound else SENSE, reply.pair[1]) for reply in read[False])]
-    shown, places = encoder.features([text for _, text in labelled]), torch.tensor([names.index(label) for label, _ in labelled])
-    head = fit_head(shown, places, names, counts=half_each(len(made[False]), len(read[False])))
-    return head, measure_soundness(head, encoder, made[True], read[True])
+    shown, places = encoder.features([text for _, text in made[False]]), torch.tensor([names.index(label) for label, _ in made[False]])
+    sound = [row for row, (label, _) in zip(shown, made[False], strict=True) if label == SOUND]
+    sensible = [text for text in replies if not held_out(text)]
+    more = encoder.features([*sensible, *still_sound(sensible, random.Random(0))]) if sensible else shown[:0]
+    heads = SoundnessHeads(
+        fit_head(shown, places, names), fit_sense(encoder, drawn([*sound, *more], SENSIBLE), read[False], strictly[False])
+    )
+    apart = [(SOUND, text) for text in replies if held_out(text)]
+    return heads, measure_soundness(heads, encoder, [*made[True], *apart], read[True], strictly[True])
+
+
+def fit_sense(encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply], strictly: Sequence[ReadReply]) -> LinearHead:
+    """The head that tells sense from no sense, as strict as the readers of `read`.
+
+    Args:
+        sensible: features of texts that make sense, [feature] each.
+    """
+    labels, both = (SOUND, SENSE), [*strictly, *read]
+    if not both:
+        return LinearHead(labels, *_content(sensible[0]))
+    shown = torch.stack([*sensible, *encoder.features([reply.pair[1] for reply in both])])
+    places = torch.tensor([0] * len(sensible) + [labels.index(SOUND if reply.sound else SENSE) for reply in both])
+    shares = SENSIBLE_SHARE, 1 - SENSIBLE_SHARE
+    counts = torch.cat([torch.full((len(part),), share / len(part)) for share, part in zip(shares, (sensible, both), strict=True) if part])
+
+    def fit(rows: Tensor) -> LinearHead:
+        return fit_head(shown[rows], places[rows], labels, SENSE_RIDGE, counts=counts[rows])
+
+    head, margins = left_out_margins(fit, shown, SOUND, folds_of(both), len(both))
+    return as_strict(head, SOUND, margins[len(strictly) :], torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD)
+
+
+def _content(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, scale, weight and bias of a head that finds sense in everything: what can be learned where nothing was read."""
+    return torch.zeros_like(features), torch.ones_like(features), torch.zeros(2, len(features)), torch.tensor([9.0, 0.0])
 
 
 def measure_soundness(
-    head: LinearHead, encoder: SentenceEncoder, examples: Sequence[tuple[str, str]], read: Sequence[ReadReply] = ()
+    heads: SoundnessHeads,
+    encoder: SentenceEncoder,
+    examples: Sequence[tuple[str, str]],
+    read: Sequence[ReadReply] = (),
+    strictly: Sequence[ReadReply] = (),
 ) -> dict[str, Any]:
-    """The share that is called unsound, by head and rules together: of each kind of examples, and by what a reader said of replies."""
-    names = {True: "read: sound", False: "read: unsound"}
-    examples = [*examples, *((names[reply.sound], reply.pair[1]) for reply in read)]
+    """The share that is called unsound, by heads and rules together: of each kind of examples, and by what readers said of replies."""
+    said = [
+        (f"{how}: {'sound' if r.sound else 'unsound'}", r.pair[1]) for how, part in (("read", read), ("strictly", strictly)) for r in part
+    ]
+    examples = [*examples, *said]
     texts = [text for _, text in examples]
-    unsound = [not verdict.sound for verdict in verdicts_of(head, encoder.features(texts), texts)]
+    unsound = [not verdict.sound for verdict in verdicts_of(heads, encoder.features(texts), texts)]
     total = Counter(label for label, _ in examples)
     called = Counter(label for (label, _), bad in zip(examples, unsound, strict=True) if bad)
+    names = [f"{how}: {word}" for how in ("read", "strictly") for word in ("sound", "unsound")]
     return {
         label: {"n": total[label], "called_unsound": round(called[label] / total[label], 4)}
-        for label in (SOUND, *FAULTS, *names.values())
+        for label in (SOUND, *FAULTS, *names)
         if total[label]
     }
 
@@ -194,7 +238,7 @@ def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read
 # ---- beside readers ----------------------------------------------------------------------------------------------------------------
 
 
-def beside_readers(check: AnswerCheck, soundness: LinearHead, read: Sequence[ReadReply]) -> dict[str, Any]:
+def beside_readers(check: AnswerCheck, soundness: SoundnessHeads, read: Sequence[ReadReply]) -> dict[str, Any]:
     """Both checks against the readers of replies that were held out: the share of replies on which they agree, the mean of that over what
     readers pass and what they do not, and, by method ("all" first), how many pass by the readers and by the check."""
     if not read:

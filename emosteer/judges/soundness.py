@@ -1,7 +1,8 @@
 """Is it sound text? A verdict that knows nothing of emotions and shares no weights with the model that wrote it.
 
-A linear head on the layers of the embedded judge's encoder tells running text from text with its words out of order, loops, symbol
-noise and other languages; three plain rules catch what needs no model. A reply that is merely cut off by the token limit is sound, with
+Two linear heads on the layers of the embedded judge's encoder: one tells running text from text with its words out of order, loops, symbol
+noise and other languages; the other tells what makes sense from what readers of models' replies called no sense. Three plain rules catch
+what needs no model. A reply that is merely cut off by the token limit is sound, with
 the remark "unfinished": the limit is the same for every method, and `evaluate` reports it on its own.
 """
 
@@ -15,18 +16,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from emosteer.base.errors import ArtifactError
 from emosteer.judges.embedded import ASSET, LinearHead, SentenceEncoder
 from emosteer.judges.protocol import Soundness
 from emosteer.judges.storage import load_heads
 
 SOUND = "sound"
-#: What can be wrong, as the head names it: what readers of models' replies called no understandable English comes last.
+#: How a text can be broken, as the first head names it.
+FAULTS = ("order", "repetition", "symbols", "language")
+#: What is missing where the second head finds that a text makes no sense.
 SENSE = "sense"
-FAULTS = ("order", "repetition", "symbols", "language", SENSE)
-#: A text is unsound when its probability of being broken exceeds this.
+#: A text is unsound when its probability of being broken, or of making no sense, exceeds this.
 THRESHOLD = 0.35
 #: Version of the rules below, for caches of verdicts.
-RULES = 3
+RULES = 4
 #: Longest run of one word, and largest share of word 3-grams that occurred before, that plain text may have.
 LONGEST_RUN, REPEATED = 4, 0.4
 #: Two to six words three times in a row.
@@ -76,33 +79,68 @@ def plain_faults(text: str) -> list[str]:
     return faults
 
 
-def verdicts_of(head: LinearHead, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
-    """Head and rules together.
+@dataclass(frozen=True, eq=False)
+class SoundnessHeads:
+    """broken: of `SOUND` and `FAULTS`, fitted on texts that are broken on purpose; sense: of `SOUND` and `SENSE`, fitted on replies that
+    were read."""
+
+    broken: LinearHead
+    sense: LinearHead
+
+    @classmethod
+    def load(cls, path: Path) -> SoundnessHeads:
+        """Of a judges' file.
+
+        Raises:
+            ArtifactError: if the file is missing or damaged, or holds no such heads.
+        """
+        heads = load_heads(path)
+        missing = [name for name in ("soundness", SENSE) if name not in heads]
+        if missing:
+            raise ArtifactError(f"{path} holds no head '{missing[0]}' for the check of soundness; run `make judge`")
+        return cls(heads["soundness"], heads[SENSE])
+
+    def stored(self) -> dict[str, LinearHead]:
+        """By the names that they have in a judges' file."""
+        return {"soundness": self.broken, SENSE: self.sense}
+
+    @property
+    def key(self) -> str:
+        """A hash of both."""
+        return f"{self.broken.key}-{self.sense.key}"
+
+
+def verdicts_of(heads: SoundnessHeads, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
+    """Heads and rules together; the score is the larger of the two heads' probabilities that something is wrong.
 
     Args:
         features: [text, feature], of the encoder.
     """
-    verdicts, sound = [], head.labels.index(SOUND)
-    for text, row in zip(texts, head.probabilities(features), strict=True):
-        broken = 1 - row[sound].item()
+    faults, sense = heads.broken.probabilities(features), heads.sense.probabilities(features)
+    place, other = heads.broken.labels.index(SOUND), heads.sense.labels.index(SOUND)
+    verdicts = []
+    for text, row, senses in zip(texts, faults, sense, strict=True):
+        broken, senseless = 1 - row[place].item(), 1 - senses[other].item()
         reasons = plain_faults(text)
         if broken > THRESHOLD and not reasons:
             rest = row.clone()
-            rest[sound] = 0
-            fault = head.labels[int(rest.argmax())]
+            rest[place] = 0
+            fault = heads.broken.labels[int(rest.argmax())]
             # dry official prose looks a little like a loop to the head; a loop can be counted, so it has to be there
             reasons = [fault] if fault != "repetition" or repeats(text) else []
+        if senseless > THRESHOLD and not reasons:
+            reasons = [SENSE]
         remarks = ["unfinished"] if unfinished(text) else []
-        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(broken, 6)))
+        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(max(broken, senseless), 6)))
     return verdicts
 
 
 @dataclass(frozen=True, eq=False)
 class SoundnessCheck:
-    """The head and the rules, with the encoder that the head reads."""
+    """The heads and the rules, with the encoder that the heads read."""
 
     encoder: SentenceEncoder
-    head: LinearHead
+    heads: SoundnessHeads
     key: str
 
     @classmethod
@@ -110,11 +148,11 @@ class SoundnessCheck:
         """The shipped check; give the judge's encoder so that it is loaded once.
 
         Raises:
-            ArtifactError: if the file is missing or damaged.
+            ArtifactError: if the file is missing or damaged, or holds no such check.
         """
-        head = load_heads(path)["soundness"]
-        return cls(encoder or SentenceEncoder(), head, f"soundness-{RULES}-{head.key}")
+        heads = SoundnessHeads.load(path)
+        return cls(encoder or SentenceEncoder(), heads, f"soundness-{RULES}-{heads.key}")
 
     def check(self, texts: Sequence[str]) -> list[Soundness]:
         """One verdict per text, in order."""
-        return verdicts_of(self.head, self.encoder.features(texts), texts) if texts else []
+        return verdicts_of(self.heads, self.encoder.features(texts), texts) if texts else []

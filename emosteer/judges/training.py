@@ -43,6 +43,9 @@ from emosteer.scenarios.splits import stable_share
 READ = "judge/model_replies.jsonl"
 #: More of them, for the checks alone; of the last, those to development prompts are fitted on by nothing.
 CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
+#: More again, whose readers were told to be strict about soundness: which of two replies makes more sense is learned from them, not how
+#: much sense is enough.
+STRICTLY = "judge/strictly_read.jsonl"
 OWN = {
     "sentences": "judge/sentences.jsonl",
     "replies": "judge/replies.jsonl",
@@ -74,6 +77,8 @@ PUBLIC_SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18}
 MORE_STEPS = 1.2
 #: Sources whose texts are sound, for the soundness head.
 SOUND_TEXTS = ("sentences", "replies")
+#: Of the bank that circuits are made from, whose replies make sense though steered replies resemble them.
+SENSIBLE_BANK, SENSIBLE_REPLIES = "plain bank", 1200
 #: Texts of a source that a judge is measured on, at most; all of GoEmotions' test split.
 MOST_MEASURED = 1000
 #: Steps of the fits that leave a source out: a third of the others', since there are four of them.
@@ -260,7 +265,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     chosen = [labelled for source in own for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
-    checks, measured_checks = fit_checks(own, answered)
+    checks, measured_checks = fit_checks(own, answered, sensible_replies(banks))
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},
@@ -278,47 +283,51 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     return card
 
 
-def fit_checks(
-    own: Sequence[Source], answered: Sequence[Answered], known: Mapping[str, LinearHead] | None = None
-) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+def fit_checks(own: Sequence[Source], answered: Sequence[Answered], replies: Sequence[str]) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """The heads of both checks, and what they do on texts and replies that were held out.
 
     Args:
-        own: the project's own sources; answered: replies of the banks with their prompts; known: a soundness head that stays as it is, and
-            is measured beside readers alone.
+        own: the project's own sources; answered: replies of the banks with their prompts; replies: that make sense.
     """
     encoder = shared_encoder()
-    read = read_replies(*map(data_path, (READ, *CHECKED)))
-    card: dict[str, Any] = {}
-    if known is None:
-        plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
-        foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
-        note("fitting the check of soundness")
-        soundness, card["soundness"] = fit_soundness(encoder, plain, foreign, read)
-    else:
-        soundness = known["soundness"]
+    read, strictly = read_replies(*map(data_path, (READ, *CHECKED))), read_replies(data_path(STRICTLY))
+    plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
+    foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
+    note("fitting the check of soundness")
+    soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies)
     note("fitting the check of answers")
     check = fit_answers(encoder, answered, read[False])
     pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
-    card |= {"answers": measure_answers(check, pairs, read[True]), "readers": beside_readers(check, soundness, read[True])}
-    return {"soundness": soundness, "answers": check.head}, card
+    card = {
+        "soundness": measured_soundness,
+        "answers": measure_answers(check, pairs, read[True]),
+        "readers": beside_readers(check, soundness, read[True]),
+    }
+    return {**soundness.stored(), "answers": check.head}, card
+
+
+def sensible_replies(banks: Mapping[str, Sequence[Labelled]]) -> list[str]:
+    """Replies of the bank that circuits are made from, drawn by their own hash; none where there is no such bank."""
+    return [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
 
 
 def hashes_of_checks() -> dict[str, str]:
     """The files that checks are fitted on and measured with, and the banks that judges are measured with."""
-    return {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, *(f for both in BANKS.values() for f in both))}
+    banks = (file for both in BANKS.values() for file in both)
+    return {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, STRICTLY, *banks)}
 
 
-def refit_answers(kept: Path, out: Path) -> dict[str, Any]:
-    """Fits the check of answers anew and writes it with the judges of emotions and the check of soundness of a file, which stay as they
-    are; returns the card.
+def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
+    """Fits both checks anew and writes them with the judges of emotions of a file, which stay as they are; returns the card.
 
     Raises:
         ArtifactError: if it is no judges' file.
     """
     heads, before = load_heads(kept), artifacts.load(kept, KIND)
     adapters = {name: load_adapter(kept, name) for name in before.fields.get("adapters", {})}
-    checks, measured_checks = fit_checks((), read_banks()[1], heads)
+    banks, answered = read_banks()
+    own = [read_own(name, file) for name, file in OWN.items()]
+    checks, measured_checks = fit_checks(own, answered, sensible_replies(banks))
     card = {**before.fields["card"], **measured_checks}
     provenance = replace(before.provenance, data={**before.provenance.data, READ: sha256_file(data_path(READ)), **hashes_of_checks()})
     save_judges(out, {**heads, **checks}, adapters, card, provenance)
@@ -358,7 +367,7 @@ def main() -> None:
     """Fits, writes and prints."""
     parser = argparse.ArgumentParser(description="Fit the judges that come along; public labelled texts are read from a folder.")
     parser.add_argument("public", type=Path, nargs="?", help="folder of public labelled texts (emosteer.judges.sources fetches them)")
-    parser.add_argument("--answers-only", action="store_true", help="fit the check of answers alone, and keep the rest as shipped")
+    parser.add_argument("--checks-only", action="store_true", help="fit the two checks alone, and keep the judges of emotions as shipped")
     parser.add_argument("--out", type=Path, default=ASSET)
     parser.add_argument("--steps", type=int, default=FineTuneSettings.steps, help="of fine-tuning")
     parser.add_argument(
@@ -372,11 +381,11 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts or cache_dir() / "judge-training"
     workshop = Workshop(parts, tuple(options.only.split(",")) if options.only else None)
-    if options.answers_only == (options.public is not None):
-        parser.error("give the folder of public labelled texts, or --answers-only")
+    if options.checks_only == (options.public is not None):
+        parser.error("give the folder of public labelled texts, or --checks-only")
     try:
-        if options.answers_only:
-            card: dict[str, Any] | None = refit_answers(ASSET, options.out)
+        if options.checks_only:
+            card: dict[str, Any] | None = refit_checks(ASSET, options.out)
         else:
             settings = replace(FineTuneSettings(), steps=options.steps)
             card = train(options.public, options.out, settings, options.left_out_steps, workshop)

@@ -19,7 +19,7 @@ from emosteer.base.cache_folder import cache_dir
 from emosteer.judges.adapters import Adapter, linear_layers
 from emosteer.judges.embedded import ASSET, ENCODER, KIND, LinearHead, SentenceEncoder
 from emosteer.judges.protocol import LABELS
-from emosteer.judges.soundness import FAULTS, SOUND
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND
 from emosteer.models.weights import packages
 
 #: Of files that tests write.
@@ -107,7 +107,7 @@ def tiny_heads(seed: int = 0) -> dict[str, LinearHead]:
         bias = torch.randn(len(labels), generator=draw).half().float()
         return LinearHead(labels, 0.1 * torch.randn(FEATURES, generator=draw), torch.rand(FEATURES, generator=draw) + 0.5, weight, bias)
 
-    return {"emotion": make(LABELS), "soundness": make((SOUND, *FAULTS))}
+    return {"emotion": make(LABELS), "soundness": make((SOUND, *FAULTS)), "sense": make((SOUND, SENSE))}
 
 
 def tiny_adapter(

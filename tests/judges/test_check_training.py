@@ -28,7 +28,7 @@ from emosteer.judges.check_training import (
     read_replies,
 )
 from emosteer.judges.embedded import LinearHead, fit_head
-from emosteer.judges.soundness import FAULTS, SENSE, SOUND, verdicts_of
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, SoundnessHeads, verdicts_of
 from emosteer.judges.sources import held_out
 from tests.helpers.judge_setup import FEATURES, FILLERS, tiny_encoder
 
@@ -142,38 +142,83 @@ class Shown:
     """Features by the text alone: what the head shall say of it."""
 
     def features(self, texts: Sequence[str]) -> Tensor:
-        foreign = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.9, 0.0])
-        fine = torch.tensor([0.95, 0.01, 0.01, 0.0, 0.01, 0.02])
+        foreign = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.9])
+        fine = torch.tensor([0.95, 0.02, 0.01, 0.01, 0.01])
         return torch.stack([foreign if "nada" in text else fine for text in texts]).clamp_min(1e-6).log()
+
+
+def content(width: int) -> LinearHead:
+    """A head that finds sense in everything."""
+    return LinearHead((SOUND, SENSE), torch.zeros(width), torch.ones(width), torch.zeros(2, width), torch.tensor([9.0, 0.0]))
 
 
 def test_soundness_is_measured_by_fault_and_by_reader() -> None:
     n = 1 + len(FAULTS)
-    head = LinearHead((SOUND, *FAULTS), torch.zeros(n), torch.ones(n), torch.eye(n), torch.zeros(n))
+    heads = SoundnessHeads(LinearHead((SOUND, *FAULTS), torch.zeros(n), torch.ones(n), torch.eye(n), torch.zeros(n)), content(n))
     examples = [(SOUND, "we went home."), (SOUND, "no " * 9), ("order", "home went we."), ("language", "nada.")]
     read = [ReadReply(("p", "we went."), True, True), ReadReply(("p", "nada went."), True, False)]
     encoder: Any = Shown()
-    assert measure_soundness(head, encoder, examples, read) == {
-        SOUND: {"n": 2, "called_unsound": 0.5},  # by the rule for loops, though the head is content
+    assert measure_soundness(heads, encoder, examples, read, [ReadReply(("p", "nada."), True, True)]) == {
+        SOUND: {"n": 2, "called_unsound": 0.5},  # by the rule for loops, though the heads are content
         "order": {"n": 1, "called_unsound": 0.0},
         "language": {"n": 1, "called_unsound": 1.0},
         "read: sound": {"n": 1, "called_unsound": 0.0},
         "read: unsound": {"n": 1, "called_unsound": 1.0},
+        "strictly: sound": {"n": 1, "called_unsound": 1.0},
     }
 
 
-def test_the_soundness_head_learns_what_readers_call_nonsense() -> None:
-    """Planted: nonsense has a word of its own that no broken text has."""
+NOTHING: dict[bool, list[ReadReply]] = {False: [], True: []}
+
+
+def planted() -> tuple[list[str], dict[bool, list[ReadReply]]]:
+    """Texts, and replies in which nonsense has a word of its own that no broken text has."""
     texts = [f"{' '.join(FILLERS[n % 5 :])} {FILLERS[n % 7]} {FILLERS[n % 3]}" for n in range(90)]
-    read = {part: [ReadReply((text, f"{text} cry"), True, False) for text in texts if held_out(text) == part] for part in (False, True)}
-    fine = {part: [ReadReply((text, f"{text} home"), True, True) for text in texts if held_out(text) == part] for part in (False, True)}
+    read = {
+        part: [
+            ReadReply((text, f"{text} {word}"), True, word == "home")
+            for text in texts
+            if held_out(text) == part
+            for word in ("cry", "home")
+        ]
+        for part in (False, True)
+    }
+    return texts, read
+
+
+def test_the_soundness_check_learns_what_readers_call_nonsense() -> None:
+    texts, read = planted()
     encoder = tiny_encoder()
-    head, measured = fit_soundness(encoder, texts, ["[UNK] nada"], {part: [*read[part], *fine[part]] for part in read})
+    heads, measured = fit_soundness(encoder, texts, ["[UNK] nada"], read, NOTHING)
     assert measured["read: unsound"]["called_unsound"] > 0.9 > 0.3 > measured["read: sound"]["called_unsound"]
-    verdict = verdicts_of(head, encoder.features([f"{texts[0]} cry"]), [f"{texts[0]} cry"])[0]
-    assert not verdict.sound and SENSE in verdict.reasons
-    blind, _ = fit_soundness(encoder, texts, ["[UNK] nada"], {False: fine[False], True: []})
-    assert verdicts_of(blind, encoder.features([f"{texts[0]} cry"]), [f"{texts[0]} cry"])[0].reasons != verdict.reasons
+    verdict = verdicts_of(heads, encoder.features([f"{texts[0]} cry"]), [f"{texts[0]} cry"])[0]
+    assert not verdict.sound and verdict.reasons[0] == SENSE
+    blind, _ = fit_soundness(encoder, texts, ["[UNK] nada"], NOTHING, NOTHING)
+    assert SENSE not in verdicts_of(blind, encoder.features([f"{texts[0]} cry"]), [f"{texts[0]} cry"])[0].reasons
+    assert blind.broken.key == heads.broken.key, "the head of broken texts sees no reply that was read"
+
+
+def test_strict_readers_say_what_is_worse_and_not_how_much_is_too_much() -> None:
+    """The nonsense word is known from the strict readers alone; where the others find all sound, nothing is called unsound for it."""
+    texts, read = planted()
+    encoder = tiny_encoder()
+    half = {part: [ReadReply(r.pair, True, r.sound) for r in replies] for part, replies in read.items()}
+    content = {part: [ReadReply((r.pair[0], f"{r.pair[1]} the"), True, True) for r in replies] for part, replies in read.items()}
+    heads, _ = fit_soundness(encoder, texts, ["[UNK] nada"], content, half)
+    worse, better = heads.sense.probabilities(encoder.features([f"{texts[0]} cry the", f"{texts[0]} home the"]))[:, 1].tolist()
+    assert better < worse < THRESHOLD
+
+
+def test_sound_replies_of_a_bank_are_known_to_make_sense() -> None:
+    """All replies that were read are nonsense; replies of the bank that look like them pass more easily where they were among the texts."""
+    texts, _ = planted()
+    encoder = tiny_encoder()
+    bank = [f"{text} cry" for text in texts]
+    read = {part: [ReadReply((t, f"{t} cry hide"), True, False) for t in texts if held_out(t) == part] for part in (False, True)}
+    known, without = (fit_soundness(encoder, texts, ["[UNK] nada"], read, NOTHING, more)[0] for more in (bank, ()))
+    shown = encoder.features(bank)
+    said = [heads.sense.probabilities(shown)[:, 1].mean() for heads in (known, without)]
+    assert said[0] < said[1]
 
 
 def test_the_check_of_answers_learns_from_readers() -> None:
@@ -192,10 +237,11 @@ def test_both_checks_are_set_beside_their_readers_by_method() -> None:
     banks = [Answered(f"{one} we {other}", f"{one} {other}", "anger") for one in names for other in names if one != other]
     check = fit_answers(encoder, banks, [])
     n = 1 + len(FAULTS)
-    content = LinearHead((SOUND, *FAULTS), torch.zeros(FEATURES), torch.ones(FEATURES), torch.zeros(n, FEATURES), torch.eye(n)[0] * 9)
+    whole = LinearHead((SOUND, *FAULTS), torch.zeros(FEATURES), torch.ones(FEATURES), torch.zeros(n, FEATURES), torch.eye(n)[0] * 9)
+    heads = SoundnessHeads(whole, content(FEATURES))
     pairs = [pair for pair, _ in labelled_pairs(banks, 1, 0)][:6]
     read = [ReadReply(pair, i < 4, i < 5, "circuit" if i % 2 else "none") for i, pair in enumerate(pairs)]
-    found, passed = beside_readers(check, content, read), [share >= 0.5 for share in check.probabilities(pairs)]
+    found, passed = beside_readers(check, heads, read), [share >= 0.5 for share in check.probabilities(pairs)]
     answers, sound = found["answers"], found["sound"]
     assert answers["accuracy"] == pytest.approx(sum(given == (i < 4) for i, given in enumerate(passed)) / 6, abs=1e-4)
     recalls = sum(passed[:4]) / 4, 1 - sum(passed[4:]) / 2
@@ -206,4 +252,4 @@ def test_both_checks_are_set_beside_their_readers_by_method() -> None:
         "circuit": {"n": 3, "readers": 0.6667, "check": 1.0},
         "none": {"n": 3, "readers": 1.0, "check": 1.0},
     }
-    assert (sound["accuracy"], sound["balanced_accuracy"]) == (0.8333, 0.5) and beside_readers(check, content, []) == {}
+    assert (sound["accuracy"], sound["balanced_accuracy"]) == (0.8333, 0.5) and beside_readers(check, heads, []) == {}

@@ -15,9 +15,11 @@ from emosteer.judges.embedded import LinearHead
 from emosteer.judges.protocol import Soundness
 from emosteer.judges.soundness import (
     FAULTS,
+    SENSE,
     SOUND,
     THRESHOLD,
     SoundnessCheck,
+    SoundnessHeads,
     plain_faults,
     repeats,
     repetition,
@@ -117,17 +119,20 @@ def test_finished(text: str) -> None:
 # ---- rules and head together -----------------------------------------------------------------------------------------
 
 
-def through() -> LinearHead:
-    """A head that hands probabilities through: features are their logarithms."""
-    n = 1 + len(FAULTS)
-    return LinearHead((SOUND, *FAULTS), torch.zeros(n), torch.ones(n), torch.eye(n), torch.zeros(n))
+def through() -> SoundnessHeads:
+    """Heads that hand probabilities through: features are their logarithms, those of the faults first."""
+    n, both = 1 + len(FAULTS), 3 + len(FAULTS)
+    broken = LinearHead((SOUND, *FAULTS), torch.zeros(both), torch.ones(both), torch.eye(both)[:n], torch.zeros(n))
+    sense = LinearHead((SOUND, SENSE), torch.zeros(both), torch.ones(both), torch.eye(both)[n:], torch.zeros(2))
+    return SoundnessHeads(broken, sense)
 
 
-def verdict(text: str, **shares: float) -> Soundness:
-    """What is said of a text to which the head gives these shares; what they leave goes to the first label."""
+def verdict(text: str, senseless: float = 0.0, **shares: float) -> Soundness:
+    """What is said of a text to which the heads give these shares; what they leave goes to the first label."""
     rest = 1 - sum(shares.values())
-    row = torch.tensor([shares.get(label, 0.0) + (rest if i == 0 else 0) for i, label in enumerate((SOUND, *FAULTS))])
-    return verdicts_of(through(), row.clamp_min(1e-9).log()[None], [text])[0]
+    row = [shares.get(label, 0.0) + (rest if i == 0 else 0) for i, label in enumerate((SOUND, *FAULTS))]
+    features = torch.tensor([*row, 1 - senseless, senseless]).clamp_min(1e-9).log()
+    return verdicts_of(through(), features[None], [text])[0]
 
 
 def test_the_head_decides_where_no_rule_does() -> None:
@@ -136,6 +141,14 @@ def test_the_head_decides_where_no_rule_does() -> None:
     assert verdict(PLAIN, order=0.1, language=0.5, symbols=0.3) == Soundness(False, ("language",), 0.9), "the likeliest fault"
     assert verdict(PLAIN, order=0.2, language=0.2).reasons == ("order",), "0.6 sound is too little, though it is the likeliest label"
     assert verdict(PLAIN, order=THRESHOLD - 0.01).sound and not verdict(PLAIN, order=THRESHOLD + 0.01).sound
+
+
+def test_what_makes_no_sense_is_unsound_and_a_fault_is_named_first() -> None:
+    assert verdict(PLAIN, senseless=0.5) == Soundness(False, (SENSE,), 0.5)
+    assert verdict(PLAIN, senseless=THRESHOLD - 0.01).sound
+    assert verdict(PLAIN, senseless=0.5, order=0.9) == Soundness(False, ("order",), 0.9)
+    assert verdict(PLAIN, senseless=0.9, repetition=0.6) == Soundness(False, (SENSE,), 0.9), "no loop is there to be counted"
+    assert verdict("no " * 20, senseless=0.9).reasons == ("repetition", "unfinished")
 
 
 def test_a_rule_outvotes_a_head_that_is_content() -> None:
@@ -165,12 +178,17 @@ def test_the_check_reads_the_soundness_head_of_the_judges_file(tmp_path: Path) -
     check = SoundnessCheck.load(saved(tmp_path / "a.safetensors"), encoder)
     texts = ["we was in the desk .", "cry", PLAIN, "", "it was not at the desk but on it and why ."]
     found = check.check(texts)
-    assert found == verdicts_of(check.head, encoder.features(texts), texts) and len({row.score for row in found}) > 3
+    assert found == verdicts_of(check.heads, encoder.features(texts), texts) and len({row.score for row in found}) > 3
     assert found[::-1] == check.check(texts[::-1]) and check.check([]) == []
     assert SoundnessCheck.load(saved(tmp_path / "b.safetensors"), encoder).key == check.key
     assert SoundnessCheck.load(saved(tmp_path / "b.safetensors", seed=1), encoder).key != check.key
     with pytest.raises(ArtifactError, match="does not exist"):
         SoundnessCheck.load(tmp_path / "c.safetensors", encoder)
+    for missing in ("soundness", "sense"):
+        heads = {name: head for name, head in tiny_heads().items() if name != missing}
+        save_judges(tmp_path / "c.safetensors", heads, {}, {}, PROVENANCE)
+        with pytest.raises(ArtifactError, match=f"holds no head '{missing}' for the check of soundness; run `make judge`"):
+            SoundnessCheck.load(tmp_path / "c.safetensors", encoder)
 
 
 # ---- the shipped check -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from emosteer.judges.adapters import TunedJudge
 from emosteer.judges.answers import feature_count
 from emosteer.judges.embedded import ASSET, KIND, LinearJudge, fit_head
 from emosteer.judges.protocol import LABELS
-from emosteer.judges.soundness import FAULTS, SOUND
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND
 from emosteer.judges.storage import load_adapter, load_heads, save_judges
 from tests.helpers.judge_setup import PROVENANCE, card_of, real_encoder, shipped_adapters, tiny_adapter, tiny_heads
 from tests.helpers.precision import eps_of, product_bound
@@ -25,7 +25,7 @@ def test_heads_come_back_as_they_were_saved(tmp_path: Path) -> None:
     path, made = tmp_path / "judge.safetensors", tiny_heads()
     save_judges(path, made, {}, {"fitted_on": 3, "deep": {"x": [1.5]}}, PROVENANCE)
     back = load_heads(path)
-    assert list(back) == list(made)
+    assert back.keys() == made.keys()
     for name, head in made.items():
         assert back[name].labels == head.labels
         for part in ("mean", "scale", "weight", "bias"):
@@ -62,7 +62,7 @@ def test_files_that_are_no_judge_are_refused(tmp_path: Path) -> None:
         artifacts.save(tmp_path / name, kind, fields, tensors, PROVENANCE)
         return tmp_path / name
 
-    assert load_heads(rewritten("same")).keys() == {"emotion", "soundness"}
+    assert load_heads(rewritten("same")).keys() == {"emotion", "soundness", "sense"}
     with pytest.raises(ArtifactError, match="expected an artefact of kind 'judge', found 'directions'"):
         load_heads(rewritten("kind", "directions"))
     with pytest.raises(ArtifactError, match="reads the encoder minilm-l12, expected all-minilm-l6-v2; run `make judge`"):
@@ -95,7 +95,7 @@ def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     # files of earlier versions hold heads alone
     fields = {name: value for name, value in whole.fields.items() if name != "adapters"}
     artifacts.save(path, KIND, fields, {name: value for name, value in whole.tensors.items() if ":" not in name}, PROVENANCE)
-    assert load_heads(path).keys() == {"emotion", "soundness"}
+    assert load_heads(path).keys() == {"emotion", "soundness", "sense"}
     with pytest.raises(ArtifactError, match="holds no judge 'tuned'"):
         load_adapter(path, "tuned")
 
@@ -126,9 +126,10 @@ PLAIN_CASES = {
 def test_the_shipped_heads_load() -> None:
     heads = load_heads(ASSET)
     assert heads["emotion"].labels == LABELS and heads["soundness"].labels == (SOUND, *FAULTS)
+    assert heads["sense"].labels == (SOUND, SENSE)
     states = 2 * 7 * 384  # mean and spread, six layers and the embeddings
     pairs = feature_count(real_encoder())
-    for name, width in (("emotion", states), ("soundness", states), ("answers", pairs)):
+    for name, width in (("emotion", states), ("soundness", states), ("sense", states), ("answers", pairs)):
         assert heads[name].weight.shape == (len(heads[name].labels), width) and heads[name].mean.shape == (width,)
 
 

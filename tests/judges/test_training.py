@@ -33,7 +33,7 @@ from emosteer.judges.training import (
     measure,
     print_card,
     read_own,
-    refit_answers,
+    refit_checks,
     some_of,
     train,
 )
@@ -212,6 +212,10 @@ def write_data(folder: Path, flipped: str = "") -> None:
     for file in training.CHECKED:
         more = [{"text": f"{FILLERS[n % 5]} so {n}", "prompt": f"{file} {n}", "answers": False, "sound": True} for n in range(20)]
         jsonl(folder / file, more)
+    strictly = [
+        {"text": f"{FILLERS[n % 7]} but {n}", "prompt": f"strict {n}", "answers": n % 4 == 0, "sound": n % 2 == 0} for n in range(20)
+    ]
+    jsonl(folder / training.STRICTLY, strictly)
     jsonl(folder / FOREIGN, [{"text": f"[UNK] nada {n}"} for n in range(30)])
     jsonl(folder / training.PAIRS, [{"prompt": "we", "reply": f"cry {n}", "relation": "right"} for n in range(4)])
     event = {valence: f"it was {valence}" for valence in VALENCES}
@@ -263,7 +267,9 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     assert {name: card["left_out"][name]["n"] for name in names} == counts and card["emotions"]["linear"]["bank"]["n"] == 54
     assert card["emotions"]["linear"]["film"]["accuracy"] > 0.8, "planted words are found"
     faults = {SOUND, "order", "repetition", "symbols", "language"}
-    assert {*faults, "read: sound", "read: unsound"} == card["soundness"].keys() and card["answers"]["right"]["n"] == 4
+    assert {*faults, *(f"{how}: {word}" for how in ("read", "strictly") for word in ("sound", "unsound"))} == card[
+        "soundness"
+    ].keys() and card["answers"]["right"]["n"] == 4
     held = sum(held_out(row["prompt"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
     assert card["answers"]["read: answers"]["n"] == held > 0
     assert card["readers"]["answers"]["by_method"]["all"]["n"] == held + card["answers"]["read: does not"]["n"]
@@ -276,7 +282,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
     train(tmp_path / "public", again, SMALL, 0, Workshop(tmp_path / "others"))
     assert card is not None
     assert sha256_file(out) == sha256_file(again), "the same texts, the same bytes"
-    assert load_heads(out).keys() == {"emotion", "soundness", "answers"} and set(card["left_out"]) == set(OWN), (
+    assert load_heads(out).keys() == {"emotion", "soundness", "sense", "answers"} and set(card["left_out"]) == set(OWN), (
         "all of our own are left out of `public`"
     )
     film = read_public(tmp_path / "public")[0]
@@ -286,7 +292,10 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
         assert measure(judge.probabilities([text for text, _ in film.test]), answers) == card["emotions"][name]["film"]
     data = artifacts.load(out, KIND).provenance.data
     files = {"film.jsonl": "public/film.jsonl", "forum.jsonl": "public/forum.jsonl"}
-    files |= {file: file for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, "sev/train.jsonl", "replies/train.jsonl")}
+    files |= {
+        file: file
+        for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, training.STRICTLY, "sev/train.jsonl", "replies/train.jsonl")
+    }
     assert data == {name: sha256_file(tmp_path / file) for name, file in files.items()}
 
 
@@ -304,16 +313,16 @@ def test_held_out_answers_reach_no_judge(tmp_path: Path, fits: list[Any], file: 
     assert after["emotions"]["linear"][name]["accuracy"] < 0.3 < before["emotions"]["linear"][name]["accuracy"]
 
 
-def test_the_check_of_answers_alone_is_fitted_as_with_everything_else(tmp_path: Path, fits: list[Any]) -> None:
-    """The same bytes from the same texts; from others another check, and everything else as it was."""
+def test_the_checks_alone_are_fitted_as_with_everything_else(tmp_path: Path, fits: list[Any]) -> None:
+    """The same bytes from the same texts; from others other checks, and the judges of emotions as they were."""
     out, again = tmp_path / "judge.safetensors", tmp_path / "again.safetensors"
     card = train(tmp_path / "public", out, SMALL, 0, Workshop(tmp_path / "parts"))
-    same = refit_answers(out, again)
+    same = refit_checks(out, again)
     assert json.loads(json.dumps(same)) == json.loads(json.dumps(card)) and sha256_file(again) == sha256_file(out)
     rows = [json.loads(line) for line in (tmp_path / training.CHECKED[1]).read_text(encoding="utf-8").splitlines()]
     jsonl(tmp_path / training.CHECKED[1], [{**row, "answers": n % 2 == 0, "sound": n % 3 == 0} for n, row in enumerate(rows)])
-    changed, before, after = refit_answers(out, again), load_heads(out), load_heads(again)
-    assert {name for name in before if before[name].key != after[name].key} == {"answers"}
+    changed, before, after = refit_checks(out, again), load_heads(out), load_heads(again)
+    assert {name for name in before if before[name].key != after[name].key} == {"answers", "sense"}
     for name in ("embedded", "public"):
         assert load_adapter(again, name).key == load_adapter(out, name).key
     assert changed["emotions"] == same["emotions"] and changed["answers"] != same["answers"]
@@ -321,14 +330,14 @@ def test_the_check_of_answers_alone_is_fitted_as_with_everything_else(tmp_path: 
     assert data[training.CHECKED[1]] == sha256_file(tmp_path / training.CHECKED[1])
 
 
-@pytest.mark.parametrize("arguments", [[], ["public", "--answers-only"]])
-def test_either_the_public_texts_or_the_answers_alone(
+@pytest.mark.parametrize("arguments", [[], ["public", "--checks-only"]])
+def test_either_the_public_texts_or_the_checks_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["training", *arguments])
     with pytest.raises(SystemExit) as stopped:
         training.main()
-    assert stopped.value.code == 2 and "give the folder of public labelled texts, or --answers-only" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "give the folder of public labelled texts, or --checks-only" in capsys.readouterr().err
 
 
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
