@@ -26,8 +26,10 @@ SOUND = "sound"
 FAULTS = ("order", "repetition", "symbols", "language")
 #: What is missing where the second head finds that a text makes no sense.
 SENSE = "sense"
-#: A text is unsound when its probability of being broken, or of making no sense, exceeds this.
+#: A text is unsound when its probability of making no sense exceeds this, or
 THRESHOLD = 0.35
+#: when that of being broken exceeds this: what is broken is so beyond doubt, and what the first head merely doubts is mostly sound.
+BROKEN = 0.7
 #: Version of the rules below, for caches of verdicts.
 RULES = 4
 #: Longest run of one word, and largest share of word 3-grams that occurred before, that plain text may have.
@@ -111,7 +113,7 @@ class SoundnessHeads:
 
 
 def verdicts_of(heads: SoundnessHeads, features: Tensor, texts: Sequence[str]) -> list[Soundness]:
-    """Heads and rules together; the score is the larger of the two heads' probabilities that something is wrong.
+    """Heads and rules together; the score is the probability that the text makes no sense, or that it is broken where it is.
 
     Args:
         features: [text, feature], of the encoder.
@@ -122,7 +124,7 @@ def verdicts_of(heads: SoundnessHeads, features: Tensor, texts: Sequence[str]) -
     for text, row, senses in zip(texts, faults, sense, strict=True):
         broken, senseless = 1 - row[place].item(), 1 - senses[other].item()
         reasons = plain_faults(text)
-        if broken > THRESHOLD and not reasons:
+        if broken > BROKEN and not reasons:
             rest = row.clone()
             rest[place] = 0
             fault = heads.broken.labels[int(rest.argmax())]
@@ -131,7 +133,8 @@ def verdicts_of(heads: SoundnessHeads, features: Tensor, texts: Sequence[str]) -
         if senseless > THRESHOLD and not reasons:
             reasons = [SENSE]
         remarks = ["unfinished"] if unfinished(text) else []
-        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(max(broken, senseless), 6)))
+        score = max(broken, senseless) if broken > BROKEN else senseless
+        verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(score, 6)))
     return verdicts
 
 

@@ -14,6 +14,7 @@ from emosteer.base.errors import ArtifactError
 from emosteer.judges.embedded import LinearHead
 from emosteer.judges.protocol import Soundness
 from emosteer.judges.soundness import (
+    BROKEN,
     FAULTS,
     SENSE,
     SOUND,
@@ -139,8 +140,9 @@ def test_the_head_decides_where_no_rule_does() -> None:
     assert verdict(PLAIN) == Soundness(True, (), 0.0)
     assert verdict(PLAIN, order=0.9) == Soundness(False, ("order",), 0.9)
     assert verdict(PLAIN, order=0.1, language=0.5, symbols=0.3) == Soundness(False, ("language",), 0.9), "the likeliest fault"
-    assert verdict(PLAIN, order=0.2, language=0.2).reasons == ("order",), "0.6 sound is too little, though it is the likeliest label"
-    assert verdict(PLAIN, order=THRESHOLD - 0.01).sound and not verdict(PLAIN, order=THRESHOLD + 0.01).sound
+    assert verdict(PLAIN, order=0.4, language=0.4).reasons == ("order",), "what is broken in one way or another is broken"
+    assert verdict(PLAIN, order=BROKEN - 0.01) == Soundness(True, (), 0.0), "a doubt is none"
+    assert not verdict(PLAIN, order=BROKEN + 0.01).sound
 
 
 def test_what_makes_no_sense_is_unsound_and_a_fault_is_named_first() -> None:
