@@ -99,13 +99,6 @@ class JoiningCache(RowCache):
         self.end += 1
         return None if self.mask is None else self.mask[..., self.start : self.end]
 
-    def fill(self, layer: int, rows: Sequence[int], nodes: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Gives rows their prompts, which end at the last column. nodes: [row, width], indices into keys and values."""
-        first = self.end - nodes.shape[1]
-        index = torch.tensor(list(rows), device=self.block.device)
-        for kind, states in enumerate((keys, values)):
-            self.block[layer, kind, index, :, first : self.end] = states[nodes].transpose(1, 2)
-
     def place(self, row: int, states: Tensor) -> None:
         """Gives a row its prompt, which ends at the last column. states: [layer, 2, n_kv_heads, pos, d_head]."""
         self.block[:, :, row, :, self.end - states.shape[3] : self.end] = states

@@ -124,7 +124,7 @@ class LeanJoiningEngine:
     def _read(self, new: Sequence[tuple[_Head, int]]) -> None:
         """Computes the keys and values of some prompts for their slots, but for beginnings that were kept, and keeps them in case they come
         again."""
-        slots, heads = [slot for _, slot in new], dict.fromkeys(head for head, _ in new)
+        heads = dict.fromkeys(head for head, _ in new)
         begun = dict(found for head in heads if (found := self.heads.beginning(head)) is not None)
         packed = pack([head for head, _ in new], max(map(len, heads)), self.positions.device, list(begun))
         shape = self.lean.shape
@@ -132,17 +132,13 @@ class LeanJoiningEngine:
         for nodes, states in zip(packed.known, begun.values(), strict=True):
             assert known is not None
             known[:, :, nodes] = states.transpose(2, 3)
-        rows = {head: packed.rows[row, packed.rows.shape[1] - len(head) :] for row, (head, _) in enumerate(new)}
-        kept = {head: list[Tensor]() for head in heads}
-
-        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            self.cache.fill(layer, slots, packed.rows, keys, values)
-            for head, nodes in rows.items():
-                kept[head].append(torch.stack([keys[nodes], values[nodes]]).transpose(1, 2))
-
-        self.lean.read(packed, keep, known)
-        for head, layers in kept.items():
-            self.heads.keep(head, torch.stack(layers))
+        found = self.lean.states(packed, known)
+        fresh: dict[_Head, Tensor] = {}
+        for row, (head, slot) in enumerate(new):
+            if head not in fresh:
+                fresh[head] = found[:, :, packed.rows[row, packed.rows.shape[1] - len(head) :]].transpose(2, 3)
+                self.heads.keep(head, fresh[head])
+            self.cache.place(slot, fresh[head])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token per row."""

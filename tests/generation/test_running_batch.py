@@ -160,11 +160,8 @@ def test_the_cache_grows_moves_up_and_gives_its_memory_back(tiny: Model) -> None
             [slot] = cache.join([length])
             assert slot == len(rows)
             values = torch.arange(length, dtype=torch.float) + 1000 * turn
-            shape = (length, tiny.shape.n_kv_heads, tiny.shape.d_head)
-            if length:
-                for layer in range(tiny.shape.n_layers):
-                    states = values[:, None, None].expand(shape)
-                    cache.fill(layer, [slot], torch.arange(length)[None], states, -states)
+            states = values[:, None].expand(tiny.shape.n_layers, tiny.shape.n_kv_heads, length, tiny.shape.d_head)
+            cache.place(slot, torch.stack([states, -states], dim=1))
             rows.append(values.tolist())
         if rows:
             cache.advance()
@@ -192,9 +189,9 @@ def test_beginnings_that_were_read_are_not_read_again(tiny: Model, monkeypatch: 
     lean = lean_of(model)
     assert lean is not None
     lean.prepare(8)
-    engine, read, seen = LeanJoiningEngine(lean, []), Lean.read, []
+    engine, states, seen = LeanJoiningEngine(lean, []), Lean.states, []
     monkeypatch.setattr(
-        Lean, "read", lambda self, packed, *rest: (seen.append(len(packed.tokens) - packed.n_known), read(self, packed, *rest))
+        Lean, "states", lambda self, packed, *rest: (seen.append(len(packed.tokens) - packed.n_known), states(self, packed, *rest))[1]
     )
     longer = (*BEGINNING, *range(20, 50))
     waves = [

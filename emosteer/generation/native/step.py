@@ -184,15 +184,21 @@ class NativeStep:
         _library().emosteer_step(ctypes.byref(self.model), ctypes.byref(batch))
         return hidden
 
-    def queries(self, layer: int, hidden: Tensor, heads: Tensor) -> None:
-        """Writes a layer's queries, keys and values, not rotated, into `heads` [row, head of the three kinds, d_head]. hidden: [row,
-        d_model]."""
-        _call("queries", ctypes.byref(self.model), layer, hidden, len(hidden), torch.empty_like(hidden), heads)
+    def prompts(self, hidden: Tensor, angles: tuple[Tensor, Tensor], packed: PrefixTree, known: Tensor | None) -> Tensor:
+        """Keys (rotated) and values of all nodes of a prefix tree, [layer, 2, node, n_kv_heads, d_head], in one call: what a prefix gives
+        does not depend, to the last bit, on what else is read with it.
 
-    def rest(self, layer: int, hidden: Tensor, z: Tensor, room: Tensor) -> None:
-        """Adds what follows attention in a layer to `hidden` [row, d_model]. z: [row, n_heads * d_head]; room: [row, d_mlp], to be
-        written over."""
-        _call("rest", ctypes.byref(self.model), layer, z, len(hidden), hidden, torch.empty_like(hidden), room)
+        Args:
+            hidden: embeddings [node that is not known, d_model], overwritten; angles: cosines and signed sines [the same, 1, d_head];
+            known: what is known already, as the result, of the known nodes.
+        """
+        model, nodes, n_known = self.model, len(packed.tokens), packed.n_known
+        states = hidden.new_empty(model.layers, 2, nodes, model.kv_heads, model.d_head)
+        if known is not None:
+            states[:, :, :n_known] = known
+        spans = packed.paths, *packed.paths.shape, packed.begins, packed.lengths
+        _call("prompts", ctypes.byref(model), hidden, *(angle.contiguous() for angle in angles), nodes, n_known, *spans, states)
+        return states
 
 
 def norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
