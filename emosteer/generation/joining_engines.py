@@ -31,8 +31,9 @@ class JoiningEngine(Protocol):
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Adds rows behind those that are there. The plan is for them alone, at the positions of the reply."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits [row, d_vocab] after one more token per row; for rows that have just joined, after their prompt, whatever their token."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """One more token per row; for rows that have just joined, the last one of their prompt, whatever their token. Returns the logits
+        [wanted, d_vocab] of the rows in the order in which they are wanted."""
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows at the given ascending places; all of them have taken a step."""
@@ -140,8 +141,8 @@ class LeanJoiningEngine:
                 self.heads.keep(head, fresh[head])
             self.cache.place(slot, fresh[head])
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token per row."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """Logits of the rows that are wanted after one more token per row."""
         for row, token in self.fresh.items():
             tokens[row] = token
         self.fresh = {}
@@ -151,7 +152,7 @@ class LeanJoiningEngine:
         added = self.lean.added(dict(zip(self.sites, self.vectors, strict=True)))
         hidden = self.lean.step(by_slot, self.positions, self.cache, added)
         self.positions = self.positions + 1
-        return self.lean.logits(hidden[order])
+        return self.lean.logits(hidden[order[list(wanted)]])
 
     def keep(self, kept: Sequence[int]) -> None:
         """Lets the other rows go; few slots move."""
@@ -189,12 +190,12 @@ class CohortEngine:
         self.cohorts.append(hooked_engine(self.model, prompts, plan))
         self.sizes.append(len(prompts))
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token per row."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """Logits of the rows that are wanted after one more token per row."""
         parts = zip(self.cohorts, tokens.split(self.sizes), strict=True)
         logits = [cohort.step(part if index < self.n_begun else None) for index, (cohort, part) in enumerate(parts)]
         self.n_begun = len(self.cohorts)
-        return torch.cat(logits)
+        return torch.cat(logits)[list(wanted)]
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:
         """Of each cohort, the places among the given rows that are its own."""

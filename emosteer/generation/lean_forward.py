@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emosteer.base.progress import note
-from emosteer.generation.kv_cache import RowCache, cache_name, growing_cache
+from emosteer.generation.kv_cache import RowCache, StepCache, cache_name, growing_cache
 from emosteer.generation.native import step as native
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import MOST_BYTES, PackedLinear, pack_all
@@ -197,7 +197,7 @@ class Lean:
     def _reads_compiled(self, packed: PrefixTree) -> bool:
         return self.native is not None and self.native.reads(len(packed.tokens) - packed.n_known)
 
-    def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, cache: StepCache, added: Added) -> Tensor:
         """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""
         mask = cache.advance()
         if self.native is not None and self.native.takes(len(tokens)):

@@ -156,15 +156,15 @@ struct Model {
 };
 
 // hidden: [row, d_model], overwritten by the final-normed states. cosines, sines: [row, d_head], the first half of the sines negative.
-// cache: [layer, key or value, row, kv head, position, d_head] with the strides given, in numbers; begins: a row's first position;
-// the new one is end - 1. added: of every layer what follows attention and the MLP, [row, d_model] or nothing.
+// cache: [layer, key or value, row, kv head, position, d_head] with the strides given, in numbers; begins, ends: a row's first position and
+// the one after its last, which is the new one. added: of every layer what follows attention and the MLP, [row, d_model] or nothing.
 struct Batch {
-    int64_t rows, end, threads;
+    int64_t rows, threads;
     float* hidden;
     const float *cosines, *sines;
     float* cache;
     int64_t layer_stride, kind_stride, row_stride, head_stride;
-    const int64_t* begins;
+    const int64_t *begins, *ends;
     const float* const* added;
 };
 }
@@ -445,7 +445,9 @@ void attend_all(
 // qkv: [row, query, key and value heads]; out: [row, heads * d_head].
 void attention(Worker& worker, const Model& model, const Batch& batch, long layer, float* qkv, float* out) {
     const long size = model.d_head, group = model.heads / model.kv_heads, all_heads = model.heads + 2 * model.kv_heads;
-    const long room = batch.end + LANES;
+    long room = 0;
+    for (long row = 0; row < batch.rows; ++row) room = batch.ends[row] > room ? batch.ends[row] : room;
+    room += LANES;
     std::vector<float> scratch(size + 4 * room);
     float* scores = scratch.data() + size;
     for (long task; (task = worker.take()) < batch.rows * model.kv_heads;) {
@@ -456,9 +458,9 @@ void attention(Worker& worker, const Model& model, const Batch& batch, long laye
         float* keys = batch.cache + layer * batch.layer_stride + row * batch.row_stride + head * batch.head_stride;
         float* values = keys + batch.kind_stride;
         rotate(key, cosines, sines, size, scratch.data());
-        std::memcpy(keys + (batch.end - 1) * size, key, size * 4);
-        std::memcpy(values + (batch.end - 1) * size, value, size * 4);
-        const long begin = batch.begins[row], n = batch.end - begin;
+        const long begin = batch.begins[row], end = batch.ends[row], n = end - begin;
+        std::memcpy(keys + (end - 1) * size, key, size * 4);
+        std::memcpy(values + (end - 1) * size, value, size * 4);
         keys += begin * size, values += begin * size;
         float* queries = heads + head * group * size;
         float* to = out + (row * model.heads + head * group) * size;
