@@ -133,11 +133,11 @@ class LeanJoiningEngine:
         for nodes, states in zip(packed.known, begun.values(), strict=True):
             assert known is not None
             known[:, :, nodes] = states.transpose(2, 3)
-        found = self.lean.states(packed, known)
+        read = self.lean.states(packed, known)
         fresh: dict[_Head, Tensor] = {}
         for row, (head, slot) in enumerate(new):
             if head not in fresh:
-                fresh[head] = found[:, :, packed.rows[row, packed.rows.shape[1] - len(head) :]].transpose(2, 3)
+                fresh[head] = read[:, :, packed.rows[row, packed.rows.shape[1] - len(head) :]].transpose(2, 3)
                 self.heads.keep(head, fresh[head])
             self.cache.place(slot, fresh[head])
 
