@@ -2,7 +2,8 @@
 
     python bench/serving.py                        # 500 requests, 64 at a time, a tenth hangs up; then 2,000 short ones for the memory
     python bench/serving.py --requests 100 --memory-requests 0
-    python bench/serving.py --places 32 --texts 512
+    python bench/serving.py --places 32 --texts 348
+    python bench/serving.py --texts 348 --direct   # without HTTP and clients: what continuous batching itself costs
 
 Writes the same requests offline first (`generate`, in batches as large as the server's), then starts `emosteer serve` and sends them.
 Prints one JSON object: how many texts are the offline ones, tokens per second of both, time to first token, rows and memory afterwards.
@@ -18,6 +19,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +29,14 @@ import httpx
 
 import emosteer
 from emosteer.api.steered_model import SteeredModel
+from emosteer.circuits.methods import Part as Units
 from emosteer.generation.generate import batches
 from emosteer.scenarios.shipped import development_groups
+from emosteer.serving.asking import Served, chat_asks
+from emosteer.serving.metrics import Metrics
+from emosteer.serving.requests import ChatRequest
 from emosteer.serving.settings import ServeSettings
+from emosteer.serving.writer_thread import Part, WriterThread, Writing
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,44 @@ class Seen:
     problem: str = ""
 
 
+def body_of(model: str, load: Load) -> dict[str, Any]:
+    """What a client sends."""
+    felt = {"emotion": load.emotion, "intensity": load.intensity} if load.emotion else {}
+    return {"model": model, "messages": [{"role": "user", "content": load.text}], "max_tokens": load.tokens, "stream": True, **felt}
+
+
+def direct(m: SteeredModel, work: Sequence[Load], places: int, at_once: int) -> tuple[list[str], int, float]:
+    """The texts of all requests, their tokens, and the processor seconds that the server's writer takes for them in this process. Nobody
+    hangs up."""
+    assert m.circuit is not None
+    writer = WriterThread(m.model, m.circuit.added(Units.UNITS, m.model), ServeSettings(max_batch=places), Metrics())
+    served = Served(m.model, m.circuit, m.model.name, ServeSettings.max_tokens, lambda texts: [])
+    texts, counts, gate = [""] * len(work), [0] * len(work), threading.Semaphore(at_once)
+
+    def take(index: int, part: Part) -> None:
+        assert part.error is None, part.error
+        texts[index] += part.text
+        counts[index] += len(part.tokens)
+        if part.ended:
+            gate.release()
+
+    writer.start()
+    worked = time.process_time()
+    for index, load in enumerate(work):
+        gate.acquire()
+        [ask] = chat_asks(served, ChatRequest.model_validate(body_of(m.model.name, load))).asks
+        writer.submit(Writing(ask, lambda part, index=index: take(index, part)))  # type: ignore[misc]
+    for _ in range(at_once):
+        gate.acquire()
+    worked = time.process_time() - worked
+    writer.stop()
+    return texts, sum(counts), worked
+
+
 async def send(client: httpx.AsyncClient, model: str, load: Load, gate: asyncio.Semaphore) -> Seen:
     """One streamed request."""
     seen, pieces = Seen(), 0
-    felt = {"emotion": load.emotion, "intensity": load.intensity} if load.emotion else {}
-    body = {"model": model, "messages": [{"role": "user", "content": load.text}], "max_tokens": load.tokens, "stream": True, **felt}
+    body = body_of(model, load)
     async with gate:
         begun = time.monotonic()
         try:
@@ -163,11 +203,20 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=ServeSettings.max_batch, help="replies at a time, offline and in the server")
     parser.add_argument("--texts", type=int, default=64, help="prompts that the requests are drawn from; at most 348")
     parser.add_argument("--memory-requests", type=int, default=2000)
+    parser.add_argument("--direct", action="store_true", help="give the requests to the server's writer in this process, without HTTP")
     options = parser.parse_args()
     m = emosteer.load()
     work = loads(options.requests, m.emotions, 0.1, texts=options.texts)
     texts, counts, seconds, worked = offline(m, work, options.places)
     print(f"offline: {sum(counts) / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+    if options.direct:
+        found, written, used = direct(m, work, options.places, options.at_once)
+        equal = sum(one == other for one, other in zip(found, texts, strict=True))
+        rates = sum(counts) / worked, written / used
+        names = ("offline tokens per processor s", "writer tokens per processor s", "ratio by processor time")
+        figures = dict(zip(names, (round(rates[0], 1), round(rates[1], 1), round(rates[1] / rates[0], 3)), strict=True))
+        print(json.dumps({"requests": len(work), "equal to offline": equal, **figures}, indent=1))
+        return
     command = [sys.executable, "-m", "emosteer", "serve", "--port", "0", "--max-batch", str(options.places)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert server.stdout is not None
@@ -183,7 +232,7 @@ def main() -> None:
         firsts = [one.first for one in seen if one.first is not None]
         # those that left were written for as far as their client read: at least as many tokens as pieces
         written = sum(counts[i] for i in stayed) + sum(min(work[i].leaves, counts[i]) for i in left)
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "requests": len(work),
             "answered": sum(not one.problem for one in seen),
             "equal to offline": sum(seen[i].text == texts[i] for i in stayed),
@@ -193,6 +242,8 @@ def main() -> None:
             "offline tokens/s": round(sum(counts) / seconds, 1),
             "server tokens/s": round(written / took, 1),
             "ratio": round(written / took / (sum(counts) / seconds), 3),
+            "offline tokens per processor s": round(sum(counts) / worked, 1),
+            "server tokens per processor s": round(written / used, 1),
             "ratio by processor time": round(written / used / (sum(counts) / worked), 3),
             "first token, median s": round(quantile(firsts, 0.5), 2),
             "first token, 95th s": round(quantile(firsts, 0.95), 2),
@@ -205,9 +256,9 @@ def main() -> None:
             short = loads(options.memory_requests // 4, m.emotions, 0.1, (2, 6), seed=part + 1)
             asyncio.run(all_at(url, model, short, options.at_once))
             settled(url)
-            found["MiB"].append(round(rss(server.pid)))
-        found["in the end"] = settled(url)
-        print(json.dumps(found, indent=1))
+            report["MiB"].append(round(rss(server.pid)))
+        report["in the end"] = settled(url)
+        print(json.dumps(report, indent=1))
     finally:
         server.terminate()
         server.wait(60)

@@ -36,7 +36,8 @@ def guided(logits: Tensor, empty: Tensor, scale: float) -> Tensor:
     logits = logits.float()
     here, there = logits.log_softmax(-1), empty.float().log_softmax(-1)
     outside = here < here.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
-    return (logits + (scale - 1) * (here - there)).masked_fill(outside, -math.inf)
+    # In place: a table of all tokens for every row is memory that the system clears before it is written to for the first time.
+    return there.sub_(here).mul_(1 - scale).add_(logits).masked_fill_(outside, -math.inf)
 
 
 class GuidedEngine:

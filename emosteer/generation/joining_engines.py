@@ -31,8 +31,9 @@ class JoiningEngine(Protocol):
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Adds rows behind those that are there. The plan is for them alone, at the positions of the reply."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits [row, d_vocab] after one more token per row; for rows that have just joined, after their prompt, whatever their token."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """One more token per row; for rows that have just joined, the last one of their prompt, whatever their token. Returns the logits
+        [wanted, d_vocab] of the rows in the order in which they are wanted."""
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows at the given ascending places; all of them have taken a step."""
@@ -124,7 +125,7 @@ class LeanJoiningEngine:
     def _read(self, new: Sequence[tuple[_Head, int]]) -> None:
         """Computes the keys and values of some prompts for their slots, but for beginnings that were kept, and keeps them in case they come
         again."""
-        slots, heads = [slot for _, slot in new], dict.fromkeys(head for head, _ in new)
+        heads = dict.fromkeys(head for head, _ in new)
         begun = dict(found for head in heads if (found := self.heads.beginning(head)) is not None)
         packed = pack([head for head, _ in new], max(map(len, heads)), self.positions.device, list(begun))
         shape = self.lean.shape
@@ -132,20 +133,16 @@ class LeanJoiningEngine:
         for nodes, states in zip(packed.known, begun.values(), strict=True):
             assert known is not None
             known[:, :, nodes] = states.transpose(2, 3)
-        rows = {head: packed.rows[row, packed.rows.shape[1] - len(head) :] for row, (head, _) in enumerate(new)}
-        kept = {head: list[Tensor]() for head in heads}
+        read = self.lean.states(packed, known)
+        fresh: dict[_Head, Tensor] = {}
+        for row, (head, slot) in enumerate(new):
+            if head not in fresh:
+                fresh[head] = read[:, :, packed.rows[row, packed.rows.shape[1] - len(head) :]].transpose(2, 3)
+                self.heads.keep(head, fresh[head])
+            self.cache.place(slot, fresh[head])
 
-        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            self.cache.fill(layer, slots, packed.rows, keys, values)
-            for head, nodes in rows.items():
-                kept[head].append(torch.stack([keys[nodes], values[nodes]]).transpose(1, 2))
-
-        self.lean.read(packed, keep, known)
-        for head, layers in kept.items():
-            self.heads.keep(head, torch.stack(layers))
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token per row."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """Logits of the rows that are wanted after one more token per row."""
         for row, token in self.fresh.items():
             tokens[row] = token
         self.fresh = {}
@@ -155,7 +152,7 @@ class LeanJoiningEngine:
         added = self.lean.added(dict(zip(self.sites, self.vectors, strict=True)))
         hidden = self.lean.step(by_slot, self.positions, self.cache, added)
         self.positions = self.positions + 1
-        return self.lean.logits(hidden[order])
+        return self.lean.logits(hidden[order[list(wanted)]])
 
     def keep(self, kept: Sequence[int]) -> None:
         """Lets the other rows go; few slots move."""
@@ -193,12 +190,12 @@ class CohortEngine:
         self.cohorts.append(hooked_engine(self.model, prompts, plan))
         self.sizes.append(len(prompts))
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token per row."""
+    def step(self, tokens: Tensor, wanted: Sequence[int]) -> Tensor:
+        """Logits of the rows that are wanted after one more token per row."""
         parts = zip(self.cohorts, tokens.split(self.sizes), strict=True)
         logits = [cohort.step(part if index < self.n_begun else None) for index, (cohort, part) in enumerate(parts)]
         self.n_begun = len(self.cohorts)
-        return torch.cat(logits)
+        return torch.cat(logits)[list(wanted)]
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:
         """Of each cohort, the places among the given rows that are its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,42 @@ def cache_name(body: Any) -> str:
     return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
 
 
+class StepCache(Protocol):
+    """What a step of the lean forward pass writes to and reads from."""
+
+    @property
+    def block(self) -> Tensor:
+        """Keys and values, [layer, 2, row, n_kv_heads, pos, d_head]."""
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """The first column of every row and the one after its last, [row] each, on the processor."""
+
+    def advance(self) -> Tensor | None:
+        """Makes room for one more column of every row; returns what is to be added to the scores of the columns that `write` returns."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new column [row, n_kv_heads, d_head] and returns all keys and values [row, n_kv_heads, pos, d_head]."""
+
+
+def hiding(hidden: Tensor, like: Tensor) -> Tensor:
+    """What is added to scores so that some columns [row, pos] have no part. Shape [row, 1, 1, pos], device and precision of `like`."""
+    mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+    return mask[:, None, None].to(like.device)
+
+
+def movers(n_rows: int, gone: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """How slots are taken out so that only as many rows move as leave: for each remaining slot the slot whose row it holds then, and the
+    moves (from, to)."""
+    left = n_rows - len(set(gone))
+    holes = sorted(slot for slot in set(gone) if slot < left)
+    moves = list(zip((slot for slot in range(left, n_rows) if slot not in set(gone)), holes, strict=True))
+    order = list(range(left))
+    for mover, hole in moves:
+        order[hole] = mover
+    return order, moves
+
+
 class RowCache:
     """Keys and values of every row in one block [layer, 2, row, n_kv_heads, pos, d_head] that ends at the same column for all rows.
 
@@ -88,7 +124,12 @@ class RowCache:
         self.start = int(self.unused.min())
         self.mask: Tensor | None = None
         if int(self.unused.max()) > self.start:
-            self.mask = self._hiding(torch.arange(self.block.shape[4])[None] < self.unused[:, None])
+            self.mask = hiding(torch.arange(self.block.shape[4])[None] < self.unused[:, None], self.block)
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """The first column of every row and the one after its last, [row] each."""
+        return self.unused, torch.full_like(self.unused, self.end)
 
     def fill(self, layer: int, rows: Sequence[int], nodes: Tensor, keys: Tensor, values: Tensor) -> None:
         """Gives rows their prompts. nodes: [row, width], indices into keys and values [node, n_kv_heads, d_head]."""
@@ -114,12 +155,7 @@ class RowCache:
     def whole_mask(self) -> Tensor:
         """What is added to the scores of all columns of the block, those to come hidden. Shape [row, 1, 1, pos]."""
         columns = torch.arange(self.block.shape[4])[None]
-        return self._hiding((columns < self.unused[:, None]) | (columns >= self.end))
-
-    def _hiding(self, hidden: Tensor) -> Tensor:
-        """What is added to scores so that some columns [row, pos] have no part. Shape [row, 1, 1, pos]."""
-        mask = torch.zeros(hidden.shape, dtype=self.block.dtype).masked_fill_(hidden, -torch.inf)
-        return mask[:, None, None].to(self.block.device)
+        return hiding((columns < self.unused[:, None]) | (columns >= self.end), self.block)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new column [row, n_kv_heads, d_head] and returns all keys and values [row, n_kv_heads, pos, d_head]."""
@@ -130,15 +166,10 @@ class RowCache:
 
     def drop(self, gone: Sequence[int]) -> list[int]:
         """Takes slots out. Returns for each remaining slot the slot whose row it holds now; only as many rows move as leave."""
-        n_rows = self.block.shape[2]
-        left = n_rows - len(set(gone))
-        holes = sorted(slot for slot in set(gone) if slot < left)
-        movers = [slot for slot in range(left, n_rows) if slot not in set(gone)]
-        order = list(range(left))
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
+        order, moves = movers(self.block.shape[2], gone)
+        for mover, hole in moves:
             self.block[:, :, hole, :, self.start : self.end] = self.block[:, :, mover, :, self.start : self.end]
-        self.block = self.block[:, :, :left]
+        self.block = self.block[:, :, : len(order)]
         self.unused = self.unused[order]
         self._set_mask()
         return order

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emosteer.base.progress import note
-from emosteer.generation.kv_cache import RowCache, cache_name, growing_cache
+from emosteer.generation.kv_cache import RowCache, StepCache, cache_name, growing_cache
 from emosteer.generation.native import step as native
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import MOST_BYTES, PackedLinear, pack_all
@@ -157,9 +157,11 @@ class Lean:
             known: keys and values of the tree's known nodes, [layer, 2, node, n_kv_heads, d_head]; they are handed on with the others.
         """
         n_known, shape = packed.n_known, self.shape
+        if self._reads_compiled(packed):
+            for index, (keys, values) in enumerate(self.states(packed, known)):
+                keep(index, keys, values)
+            return
         hidden, angles = self.embed[packed.tokens[n_known:]], self.rotary(packed.positions[n_known:])
-        if self.native is not None and self.native.reads(len(hidden)):
-            return self._read_compiled(self.native, packed, hidden, angles, keep, known)
         n_paths, width = packed.paths.shape
         # One room for all layers: memory that is given back and asked for again has to be cleared by the system every time.
         room = hidden.new_empty(2, len(hidden), shape.d_mlp) if self.native is not None else None
@@ -182,31 +184,20 @@ class Lean:
                 z = z.transpose(1, 2).reshape(n_paths * width, -1)[packed.place[n_known:]]
             hidden = self._rest(layer, hidden, z, (None, None), room)
 
-    def _read_compiled(
-        self,
-        compiled: native.NativeStep,
-        packed: PrefixTree,
-        hidden: Tensor,
-        angles: tuple[Tensor, Tensor],
-        keep: Callable[[int, Tensor, Tensor], None],
-        known: Tensor | None,
-    ) -> None:
-        """`read` by the compiled functions: what a prefix gives does not depend, to the last bit, on what else is read with it."""
-        shape, n_known = self.shape, packed.n_known
-        room = hidden.new_empty(len(hidden), shape.d_mlp)
-        heads = hidden.new_empty(len(packed.tokens), shape.n_heads + 2 * shape.n_kv_heads, shape.d_head)
-        queries, keys, values = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
-        for index in range(shape.n_layers):
-            compiled.queries(index, hidden, heads[n_known:])
-            native.rotate(heads[n_known:], shape.n_heads + shape.n_kv_heads, angles)
-            if known is not None:
-                keys[:n_known], values[:n_known] = known[index]
-            keep(index, keys, values)
-            if index + 1 < shape.n_layers:  # the last layer's output is not needed
-                z = native.read(queries, shape.n_kv_heads, packed, self.scale)
-                compiled.rest(index, hidden, z[n_known:], room)
+    def states(self, packed: PrefixTree, known: Tensor | None = None) -> Tensor:
+        """What `read` computes, of all layers at once: [layer, 2, node, n_kv_heads, d_head]. Argument as for `read`."""
+        if self._reads_compiled(packed):
+            assert self.native is not None
+            fresh, positions = packed.tokens[packed.n_known :], packed.positions[packed.n_known :]
+            return self.native.prompts(self.embed[fresh], self.rotary(positions), packed, known)
+        layers: list[Tensor] = []
+        self.read(packed, lambda _, keys, values: layers.append(torch.stack([keys, values])), known)
+        return torch.stack(layers)
 
-    def step(self, tokens: Tensor, positions: Tensor, cache: RowCache, added: Added) -> Tensor:
+    def _reads_compiled(self, packed: PrefixTree) -> bool:
+        return self.native is not None and self.native.reads(len(packed.tokens) - packed.n_known)
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: StepCache, added: Added) -> Tensor:
         """One more token per row. tokens, positions: [row]. Returns final-normed hidden states [row, d_model]."""
         mask = cache.advance()
         if self.native is not None and self.native.takes(len(tokens)):

@@ -7,8 +7,9 @@ second row of the request's own (`generation.guidance`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class _Row:
     last: int = 0
     course: Course | None = field(default=None)
 
-    @property
+    @cached_property
     def settings(self) -> Decoding:
         """How its tokens are chosen, without what concerns it alone."""
         return replace(self.ask.decoding, max_new_tokens=1, seed=0)
@@ -125,8 +126,11 @@ class RunningBatch:
             return []
         self._steer()
         tokens = torch.tensor([row.last for row, _ in self._places], device=self.model.device)
-        logits = self._engine.step(tokens)
-        found = [written for rows in self._alike() for written in self._choose(rows, logits)]
+        groups = self._alike()
+        # Logits come in the order in which they are wanted: to pick rows out of so large a table would copy them.
+        logits = self._engine.step(tokens, [place for _, places in groups for place in places])
+        parts = logits.split([len(places) for _, places in groups])
+        found = [written for (rows, _), part in zip(groups, parts, strict=True) for written in self._choose(rows, part)]
         self._leave({written.ticket for written in found if written.ended})
         return sorted(found, key=lambda written: written.ticket)
 
@@ -154,28 +158,32 @@ class RunningBatch:
             vectors = {site: torch.cat([added[site] for _, added in moving]) for site in self.vectors}
             self._engine.steer([place for place, _ in moving], vectors)
 
-    def _alike(self) -> Iterator[list[tuple[_Row, int, int]]]:
-        """The requests whose tokens are chosen alike, with their place among the engine's rows and that of their empty prompt (or -1)."""
+    def _alike(self) -> list[tuple[list[_Row], list[int]]]:
+        """The requests whose tokens are chosen alike, with their places among the engine's rows, behind them those of their empty prompts
+        where these guide."""
         empty = {row.ticket: place for place, (row, is_empty) in enumerate(self._places) if is_empty}
-        groups: dict[Decoding, list[tuple[_Row, int, int]]] = {}
+        groups: dict[Decoding, tuple[list[_Row], list[int]]] = {}
         for place, (row, is_empty) in enumerate(self._places):
             if not is_empty:
-                groups.setdefault(row.settings, []).append((row, place, empty.get(row.ticket, -1)))
-        yield from groups.values()
+                rows, places = groups.setdefault(row.settings, ([], []))
+                rows.append(row)
+                places.append(place)
+        return [(rows, places + [empty[row.ticket] for row in rows if row.ticket in empty]) for rows, places in groups.values()]
 
-    def _choose(self, rows: Sequence[tuple[_Row, int, int]], logits: Tensor) -> list[Written]:
-        """The next token of requests that are chosen alike."""
-        decoding = rows[0][0].settings
-        scores = logits[[place for _, place, _ in rows]].float()
+    def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[Written]:
+        """The next token of requests that are chosen alike. logits: [row, d_vocab], where they are guided those of their empty prompts
+        behind."""
+        decoding = rows[0].settings
+        scores = logits[: len(rows)].float()
         if decoding.guides:
-            scores = guided(scores, logits[[empty for _, _, empty in rows]], decoding.guidance)
-        longest = max(len(row.seen) for row, _, _ in rows)
-        seen = torch.tensor([row.seen + row.seen[:1] * (longest - len(row.seen)) for row, _, _ in rows], device=scores.device)
+            scores = guided(scores, logits[len(rows) :], decoding.guidance)
+        longest = max(len(row.seen) for row in rows)
+        seen = torch.tensor([row.seen + row.seen[:1] * (longest - len(row.seen)) for row in rows], device=scores.device)
         noise = None
         if decoding.temperature > 0:
-            noise = torch.stack([row.noise[row.written] for row, _, _ in rows if row.noise is not None]).to(scores.device)
+            noise = torch.stack([row.noise[row.written] for row in rows if row.noise is not None]).to(scores.device)
         tokens = choose(scores, seen, noise, decoding).tolist()
-        return [self._write(row, token, scores[index]) for index, ((row, _, _), token) in enumerate(zip(rows, tokens, strict=True))]
+        return [self._write(row, token, scores[index]) for index, (row, token) in enumerate(zip(rows, tokens, strict=True))]
 
     def _write(self, row: _Row, token: int, scores: Tensor) -> Written:
         """A row goes on by a token."""

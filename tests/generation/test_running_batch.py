@@ -150,8 +150,8 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_go_on(tiny: Model) 
     assert batch.step() == [] and batch.n_rows == 0
 
 
-def test_the_cache_grows_moves_up_and_gives_its_memory_back(tiny: Model) -> None:
-    """Rows keep their columns through all of it: each is filled with numbers of its own."""
+def test_the_cache_grows_and_gives_its_memory_back(tiny: Model) -> None:
+    """Rows keep their columns through all of it: each is filled with numbers of its own, and a mask hides what lies behind them."""
     cache = JoiningCache(tiny.shape, tiny.device, tiny.dtype)
     draw, rows, sizes = random.Random(0), list[list[float]](), set[int]()
     for turn in range(600):
@@ -160,22 +160,21 @@ def test_the_cache_grows_moves_up_and_gives_its_memory_back(tiny: Model) -> None
             [slot] = cache.join([length])
             assert slot == len(rows)
             values = torch.arange(length, dtype=torch.float) + 1000 * turn
-            shape = (length, tiny.shape.n_kv_heads, tiny.shape.d_head)
-            if length:
-                for layer in range(tiny.shape.n_layers):
-                    states = values[:, None, None].expand(shape)
-                    cache.fill(layer, [slot], torch.arange(length)[None], states, -states)
+            states = values[:, None].expand(tiny.shape.n_layers, tiny.shape.n_kv_heads, length, tiny.shape.d_head)
+            cache.place(slot, torch.stack([states, -states], dim=1))
             rows.append(values.tolist())
         if rows:
-            cache.advance()
+            mask = cache.advance()
             new = torch.tensor([float(turn + index / 10) for index in range(len(rows))])[:, None, None]
             new = new.expand(-1, tiny.shape.n_kv_heads, tiny.shape.d_head)
             for layer in range(tiny.shape.n_layers):
                 keys, values = cache.write(layer, new, -new)
             for index, row in enumerate(rows):
                 row.append(new[index, 0, 0].item())
-                assert keys[index, 0, -len(row) :, 0].tolist() == row and values[index, 1, -len(row) :, -1].tolist() == [-x for x in row]
-                assert cache.end - int(cache.unused[index]) == len(row)
+                assert keys[index, 0, : len(row), 0].tolist() == row and values[index, 1, : len(row), -1].tolist() == [-x for x in row]
+                hidden = torch.zeros(keys.shape[2]) if mask is None else mask[index, 0, 0]
+                assert not hidden[: len(row)].any() and torch.isinf(hidden[len(row) :]).all()
+                assert [int(span[index]) for span in cache.spans] == [0, len(row)]
         if rows and draw.random() < 0.15:
             gone = draw.randrange(len(rows))
             moved = cache.drop([gone])
@@ -185,6 +184,25 @@ def test_the_cache_grows_moves_up_and_gives_its_memory_back(tiny: Model) -> None
     assert len(sizes) > 3 and 0 in sizes
 
 
+def test_a_full_batch_goes_on_in_the_same_memory(tiny: Model) -> None:
+    """Whoever comes and goes, until somebody longer comes, whose memory is given back when he has gone."""
+    cache = JoiningCache(tiny.shape, tiny.device, tiny.dtype)
+    cache.join([20] * 6)
+    places = []
+    for turn in range(200):
+        cache.advance()
+        if turn % 5 == 4:
+            cache.drop([int(cache.lengths.argmax())])
+            cache.join([20])
+        places.append(cache.store.data_ptr())
+    assert cache.n_columns < 60 and len(set(places)) == 1
+    [slot] = cache.join([900])
+    assert cache.store.shape[4] > 900
+    cache.drop([slot])
+    cache.advance()
+    assert cache.n_columns < 60 and cache.store.shape[4] <= cache.n_columns + ROOM and cache.n_rows == 6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_beginnings_that_were_read_are_not_read_again(tiny: Model, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Neither those of other prompts, nor of a conversation that goes on; keys and values are those of a prompt read alone."""
@@ -192,9 +210,9 @@ def test_beginnings_that_were_read_are_not_read_again(tiny: Model, monkeypatch: 
     lean = lean_of(model)
     assert lean is not None
     lean.prepare(8)
-    engine, read, seen = LeanJoiningEngine(lean, []), Lean.read, []
+    engine, states, seen = LeanJoiningEngine(lean, []), Lean.states, []
     monkeypatch.setattr(
-        Lean, "read", lambda self, packed, *rest: (seen.append(len(packed.tokens) - packed.n_known), read(self, packed, *rest))
+        Lean, "states", lambda self, packed, *rest: (seen.append(len(packed.tokens) - packed.n_known), states(self, packed, *rest))[1]
     )
     longer = (*BEGINNING, *range(20, 50))
     waves = [
@@ -212,7 +230,7 @@ def test_beginnings_that_were_read_are_not_read_again(tiny: Model, monkeypatch: 
         for row, prompt in enumerate(prompts, len(engine.slot) - len(prompts)):
             alone, n = LeanJoiningEngine(lean, []), len(prompt) - 1
             alone.join([prompt], plan(1))
-            found, expected = (e.cache.block[:, :, e.slot[at], :, e.cache.end - n : e.cache.end] for e, at in ((engine, row), (alone, 0)))
+            found, expected = (e.cache.block[:, :, e.slot[at], :, :n] for e, at in ((engine, row), (alone, 0)))
             if lean.native is not None:
                 assert torch.equal(found, expected), "to the last bit"
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)

@@ -156,15 +156,15 @@ struct Model {
 };
 
 // hidden: [row, d_model], overwritten by the final-normed states. cosines, sines: [row, d_head], the first half of the sines negative.
-// cache: [layer, key or value, row, kv head, position, d_head] with the strides given, in numbers; begins: a row's first position;
-// the new one is end - 1. added: of every layer what follows attention and the MLP, [row, d_model] or nothing.
+// cache: [layer, key or value, row, kv head, position, d_head] with the strides given, in numbers; begins, ends: a row's first position and
+// the one after its last, which is the new one. added: of every layer what follows attention and the MLP, [row, d_model] or nothing.
 struct Batch {
-    int64_t rows, end, threads;
+    int64_t rows, threads;
     float* hidden;
     const float *cosines, *sines;
     float* cache;
     int64_t layer_stride, kind_stride, row_stride, head_stride;
-    const int64_t* begins;
+    const int64_t *begins, *ends;
     const float* const* added;
 };
 }
@@ -445,7 +445,9 @@ void attend_all(
 // qkv: [row, query, key and value heads]; out: [row, heads * d_head].
 void attention(Worker& worker, const Model& model, const Batch& batch, long layer, float* qkv, float* out) {
     const long size = model.d_head, group = model.heads / model.kv_heads, all_heads = model.heads + 2 * model.kv_heads;
-    const long room = batch.end + LANES;
+    long room = 0;
+    for (long row = 0; row < batch.rows; ++row) room = batch.ends[row] > room ? batch.ends[row] : room;
+    room += LANES;
     std::vector<float> scratch(size + 4 * room);
     float* scores = scratch.data() + size;
     for (long task; (task = worker.take()) < batch.rows * model.kv_heads;) {
@@ -456,14 +458,43 @@ void attention(Worker& worker, const Model& model, const Batch& batch, long laye
         float* keys = batch.cache + layer * batch.layer_stride + row * batch.row_stride + head * batch.head_stride;
         float* values = keys + batch.kind_stride;
         rotate(key, cosines, sines, size, scratch.data());
-        std::memcpy(keys + (batch.end - 1) * size, key, size * 4);
-        std::memcpy(values + (batch.end - 1) * size, value, size * 4);
-        const long begin = batch.begins[row], n = batch.end - begin;
+        const long begin = batch.begins[row], end = batch.ends[row], n = end - begin;
+        std::memcpy(keys + (end - 1) * size, key, size * 4);
+        std::memcpy(values + (end - 1) * size, value, size * 4);
         keys += begin * size, values += begin * size;
         float* queries = heads + head * group * size;
         float* to = out + (row * model.heads + head * group) * size;
         for (long member = 0; member < group; ++member) rotate(queries + member * size, cosines, sines, size, scratch.data());
         attend_all(group, queries, keys, values, n, size, model.scale, scores, room, to);
+    }
+}
+
+// Prompts as paths [path, width] through the nodes of a prefix tree: a path's own nodes are those from `begins` on, up to its length.
+struct Prompts {
+    const int64_t* paths;
+    int64_t count, width;
+    const int64_t *begins, *lengths;
+};
+
+// Causal attention within prompts. queries: of the nodes from `first` on, each `row` numbers behind the one before; keys, values: of all
+// nodes, each `step` behind the one before; heads lie side by side. out: [node from `first` on, heads * size].
+void within(
+    Worker& worker, const Prompts& prompts, long heads, long kv_heads, long size, const float* queries, long first, long row,
+    const float* keys, const float* values, long step, float scale, float* out) {
+    const long group = heads / kv_heads, room = prompts.width + LANES;
+    std::vector<float> own_keys(prompts.width * size), own_values(prompts.width * size), scores(4 * room);
+    for (long task; (task = worker.take()) < prompts.count * kv_heads;) {
+        const long path = task / kv_heads, head = task % kv_heads, length = prompts.lengths[path];
+        const int64_t* nodes = prompts.paths + path * prompts.width;
+        for (long at = 0; at < length; ++at) {
+            std::memcpy(&own_keys[at * size], keys + nodes[at] * step + head * size, size * 4);
+            std::memcpy(&own_values[at * size], values + nodes[at] * step + head * size, size * 4);
+        }
+        for (long at = prompts.begins[path]; at < length; ++at) {
+            const float* from = queries + (nodes[at] - first) * row + head * group * size;
+            float* to = out + ((nodes[at] - first) * heads + head * group) * size;
+            attend_all(group, from, own_keys.data(), own_values.data(), at + 1, size, scale, scores.data(), room, to);
+        }
     }
 }
 
@@ -546,50 +577,53 @@ void emosteer_rotate(
     });
 }
 
-// Attention within prompts that share their beginnings. qkv: [node, query, key and value heads], rotated; paths: [path, width], the nodes
-// of every prompt; a path's own nodes are those from begins on, up to its length; out: [node, heads * d_head].
+// Attention within prompts that share their beginnings. qkv: [node, query, key and value heads], rotated; out: [node, heads * d_head].
 void emosteer_read(
     const float* qkv, int64_t heads, int64_t kv_heads, int64_t size, const int64_t* paths, int64_t n_paths, int64_t width,
     const int64_t* begins, const int64_t* lengths, float scale, float* out, int64_t threads) {
-    const long group = heads / kv_heads, all_heads = heads + 2 * kv_heads, room = width + LANES;
+    const Prompts prompts = {paths, n_paths, width, begins, lengths};
+    const long row = (heads + 2 * kv_heads) * size;
+    const float *keys = qkv + heads * size, *values = keys + kv_heads * size;
     Team::run(threads, [&](Worker worker) {
-        std::vector<float> keys(width * size), values(width * size), scores(4 * room);
-        for (long task; (task = worker.take()) < n_paths * kv_heads;) {
-            const long path = task / kv_heads, head = task % kv_heads;
-            const int64_t* nodes = paths + path * width;
-            for (long at = 0; at < lengths[path]; ++at) {
-                const float* key = qkv + (nodes[at] * all_heads + heads + head) * size;
-                std::memcpy(&keys[at * size], key, size * 4);
-                std::memcpy(&values[at * size], key + kv_heads * size, size * 4);
-            }
-            for (long at = begins[path]; at < lengths[path]; ++at) {
-                const float* queries = qkv + (nodes[at] * all_heads + head * group) * size;
-                float* to = out + (nodes[at] * heads + head * group) * size;
-                attend_all(group, queries, keys.data(), values.data(), at + 1, size, scale, scores.data(), room, to);
-            }
-        }
+        within(worker, prompts, heads, kv_heads, size, qkv, 0, row, keys, values, row, scale, out);
         worker.meet();
     });
 }
 
-// A layer's queries, keys and values, not rotated: [row, heads, d_head]. normed: room for [row, d_model].
-void emosteer_queries(const Model* model, int64_t index, const float* hidden, int64_t rows, float* normed, float* qkv, int64_t threads) {
-    const Layer& layer = model->layer[index];
-    Team::run(threads, [&](Worker worker) {
-        norm(worker, rows, model->d_model, hidden, layer.norm1, model->epsilon, normed);
-        worker.meet();
-        linear(worker, layer.qkv, rows, normed, qkv, false, nullptr, nullptr);
-        worker.meet();
-    });
-}
-
-// What follows attention in a layer, added to hidden [row, d_model]. z: [row, heads * d_head]; normed, inner: room for [row, d_model] and
-// [row, d_mlp].
-void emosteer_rest(
-    const Model* model, int64_t index, const float* z, int64_t rows, float* hidden, float* normed, float* inner, int64_t threads) {
+// Keys and values of the nodes of prompts that share their beginnings: states [layer, key or value, node, kv heads, d_head], in which those
+// of the first `known` nodes stand already. hidden: [node after those, d_model], overwritten. cosines, sines: [node after those, d_head].
+void emosteer_prompts(
+    const Model* model, float* hidden, const float* cosines, const float* sines, int64_t nodes, int64_t known, const int64_t* paths,
+    int64_t n_paths, int64_t width, const int64_t* begins, const int64_t* lengths, float* states, int64_t threads) {
+    const Prompts prompts = {paths, n_paths, width, begins, lengths};
+    const long rows = nodes - known, size = model->d_head, all_heads = model->heads + 2 * model->kv_heads;
+    const long row = all_heads * size, kept = model->kv_heads * size, each = nodes * kept;
+    std::vector<float> normed(rows * model->d_model), qkv(rows * row), inner(rows * model->d_mlp), z(rows * model->heads * size);
     const float* const added[2] = {nullptr, nullptr};
     Team::run(threads, [&](Worker worker) {
-        rest(worker, *model, model->layer[index], rows, z, hidden, added, normed, inner, nullptr);
+        std::vector<float> room(size);
+        for (long index = 0; index < model->layers; ++index) {
+            const Layer& layer = model->layer[index];
+            float *keys = states + 2 * index * each, *values = keys + each;
+            norm(worker, rows, model->d_model, hidden, layer.norm1, model->epsilon, normed.data());
+            worker.meet();
+            linear(worker, layer.qkv, rows, normed.data(), qkv.data(), false, nullptr, layer.o.panels);
+            worker.meet();
+            for (long at; (at = worker.take()) < rows;) {
+                float* heads = qkv.data() + at * row;
+                for (long head = 0; head < model->heads + model->kv_heads; ++head)
+                    rotate(heads + head * size, cosines + at * size, sines + at * size, size, room.data());
+                std::memcpy(keys + (known + at) * kept, heads + model->heads * size, kept * 4);
+                std::memcpy(values + (known + at) * kept, heads + (model->heads + model->kv_heads) * size, kept * 4);
+            }
+            worker.meet();
+            if (index + 1 == model->layers) break;  // the last layer's output is not needed
+            within(
+                worker, prompts, model->heads, model->kv_heads, size, qkv.data(), known, row, keys, values, kept, model->scale, z.data());
+            worker.meet();
+            const float* following = model->layer[index + 1].qkv.panels;
+            rest(worker, *model, layer, rows, z.data(), hidden, added, normed.data(), inner.data(), following);
+        }
     });
 }
 

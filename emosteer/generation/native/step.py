@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emosteer.generation.kv_cache import RowCache
+from emosteer.generation.kv_cache import StepCache
 from emosteer.generation.native.build import library
 from emosteer.generation.packed_linear import joined_bias
 from emosteer.generation.prefix_tree import PrefixTree
@@ -52,10 +52,11 @@ class _Model(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "end", "threads")),
+        *((name, c_int64) for name in ("rows", "threads")),
         *((name, c_void_p) for name in ("hidden", "cosines", "sines", "cache")),
         *((name, c_int64) for name in ("layer_stride", "kind_stride", "row_stride", "head_stride")),
         ("begins", c_void_p),
+        ("ends", c_void_p),
         ("added", POINTER(c_void_p)),
     ]
 
@@ -156,7 +157,7 @@ class NativeStep:
         return self.takes(rows) and (rows <= READ_ROWS or _torch_is_slow())
 
     def step(
-        self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: RowCache, added: Sequence[tuple[Tensor | None, Tensor | None]]
+        self, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: StepCache, added: Sequence[tuple[Tensor | None, Tensor | None]]
     ) -> Tensor:
         """Final-normed hidden states [row, d_model]; `hidden` [row, d_model] is overwritten. The cache has made room for the new column.
 
@@ -164,11 +165,10 @@ class NativeStep:
             angles: cosines and signed sines [row, 1, d_head]; added: see `lean_forward.Added`.
         """
         cosines, sines = (angle.contiguous() for angle in angles)
-        begins, block = cache.unused, cache.block
+        (begins, ends), block = cache.spans, cache.block
         vectors = [None if vector is None else vector.contiguous() for pair in added for vector in pair]
         batch = _Batch(
             rows=len(hidden),
-            end=cache.end,
             threads=torch.get_num_threads(),
             hidden=hidden.data_ptr(),
             cosines=cosines.data_ptr(),
@@ -179,20 +179,27 @@ class NativeStep:
             row_stride=block.stride(2),
             head_stride=block.stride(3),
             begins=begins.data_ptr(),
+            ends=ends.data_ptr(),
             added=(c_void_p * len(vectors))(*(None if vector is None else vector.data_ptr() for vector in vectors)),
         )
         _library().emosteer_step(ctypes.byref(self.model), ctypes.byref(batch))
         return hidden
 
-    def queries(self, layer: int, hidden: Tensor, heads: Tensor) -> None:
-        """Writes a layer's queries, keys and values, not rotated, into `heads` [row, head of the three kinds, d_head]. hidden: [row,
-        d_model]."""
-        _call("queries", ctypes.byref(self.model), layer, hidden, len(hidden), torch.empty_like(hidden), heads)
+    def prompts(self, hidden: Tensor, angles: tuple[Tensor, Tensor], packed: PrefixTree, known: Tensor | None) -> Tensor:
+        """Keys (rotated) and values of all nodes of a prefix tree, [layer, 2, node, n_kv_heads, d_head], in one call: what a prefix gives
+        does not depend, to the last bit, on what else is read with it.
 
-    def rest(self, layer: int, hidden: Tensor, z: Tensor, room: Tensor) -> None:
-        """Adds what follows attention in a layer to `hidden` [row, d_model]. z: [row, n_heads * d_head]; room: [row, d_mlp], to be
-        written over."""
-        _call("rest", ctypes.byref(self.model), layer, z, len(hidden), hidden, torch.empty_like(hidden), room)
+        Args:
+            hidden: embeddings [node that is not known, d_model], overwritten; angles: cosines and signed sines [the same, 1, d_head];
+            known: what is known already, as the result, of the known nodes.
+        """
+        model, nodes, n_known = self.model, len(packed.tokens), packed.n_known
+        states = hidden.new_empty(model.layers, 2, nodes, model.kv_heads, model.d_head)
+        if known is not None:
+            states[:, :, :n_known] = known
+        spans = packed.paths, *packed.paths.shape, packed.begins, packed.lengths
+        _call("prompts", ctypes.byref(model), hidden, *(angle.contiguous() for angle in angles), nodes, n_known, *spans, states)
+        return states
 
 
 def norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
