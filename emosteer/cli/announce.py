@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -33,12 +33,17 @@ def announced(estimate: Callable[[], Cost], dry_run: bool, as_json: bool = False
         return
     cost = estimate()
     if dry_run:
-        typer.echo(json.dumps(cost.as_json(), indent=2) if as_json else cost.line)
-        raise typer.Exit
+        tell(cost, as_json)
     note(cost.line + (f"; shared by {world()} processes" if world() > 1 else ""))
     begin = time.monotonic()
     yield
     note(f"{cost.command} took {spoken(time.monotonic() - begin)}{_peak()}")
+
+
+def tell(cost: Cost, as_json: bool) -> NoReturn:
+    """All that a dry run says."""
+    typer.echo(json.dumps(cost.as_json(), indent=2) if as_json else cost.line)
+    raise typer.Exit
 
 
 def _peak() -> str:

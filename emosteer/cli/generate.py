@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced, tell
 from emosteer.cli.engine_options import engine_options
 from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.limits import MaxHarmOption, warn_of_harm
@@ -148,6 +150,7 @@ def generate(
     max_harm: MaxHarmOption = None,
     root: RootOption = ARTIFACTS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
+    dry_run: DryRunOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
@@ -164,6 +167,8 @@ def generate(
     leaning = _guidance(guidance, engine)
     options = engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
+    if dry_run and engine != "builtin":
+        raise UsageError("--dry-run times the built-in engine and knows nothing of vLLM; leave one of them out")
     limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
 
@@ -177,6 +182,8 @@ def generate(
     crew = join()
     loaded = _load(engine, model, device, device_map, dtype, method, control_tokens)
     found: tuple[Circuit, Path] | None = None
+    if dry_run and auto and chosen.steers:
+        _tell_making(loaded, circuit, root, as_json)
     if chosen.steers:
         found = _circuit_or_made(loaded, circuit, model, root) if auto else require_circuit(loaded, circuit, root)
     elif chosen.asks and circuit is not None:
@@ -193,13 +200,13 @@ def generate(
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
         author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
         warn_of_harm(limits, method, loaded.name, found, jobs, root)
-        return _write(author, jobs, out, found[1], fresh, as_json, crew)
+        return _write(author, jobs, out, found[1], fresh, dry_run, as_json, crew)
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
     warn_of_harm(limits, method, loaded.name, found, jobs, root)
-    _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
+    _write(author, jobs, out, found[1] if found else None, fresh, dry_run, as_json, crew)
 
 
 def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool, engine: str) -> None:
@@ -305,6 +312,16 @@ def _circuit_or_made(loaded: Model | Served, given: Path | None, model: str, roo
     return ensure_circuit(loaded, given, root, lambda: loaded if isinstance(loaded, Model) else Model.load(model))
 
 
+def _tell_making(loaded: Model | Served, given: Path | None, root: Path, as_json: bool) -> None:
+    """A dry run of --auto on a model that has no circuit yet: says what making it takes, and ends the command."""
+    from emosteer.api.making import cost_of_making
+    from emosteer.circuits.places import find_circuit
+    from emosteer.models.model import Model
+
+    if isinstance(loaded, Model) and find_circuit(loaded, given, root) is None:
+        tell(cost_of_making(loaded, root), as_json)
+
+
 def _author(
     loaded: Model | Served,
     found: tuple[Circuit, Path] | None,
@@ -326,14 +343,33 @@ def _author(
 
 
 def _write(
-    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew
+    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, dry_run: bool, as_json: bool, crew: Crew
 ) -> None:
     from emosteer.base.files import sha256_file
+
+    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
+    with _announced(writer, jobs, out, sha256, fresh, dry_run, as_json):
+        _written(writer, jobs, out, sha256, fresh, as_json, crew)
+
+
+def _announced(
+    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, sha256: str, fresh: bool, dry_run: bool, as_json: bool
+) -> contextlib.AbstractContextManager[None]:
+    """The writing with what it costs said before it, where that is asked for or there is more than a batch of it."""
+    from emosteer.writing.writer import Writer
+
+    if not isinstance(writer, Writer) or not (dry_run or len(jobs) > writer.batch_size):
+        return contextlib.nullcontext()
+    from emosteer.api.costs.replies import of_generate
+
+    return announced(lambda: of_generate(writer, jobs, out, sha256, fresh), dry_run, as_json)
+
+
+def _written(writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, sha256: str, fresh: bool, as_json: bool, crew: Crew) -> None:
     from emosteer.base.progress import bar
     from emosteer.writing.jobs import row_of
     from emosteer.writing.reply_files import write_file
 
-    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
     if out is not None:
         rows = write_file(writer, jobs, out, sha256, fresh=fresh, crew=crew)
         if not crew.lead:

@@ -11,6 +11,8 @@ from emosteer.writing.settings import BATCH_SIZE
 if TYPE_CHECKING:
     from emosteer.models.model import Model
 
+#: The stage that writes, as `memory_of` names it.
+WRITING = f"generate, {BATCH_SIZE} guided replies at once"
 #: Tokens of a prompt with its reply, and of a step of learning, that memory is reckoned for.
 REPLY_TOKENS, STEP_TOKENS = 192, 640
 #: Strata of an extraction beside its themes, and themes at most (`directions.contrast`).
@@ -32,5 +34,5 @@ def memory_of(model: Model) -> dict[str, int]:
         "weights": weights,
         "extract": weights + statistics + Settings.batch_tokens * per_token * size,
         "circuit": weights + kept + 3 * 4 * emotions * shape.n_layers * shape.n_heads * shape.d_head,
-        f"generate, {BATCH_SIZE} guided replies at once": weights + 2 * BATCH_SIZE * cache,
+        WRITING: weights + 2 * BATCH_SIZE * cache,
     }

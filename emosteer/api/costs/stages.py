@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emosteer.api.costs import trials
 from emosteer.api.costs.cost import REPLY_BYTES, Cost, Part
-from emosteer.api.costs.memory import memory_of
+from emosteer.api.costs.memory import WRITING, memory_of
 from emosteer.api.costs.trials import plus, times
 from emosteer.attribution.ablate import compared_groups
 from emosteer.attribution.curves import Runner, TextScore, conditions, kept_points
@@ -214,7 +214,7 @@ def _written(
             Part("replies", left, left * decoding.max_new_tokens, times(left, seconds), at_most=True),
             Part("readings by judges", left * len(jury.judges), 0, times(left, read), at_most=True),
         ),
-        next(size for what, size in memory_of(model).items() if what.startswith("generate")),
+        memory_of(model)[WRITING],
         wanted * REPLY_BYTES,
         f"{kept:,} of {wanted:,} replies are kept" if kept else "",
         notes,
