@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, NoReturn
@@ -12,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from emosteer.api.costs.cost import Cost, amount, spoken
+from emosteer.api.costs.memory import peak
 from emosteer.base.processes import rank, world
 from emosteer.base.progress import note
 
@@ -48,9 +48,5 @@ def tell(cost: Cost, as_json: bool) -> NoReturn:
 
 def _peak() -> str:
     """The most memory that this process had."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f" and {amount(size)} of memory at most"
+    size = peak()
+    return f" and {amount(size)} of memory at most" if size else ""

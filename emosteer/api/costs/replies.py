@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emosteer.api.costs import trials
 from emosteer.api.costs.cost import REPLY_BYTES, VERDICT_BYTES, Cost, Part
-from emosteer.api.costs.memory import WRITING, memory_of
+from emosteer.api.costs.memory import WRITING, needed, peak
 from emosteer.api.costs.trials import plus, times
 from emosteer.base.jsonl import whole_rows
 from emosteer.circuits.circuit import Circuit
@@ -46,7 +46,7 @@ def of_generate(writer: Writer, jobs: Sequence[Job], out: Path | None = None, ci
     return Cost(
         "generate",
         (Part("replies", len(left), len(left) * longest, times(len(left), seconds), at_most=True),),
-        memory_of(writer.model)[WRITING],
+        needed(writer.model, WRITING),
         len(left) * REPLY_BYTES if out is not None else 0,
         f"{kept:,} of {len(jobs):,} replies are kept" if kept else "",
     )
@@ -68,7 +68,7 @@ def of_judge(
     return Cost(
         "judge",
         (Part("texts", len(left), 0, seconds), Part("readings by judges", len(left) * len(judges), 0, 0.0)),
-        0,
+        peak(),
         len(left) * VERDICT_BYTES if written else 0,
         f"{kept:,} of {len(texts):,} texts are judged" if kept else "",
         tuple(f"asks {judge.name} {len(left):,} times, which is not in the time" for judge in paid),
@@ -107,7 +107,7 @@ def of_effects(
     return Cost(
         "effects",
         parts,
-        memory_of(model)[WRITING],
+        needed(model, WRITING),
         (wanted - kept + again + long) * REPLY_BYTES,
         f"{kept:,} of {wanted:,} replies and texts are kept" if kept else "",
     )

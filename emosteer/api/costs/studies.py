@@ -9,7 +9,7 @@ from functools import partial
 
 from emosteer.api.costs import trials
 from emosteer.api.costs.cost import Cost, Part
-from emosteer.api.costs.memory import memory_of
+from emosteer.api.costs.memory import needed
 from emosteer.api.costs.trials import plus, times
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.heads.checks import Pair, check_text, text_row_of
@@ -57,7 +57,7 @@ def of_heads(model: Model, circuit: Circuit, directions: Directions, groups: Seq
     n_targets, z = 0 if targets is None else len(targets.heads), model.shape.n_layers * model.shape.n_heads * model.shape.d_head
     paths = 2 * 4 * emotions * n_targets * z
     lifts = 4 * len(chosen) * (4 + settings.random) * model.shape.d_vocab
-    return Cost("heads", tuple(parts), memory_of(model)["weights"] + paths + lifts, len(chosen) * PAGE_BYTES)
+    return Cost("heads", tuple(parts), needed(model, "weights", paths + lifts), len(chosen) * PAGE_BYTES)
 
 
 def of_validate(model: Model, circuit: Circuit, groups: Sequence[Group], bank: Bank, settings: ValidateSettings, kept: int = 0) -> Cost:
@@ -66,7 +66,7 @@ def of_validate(model: Model, circuit: Circuit, groups: Sequence[Group], bank: B
     usable, tried, references = drawn_prompts(circuit, groups, bank, settings)
     found = _tried_bench(model, circuit, bank, usable, tried, references, settings)
     if found is None:  # not even a few prompts fit in memory
-        return Cost("validate", (Part("prompts and emotions", len(tried) * len(circuit.emotions)),), memory_of(model)["extract"])
+        return Cost("validate", (Part("prompts and emotions", len(tried) * len(circuit.emotions)),), needed(model, "extract"))
     bench, seconds = found
     cells = cells_of([plan(sets, circuit.emotions, settings) for sets in bench.sets], len(tried))
     rows, cost = Counter[str](), dict[str, float | None]()
@@ -86,7 +86,7 @@ def of_validate(model: Model, circuit: Circuit, groups: Sequence[Group], bank: B
         parts.append(_under_ablation(bench))
     size = 4 * 2 * sum(rows.values()) + 4 * len(circuit.emotions) * model.shape.n_layers * model.shape.n_heads * 2
     done = f"{kept} of {len(cells)} prompts and emotions are kept" if kept else ""
-    return Cost("validate", tuple(parts), memory_of(model)["extract"], size, done)
+    return Cost("validate", tuple(parts), needed(model, "extract"), size, done)
 
 
 def _tried_bench(

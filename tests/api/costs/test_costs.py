@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emosteer.api.costs import stages, trials
+from emosteer.api.costs import memory, stages, trials
 from emosteer.api.costs.cost import Cost, Part, amount, of_author, spoken
 from emosteer.api.costs.replies import of_effects
 from emosteer.attribution.settings import AblateSettings, CurveSettings
@@ -137,6 +137,21 @@ def test_a_trial_that_does_not_fit_in_memory_gives_no_time_and_other_errors_are_
     with pytest.raises(RuntimeError, match="shapes"):
         trials.timed(broken(RuntimeError("shapes differ")))
     assert trials.times(3, None) is None and trials.plus(1.0, None) is None and trials.plus(1.0, 2.0) == 3.0
+
+
+def test_the_memory_counts_what_the_process_has_had_and_on_a_gpu_only_what_is_reckoned(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = bytearray(2**27)
+    held[:: 2**12] = b"x" * 2**15  # every page of it
+    assert 2**27 < memory.peak() < 2**40 and len(held) == 2**27
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "peak", lambda: 2**40)
+        groups, bank = small_data(6)
+        assert stages.of_extract(tiny, groups, Settings(EMOTIONS), bank).memory == 2**40
+    assert memory.needed(tiny, "extract", 2**40) == memory.memory_of(tiny)["extract"] + 2**40
+    monkeypatch.setattr(Model, "device", property(lambda self: torch.device("cuda")))
+    assert memory.needed(tiny, "extract") == memory.memory_of(tiny)["extract"]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------------
