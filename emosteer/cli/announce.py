@@ -34,6 +34,13 @@ def announced(estimate: Callable[[], Cost], dry_run: bool, as_json: bool = False
     cost = estimate()
     if dry_run:
         tell(cost, as_json)
+    with told(cost):
+        yield
+
+
+@contextlib.contextmanager
+def told(cost: Cost) -> Iterator[None]:
+    """A block of work between what it will cost and what it took."""
     note(cost.line + (f"; shared by {world()} processes" if world() > 1 else ""))
     begin = time.monotonic()
     yield

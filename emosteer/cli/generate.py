@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +14,7 @@ from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
-from emosteer.cli.announce import DryRunOption, announced, tell
+from emosteer.cli.announce import DryRunOption, tell
 from emosteer.cli.engine_options import engine_options
 from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.limits import MaxHarmOption, warn_of_harm
@@ -31,6 +29,7 @@ from emosteer.cli.options import (
     complete_emotion,
     one_of,
 )
+from emosteer.cli.write_replies import write_replies
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
@@ -39,7 +38,6 @@ from emosteer.writing.feelings import Feeling
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
-    from emosteer.base.processes import Crew
     from emosteer.circuits.circuit import Circuit
     from emosteer.models.model import Model
     from emosteer.serving.vllm_writer import Served
@@ -200,13 +198,13 @@ def generate(
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
         author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
         warn_of_harm(limits, method, loaded.name, found, jobs, root)
-        return _write(author, jobs, out, found[1], fresh, dry_run, as_json, crew)
+        return write_replies(author, jobs, out, found[1], fresh, dry_run, as_json, crew)
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
     warn_of_harm(limits, method, loaded.name, found, jobs, root)
-    _write(author, jobs, out, found[1] if found else None, fresh, dry_run, as_json, crew)
+    write_replies(author, jobs, out, found[1] if found else None, fresh, dry_run, as_json, crew)
 
 
 def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool, engine: str) -> None:
@@ -340,71 +338,3 @@ def _author(
     from emosteer.serving.vllm_writer import VllmWriter
 
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
-
-
-def _write(
-    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, dry_run: bool, as_json: bool, crew: Crew
-) -> None:
-    from emosteer.base.files import sha256_file
-
-    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
-    with _announced(writer, jobs, out, sha256, fresh, dry_run, as_json):
-        _written(writer, jobs, out, sha256, fresh, as_json, crew)
-
-
-def _announced(
-    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, sha256: str, fresh: bool, dry_run: bool, as_json: bool
-) -> contextlib.AbstractContextManager[None]:
-    """The writing with what it costs said before it, where that is asked for or there is more than a batch of it."""
-    from emosteer.writing.writer import Writer
-
-    if not isinstance(writer, Writer) or not (dry_run or len(jobs) > writer.batch_size):
-        return contextlib.nullcontext()
-    from emosteer.api.costs.replies import of_generate
-
-    return announced(lambda: of_generate(writer, jobs, out, sha256, fresh), dry_run, as_json)
-
-
-def _written(writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, sha256: str, fresh: bool, as_json: bool, crew: Crew) -> None:
-    from emosteer.base.progress import bar
-    from emosteer.writing.jobs import row_of
-    from emosteer.writing.reply_files import write_file
-
-    if out is not None:
-        rows = write_file(writer, jobs, out, sha256, fresh=fresh, crew=crew)
-        if not crew.lead:
-            return
-        if as_json:
-            _print_json(rows)
-        else:
-            finished = sum(row["finish_reason"] == "stop" for row in rows)
-            cut = len(rows) - finished
-            where = "; steered at all positions, the prompt's included" if writer.marks.get("positions") == "all" else ""
-            ends = f"{finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens"
-            typer.echo(f"{len(rows)} replies -> {out} ({ends}{where})")
-        return
-    run = writer.run_key(sha256)
-    if len(jobs) == 1 and not as_json:
-        for piece in writer.stream(jobs[0]):
-            typer.echo(piece, nl=False)
-        typer.echo("")
-        return
-    several = len({job.messages for job in jobs}) > 1
-    written: dict[str, dict[str, Any]] = {}
-    waiting = list(jobs)
-    with bar("generate (replies)", len(jobs)) as advance:
-        for job, reply in writer.write(jobs):
-            written[job.id] = row_of(job, reply, run, writer.marks)
-            advance(1)
-            while waiting and waiting[0].id in written:  # in the order of the input, as soon as it is that reply's turn
-                first = waiting.pop(0)
-                row = written.pop(first.id)
-                if as_json:
-                    _print_json([row])
-                else:
-                    typer.echo(f"{first.id if several else first.emotion}: {row['text']}")
-
-
-def _print_json(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        typer.echo(json.dumps(row, ensure_ascii=False))
