@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Texts judged before their rows are written; a kill costs no more.
 CHUNK = 256
+#: Texts from which on the judging says before it begins what it will cost.
+MANY = 256
 #: Where --help lists what belongs to --by-hand.
 HAND = "Reading by hand"
 JudgedRow = dict[str, Any]
@@ -217,7 +219,7 @@ def _announced(
 
     texts = {line.sha256: line.text for line in lines}
     left = [text for sha256, text in texts.items() if sha256 not in known]
-    if not dry_run and len(left) <= CHUNK:
+    if not dry_run and len(left) < MANY:
         return contextlib.nullcontext()
     return announced(lambda: of_judge(panel, paid, check.check, list(texts.values()), left, written), dry_run, as_json)
 
