@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from emosteer.cli.announce import announced
+from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.base.processes import Crew
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def write_replies(
     writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, dry_run: bool, as_json: bool, crew: Crew
 ) -> None:
-    """Writes jobs, with what that costs said before it where it is more than a batch; a dry run ends there.
+    """Writes jobs, with what that costs said before it where it is more than a usual batch; a dry run ends there.
 
     Args:
         circuit: its file, where there is one.
@@ -35,10 +36,10 @@ def write_replies(
 def _announced(
     writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, sha256: str, fresh: bool, dry_run: bool, as_json: bool
 ) -> contextlib.AbstractContextManager[None]:
-    """The writing with what it costs said before it, where that is asked for or there is more than a batch of it."""
+    """The writing with what it costs said before it, where that is asked for or there is more than a usual batch of it."""
     from emosteer.writing.writer import Writer
 
-    if not isinstance(writer, Writer) or not (dry_run or len(jobs) > writer.batch_size):
+    if not isinstance(writer, Writer) or not (dry_run or len(jobs) > BATCH_SIZE):
         return contextlib.nullcontext()
     from emosteer.api.costs.replies import of_generate
 

@@ -45,10 +45,10 @@ def needed(model: Model, stage: str, more: int = 0) -> int:
     loading and a trial of the work. Called after the trial.
 
     Args:
-        stage: as `memory_of` names it; more: what comes on top of it.
+        stage: as `memory_of` names it; more: what comes on top of it, and is not in the trial.
     """
-    reckoned = memory_of(model)[stage] + more
-    return max(reckoned, peak()) if model.device.type == "cpu" else reckoned
+    reckoned = memory_of(model)[stage]
+    return more + (max(reckoned, peak()) if model.device.type == "cpu" else reckoned)
 
 
 def peak() -> int:
