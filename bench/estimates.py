@@ -33,8 +33,8 @@ extract --limit 96 --fresh
 generate --input prompts.jsonl --emotion anger --out replies.jsonl --fresh
 judge texts.jsonl --out judged.jsonl --fresh
 heads --groups 24
-validate --quick --randoms 4 --prompts 2
-effects --quick --items 24 --requests 6 --attachments 6 --everyday 6 --texts 12 --fresh
+validate --quick --prompts 2 --randoms 2 --parts necessary --bank-groups 8 --references 4 --bootstraps 10
+effects --quick --items 12 --requests 4 --attachments 4 --everyday 4 --texts 12 --fresh
 probe --per-label 40 --hidden 0 --epochs 40 --followed 14 --prompted 14 --moved 14 --fresh
 ablate --shares 0.1 --prompts 4 --randoms 1 --kinds zero --fresh
 circuit --gain-steps 4 --no-learn-residual --no-tune --out learned.safetensors

@@ -102,28 +102,34 @@ def figure(table: str) -> str:
 
 
 def labelled(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where each point's name stands (`BESIDE`) so that no two names overlap, nor a name another point: the first place that is free."""
-    (left, right), (low, high) = AXES
-    across, up = 710 / (right - left), 270 / (high - low)  # pixels, about, of the drawing without its axes
-    dots = [(across * (point["x"] - left), up * (point["y"] - low)) for point in points]
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in dots]
+    """Where each point's name stands (`BESIDE`): the first place that is inside the axes and meets no other name and no other point."""
+    taken = [box(point) for point in points]
     chosen = []
-    for i, (point, (x, y)) in enumerate(zip(points, dots, strict=True)):
-        width = 7 * len(point["series"])
-        boxes = {
-            "above": (x - width / 2, y + 5, x + width / 2, y + 19),
-            "right": (x + 9, y - 7, x + 9 + width, y + 7),
-            "left": (x - 9 - width, y - 7, x - 9, y + 7),
-            "below": (x - width / 2, y - 19, x + width / 2, y - 5),
-        }
-        free = [name for name, box in boxes.items() if box[1] >= 0 and not any(_meet(box, t) for j, t in enumerate(taken) if j != i)]
-        chosen.append(free[0] if free else "above")
+    for i, point in enumerate(points):
+        others = [other for j, other in enumerate(taken) if j != i]
+        boxes = {where: box(point, where) for where in BESIDE}
+        free = [where for where, own in boxes.items() if own[1] >= 0 and not any(meet(own, other) for other in others)]
+        chosen.append(free[0] if free else next(iter(BESIDE)))
         taken.append(boxes[chosen[-1]])
     return chosen
 
 
-def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two boxes (left, low, right, high) overlap."""
+def box(point: Mapping[str, Any], where: str | None = None) -> tuple[float, float, float, float]:
+    """Left, low, right and high end of a point's name, or of the point itself, in pixels of the drawing, about."""
+    (left, right), (low, high) = AXES
+    x, y = 710 * (point["x"] - left) / (right - left), 270 * (point["y"] - low) / (high - low)
+    width = 7 * len(point["series"])
+    return {
+        None: (x - 7, y - 7, x + 7, y + 7),
+        "above": (x - width / 2, y + 5, x + width / 2, y + 19),
+        "right": (x + 9, y - 7, x + 9 + width, y + 7),
+        "left": (x - 9 - width, y - 7, x - 9, y + 7),
+        "below": (x - width / 2, y - 19, x + width / 2, y - 5),
+    }[where]
+
+
+def meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes overlap."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
