@@ -171,10 +171,15 @@ def figure(folder: Path) -> str:
     selections = list(dict.fromkeys(point["series"] for point in points))
     styles = {series: _style(series, shapes[number % len(shapes)]) for number, series in enumerate(selections)}
     x = plots.quantity(
-        "x", "size: share of the heads and of the neurons, %", log=True, values=[100 * size for size in (0.005, 0.02, 0.1, 0.5)]
+        "x",
+        "size: share of the heads and of the neurons, %",
+        domain=(0.8 * min(point["x"] for point in points), 1.2 * max(point["x"] for point in points)),
+        log=True,
+        values=[100 * size for size in (0.005, 0.02, 0.1, 0.5)],
     )
     y = plots.quantity("y", "margin on held-out prompts, nats per token")
-    color, shape = plots.named("series", styles, legend={"title": None}), plots.named("series", styles, "shape", {"title": None})
+    legend = {"title": None, "orient": "top", "columns": 6, "columnPadding": 34}  # room for fonts wider than those it is laid out with
+    color, shape = (plots.named("series", styles, look, legend) for look in ("paint", "shape"))
     dash = plots.named("series", styles, "dash")
     layers = [
         plots.mark("line", {"x": x, "y": y, "color": color, "strokeDash": dash}, strokeWidth=2),

@@ -14,10 +14,12 @@ import itertools
 import random
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 
 import emosteer
 from emosteer.api.pairs import in_turn, pairs_of
@@ -38,6 +40,20 @@ from emosteer.scenarios.shipped import unseen_groups
 DOCS = Path(__file__).parents[1] / "docs"
 #: Prompts in the gallery, and the seed of the draw.
 DRAWN, SEED = 24, 0
+#: The figure's axes, in %: answers, emotion. And how a point's name is set beside it.
+AXES = ((30, 75), (0, 100))
+BESIDE: Mapping[str, Mapping[str, Any]] = {
+    "above": {"dy": -12},
+    "right": {"dx": 9, "align": "left", "baseline": "middle"},
+    "left": {"dx": -9, "align": "right", "baseline": "middle"},
+    "below": {"dy": 16},
+}
+#: The terminal of the picture: every colour, dimmed text included, has a contrast of at least 4.5 to its background.
+TERMINAL = TerminalTheme(
+    (22, 27, 34),
+    (230, 234, 239),
+    [(22, 27, 34), (255, 123, 114), (126, 201, 110), (233, 196, 86), (121, 178, 240), (214, 150, 235), (108, 200, 214), (230, 234, 239)],
+)
 
 
 def main() -> None:
@@ -55,7 +71,8 @@ def picture(model: SteeredModel, jury: Jury) -> str:
     console = Console(record=True, width=demo.WIDTH, file=io.StringIO(), highlight=False)
     console.print(demo.title(model))
     demo.written(model, jury, demo.drawn_prompts(), console.print, len(model.emotions))
-    return re.sub(r"@font-face\s*{.*?}", "", console.export_svg(title="make demo", unique_id="demo"), flags=re.DOTALL)
+    console.print()
+    return re.sub(r"@font-face\s*{.*?}", "", console.export_svg(title="make demo", theme=TERMINAL, unique_id="demo"), flags=re.DOTALL)
 
 
 def figure(table: str) -> str:
@@ -71,17 +88,49 @@ def figure(table: str) -> str:
     points = [{**point, "series": label(point["name"]), "x": point["answers"], "y": point["emotion (panel)"]} for point in points]
     styles = {point["series"]: style(point["name"]) for point in points}
     place = {
-        "x": plots.quantity("x", "replies that answer their prompt, %", domain=(30, 75)),
-        "y": plots.quantity("y", "replies that carry the emotion, %", domain=(0, 100)),
+        "x": plots.quantity("x", "replies that answer their prompt, %", domain=AXES[0]),
+        "y": plots.quantity("y", "replies that carry the emotion, %", domain=AXES[1]),
     }
     dot = {**place, "color": plots.named("series", styles), "shape": plots.named("series", styles, "shape")}
     text = {**place, "text": {"field": "series", "type": "nominal"}}
-    layers = [
-        plots.mark("point", dot, size=90, filled=True, opacity=1),
-        plots.mark("text", text, dy=-12, fontSize=12),
-    ]
+    layers = [plots.mark("point", dot, size=90, filled=True, opacity=1)]
+    for where, look in BESIDE.items():
+        own = [point for point, chosen in zip(points, labelled(points), strict=True) if chosen == where]
+        layers += [plots.mark("text", text, own, fontSize=12, **look)] * bool(own)
     alt_text = "; ".join(f"{p['series']}: emotion {p['y']:.0f} %, answers {p['x']:.0f} %" for p in points)
     return standalone(plots.svg(plots.chart(points, layers, 320, plots.WIDE), alt_text))
+
+
+def labelled(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where each point's name stands (`BESIDE`): the first place that is inside the axes and meets no other name and no other point."""
+    taken = [box(point) for point in points]
+    chosen = []
+    for i, point in enumerate(points):
+        others = [other for j, other in enumerate(taken) if j != i]
+        boxes = {where: box(point, where) for where in BESIDE}
+        free = [where for where, own in boxes.items() if own[1] >= 0 and not any(meet(own, other) for other in others)]
+        chosen.append(free[0] if free else next(iter(BESIDE)))
+        taken.append(boxes[chosen[-1]])
+    return chosen
+
+
+def box(point: Mapping[str, Any], where: str | None = None) -> tuple[float, float, float, float]:
+    """Left, low, right and high end of a point's name, or of the point itself, in pixels of the drawing, about."""
+    (left, right), (low, high) = AXES
+    x, y = 710 * (point["x"] - left) / (right - left), 270 * (point["y"] - low) / (high - low)
+    width = 7 * len(point["series"])
+    return {
+        None: (x - 7, y - 7, x + 7, y + 7),
+        "above": (x - width / 2, y + 5, x + width / 2, y + 19),
+        "right": (x + 9, y - 7, x + 9 + width, y + 7),
+        "left": (x - 9 - width, y - 7, x - 9, y + 7),
+        "below": (x - width / 2, y - 19, x + width / 2, y - 5),
+    }[where]
+
+
+def meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes overlap."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def standalone(drawn: str) -> str:

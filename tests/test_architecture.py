@@ -71,7 +71,9 @@ LIGHT = (
     "judges.by_hand_scores",
 )
 LIGHT_BUT = (
+    "api.costs.replies",
     "api.costs.stages",
+    "api.costs.studies",
     "api.costs.trials",
     "base.artifacts",
     "base.pieces",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from bench import showcase
 from emosteer.cli.main import app
 from emosteer.generation.decoding import Decoding
 from tests import commands, from_wheel
@@ -179,3 +181,36 @@ def test_the_figure_of_the_methods_shows_the_measured_table() -> None:
     for row in measured:
         assert f"emotion {float(row[3].split()[0]):.0f} %, answers {float(row[4]):.0f} %" in drawn
     assert "prefers-color-scheme: dark" in drawn and "http" not in drawn.replace("http://www.w3.org", "")
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG's contrast of two colours, as "#rrggbb"."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_all_text_of_the_terminal_picture_can_be_read() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    drawn = (ROOT / "docs" / "demo.svg").read_text("utf-8")
+    paper = re.findall(r'<rect fill="(#\w{6})"', drawn)[0]
+    inks = re.findall(r"\.demo-r\d+ \{ fill: (#\w{6})", drawn)
+    assert len(inks) > 8 and min(contrast(ink, paper) for ink in inks) >= 4.5
+
+
+def test_no_name_in_the_figure_of_the_methods_overlaps_another_or_a_point() -> None:
+    names = ("Prompt: stimulus", "Prompt: tone", "Residual steering", "Random circuit", "Prompt: system", "Unsteered")
+    places = ((44, 18), (50, 17), (57, 13), (53, 4), (59, 3), (69, 3))
+    points = [{"series": name, "x": x, "y": y} for name, (x, y) in zip(names, places, strict=True)]
+    chosen = showcase.labelled(points)
+    drawn = [showcase.box(point, where) for point, where in zip(points, chosen, strict=True)]
+    assert not [pair for pair in itertools.combinations(drawn, 2) if showcase.meet(*pair)]
+    dots = [showcase.box(point) for point in points]
+    assert not [(i, j) for i, own in enumerate(drawn) for j, dot in enumerate(dots) if i != j and showcase.meet(own, dot)]
+    above = [showcase.box(point, "above") for point in points]
+    assert any(showcase.meet(*pair) for pair in itertools.combinations(above, 2)), "they would, all above their points"

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emosteer.api.costs.cost import Cost
-from emosteer.api.inputs import PathLike, directions_of, path_of
+from emosteer.api.inputs import PathLike, circuit_of, directions_of, path_of
 from emosteer.api.stages import assembly_of
 from emosteer.attribution.settings import AblateSettings
+from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.places import own_bank_of
 from emosteer.circuits.settings import CircuitSettings, GainSettings
+from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.probing.settings import ProbeSettings
 from emosteer.probing.texts import texts_of
 from emosteer.scenarios.shipped import Data, read_data, without_development
+from emosteer.side_effects.battery import battery_of
+from emosteer.side_effects.settings import EffectsSettings
 
 if TYPE_CHECKING:
+    from emosteer.circuits.circuit import Circuit
     from emosteer.directions.directions import Directions
     from emosteer.models.model import Model
 
@@ -69,3 +74,62 @@ def first_reply(model: Model, data: Data, emotions: Sequence[str], checkpoint: P
     first = () if extracted else (of_extract(model, data.groups, settings, data.bank, checkpoint),)
     groups = without_development(data.groups, None)
     return (*first, of_circuit(model, emotions, settings.instruction, groups, data.bank, CircuitSettings(), GainSettings(), True, True))
+
+
+def heads(
+    model: Model,
+    circuit: Circuit | PathLike | None,
+    directions: Directions | PathLike | None,
+    *,
+    scenarios: PathLike | None,
+    replies: PathLike | None,
+    artifacts: PathLike,
+    **settings: Any,
+) -> Cost:
+    """Of `api.describing.describe_heads` with the same arguments; raises what it raises of its data."""
+    from emosteer.api.costs.studies import of_heads
+
+    made, _ = circuit_of(model, circuit, Path(artifacts))
+    found, _, path = directions_of(model, directions, Path(artifacts))
+    data = read_data(path_of(scenarios), path_of(replies) or (own_bank_of(found, path) if path else None))
+    return of_heads(model, made, found, data.groups, data.bank or {}, HeadSettings(**settings))
+
+
+def validate(
+    model: Model,
+    circuit: Circuit | PathLike | None,
+    *,
+    scenarios: PathLike | None,
+    replies: PathLike | None,
+    partial: Path,
+    artifacts: PathLike,
+    **settings: Any,
+) -> Cost:
+    """Of `api.validating.validate` with the same arguments; raises what it raises of its data."""
+    from emosteer.api.costs.studies import of_validate
+    from emosteer.base.jsonl import whole_rows
+
+    made, _ = circuit_of(model, circuit, Path(artifacts))
+    data = read_data(path_of(scenarios), path_of(replies))
+    kept = len(whole_rows(partial)) if partial.is_file() else 0
+    return of_validate(model, made, data.groups, data.bank or {}, ValidateSettings(**settings), kept)
+
+
+def effects(
+    model: Model,
+    circuit: Circuit | PathLike | None,
+    *,
+    questions: PathLike | None,
+    quick: bool,
+    batch_size: int,
+    partial: Path,
+    fresh: bool,
+    artifacts: PathLike,
+    **settings: Any,
+) -> Cost:
+    """Of `api.effects.effects` with the same arguments; raises what it raises of its data."""
+    from emosteer.api.costs.replies import of_effects
+
+    chosen = EffectsSettings.quick(**settings) if quick else EffectsSettings(**settings)
+    ready, _ = circuit_of(model, circuit, Path(artifacts))
+    return of_effects(model, ready, battery_of(chosen, path_of(questions)), chosen, batch_size, None if fresh else partial)

@@ -13,6 +13,7 @@ from emosteer.scenarios.scenarios import EMOTIONS
 from emosteer.scenarios.shipped import Data, read_data
 
 if TYPE_CHECKING:
+    from emosteer.api.costs.cost import Cost
     from emosteer.base.artifacts import Identified
     from emosteer.circuits.circuit import Circuit
     from emosteer.directions.directions import Directions
@@ -50,6 +51,16 @@ def make_circuit(model: Model, root: Path = ARTIFACTS) -> tuple[Circuit, Path]:
     circuit.save(places.circuit)
     note(f"circuit -> {places.circuit}")
     return circuit, places.circuit
+
+
+def cost_of_making(model: Model, root: Path = ARTIFACTS) -> Cost:
+    """What `make_circuit` would do, as the cost of `generate --auto`."""
+    from emosteer.api.costs.cost import Cost
+    from emosteer.api.estimates import first_reply
+
+    places = Places.of(model.name, root)
+    ready = usable_directions(model, places.directions)
+    return Cost.together("generate --auto", first_reply(model, read_data(None, None), EMOTIONS, checkpoint_of(places), ready is not None))
 
 
 def ensure_directions(model: Model, places: Places, data: Data) -> Directions:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from emosteer.api.costs.cost import Cost, amount, spoken
+from emosteer.api.costs.memory import peak
 from emosteer.base.processes import rank, world
 from emosteer.base.progress import note
 
@@ -33,19 +33,27 @@ def announced(estimate: Callable[[], Cost], dry_run: bool, as_json: bool = False
         return
     cost = estimate()
     if dry_run:
-        typer.echo(json.dumps(cost.as_json(), indent=2) if as_json else cost.line)
-        raise typer.Exit
+        tell(cost, as_json)
+    with told(cost):
+        yield
+
+
+@contextlib.contextmanager
+def told(cost: Cost) -> Iterator[None]:
+    """A block of work between what it will cost and what it took."""
     note(cost.line + (f"; shared by {world()} processes" if world() > 1 else ""))
     begin = time.monotonic()
     yield
     note(f"{cost.command} took {spoken(time.monotonic() - begin)}{_peak()}")
 
 
+def tell(cost: Cost, as_json: bool) -> NoReturn:
+    """All that a dry run says."""
+    typer.echo(json.dumps(cost.as_json(), indent=2) if as_json else cost.line)
+    raise typer.Exit
+
+
 def _peak() -> str:
     """The most memory that this process had."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f" and {amount(size)} of memory at most"
+    size = peak()
+    return f" and {amount(size)} of memory at most" if size else ""

@@ -1,4 +1,4 @@
-"""`emosteer doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`emosteer doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKS = {"fine": "ok", "lacking": "!", "broken": "BROKEN"}
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine has and lacks: versions, devices, cache, compiler, models; and the command that mends what is missing.
+    """Say what this machine has and lacks: versions, devices, cache, compiler, models; and the command that fixes what is missing.
 
     Loads no model and fetches nothing. Exits with 1 if something is broken, so that commands cannot work.
     """

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -109,6 +110,7 @@ def effects(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what steering does besides: perplexity, knowledge, refusals, boundaries, language; and up to which intensity limits hold."""
@@ -124,6 +126,7 @@ def effects(
         given["intensities"] = numbers(intensities, "--intensities", float)
     EffectsSettings.quick(**given) if quick else EffectsSettings(**given)  # what makes no sense is said before the model is loaded
     from emosteer.api.effects import effects as run
+    from emosteer.api.estimates import effects as estimate
     from emosteer.circuits.places import Places
     from emosteer.models.memory import bound_kernel_caches
     from emosteer.models.model import Model
@@ -132,10 +135,11 @@ def effects(
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     target = out or Places.of(loaded.name, root).effects
     partial = target.with_name(target.name + ".partial")
-    how: dict[str, Any] = {"judge": judge, "limits": bounds.text, "quick": quick, "batch_size": batch_size, "fresh": fresh}
-    found = run(loaded, circuit, questions=questions, partial=partial, artifacts=root, **how, **given)
-    found = with_command(found, command_line(context))
-    found.save(target)
+    given |= {"questions": questions, "quick": quick, "batch_size": batch_size, "partial": partial, "fresh": fresh, "artifacts": root}
+    with announced(lambda: estimate(loaded, circuit, **given), dry_run, as_json):
+        found = run(loaded, circuit, judge=judge, limits=bounds.text, **given)
+        found = with_command(found, command_line(context))
+        found.save(target)
     shutil.rmtree(partial, ignore_errors=True)
     from emosteer.cli.print_effects import effects_summary, print_effects
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MAX_STRENGTH
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE, Kind
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, tell
 from emosteer.cli.engine_options import engine_options
 from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.limits import MaxHarmOption, warn_of_harm
@@ -29,6 +29,7 @@ from emosteer.cli.options import (
     complete_emotion,
     one_of,
 )
+from emosteer.cli.write_replies import write_replies
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
 from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
@@ -37,7 +38,6 @@ from emosteer.writing.feelings import Feeling
 from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
-    from emosteer.base.processes import Crew
     from emosteer.circuits.circuit import Circuit
     from emosteer.models.model import Model
     from emosteer.serving.vllm_writer import Served
@@ -148,6 +148,7 @@ def generate(
     max_harm: MaxHarmOption = None,
     root: RootOption = ARTIFACTS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
+    dry_run: DryRunOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Write replies that carry an emotion: to a text, to stdin, or to every line of a file."""
@@ -164,6 +165,8 @@ def generate(
     leaning = _guidance(guidance, engine)
     options = engine_options(engine, engine_option, device, device_map)
     _check_processes(text, source, out, auto, engine)
+    if dry_run and engine != "builtin":
+        raise UsageError("--dry-run times the built-in engine and knows nothing of vLLM; leave one of them out")
     limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
 
@@ -177,6 +180,8 @@ def generate(
     crew = join()
     loaded = _load(engine, model, device, device_map, dtype, method, control_tokens)
     found: tuple[Circuit, Path] | None = None
+    if dry_run and auto and chosen.steers:
+        _tell_making(loaded, circuit, root, as_json)
     if chosen.steers:
         found = _circuit_or_made(loaded, circuit, model, root) if auto else require_circuit(loaded, circuit, root)
     elif chosen.asks and circuit is not None:
@@ -193,13 +198,13 @@ def generate(
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
         author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
         warn_of_harm(limits, method, loaded.name, found, jobs, root)
-        return _write(author, jobs, out, found[1], fresh, as_json, crew)
+        return write_replies(author, jobs, out, found[1], fresh, dry_run, as_json, crew)
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
     author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
     warn_of_harm(limits, method, loaded.name, found, jobs, root)
-    _write(author, jobs, out, found[1] if found else None, fresh, as_json, crew)
+    write_replies(author, jobs, out, found[1] if found else None, fresh, dry_run, as_json, crew)
 
 
 def _check_processes(text: str | None, source: Path | None, out: Path | None, auto: bool, engine: str) -> None:
@@ -305,6 +310,16 @@ def _circuit_or_made(loaded: Model | Served, given: Path | None, model: str, roo
     return ensure_circuit(loaded, given, root, lambda: loaded if isinstance(loaded, Model) else Model.load(model))
 
 
+def _tell_making(loaded: Model | Served, given: Path | None, root: Path, as_json: bool) -> None:
+    """A dry run of --auto on a model that has no circuit yet: says what making it takes, and ends the command."""
+    from emosteer.api.making import cost_of_making
+    from emosteer.circuits.places import find_circuit
+    from emosteer.models.model import Model
+
+    if isinstance(loaded, Model) and find_circuit(loaded, given, root) is None:
+        tell(cost_of_making(loaded, root), as_json)
+
+
 def _author(
     loaded: Model | Served,
     found: tuple[Circuit, Path] | None,
@@ -323,52 +338,3 @@ def _author(
     from emosteer.serving.vllm_writer import VllmWriter
 
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)
-
-
-def _write(
-    writer: ReplyWriter, jobs: Sequence[Job], out: Path | None, circuit: Path | None, fresh: bool, as_json: bool, crew: Crew
-) -> None:
-    from emosteer.base.files import sha256_file
-    from emosteer.base.progress import bar
-    from emosteer.writing.jobs import row_of
-    from emosteer.writing.reply_files import write_file
-
-    sha256 = sha256_file(circuit) if circuit is not None and writer.circuit is not None else ""
-    if out is not None:
-        rows = write_file(writer, jobs, out, sha256, fresh=fresh, crew=crew)
-        if not crew.lead:
-            return
-        if as_json:
-            _print_json(rows)
-        else:
-            finished = sum(row["finish_reason"] == "stop" for row in rows)
-            cut = len(rows) - finished
-            where = "; steered at all positions, the prompt's included" if writer.marks.get("positions") == "all" else ""
-            ends = f"{finished} ended by the model, {cut} cut off at {writer.decoding.max_new_tokens} tokens"
-            typer.echo(f"{len(rows)} replies -> {out} ({ends}{where})")
-        return
-    run = writer.run_key(sha256)
-    if len(jobs) == 1 and not as_json:
-        for piece in writer.stream(jobs[0]):
-            typer.echo(piece, nl=False)
-        typer.echo("")
-        return
-    several = len({job.messages for job in jobs}) > 1
-    written: dict[str, dict[str, Any]] = {}
-    waiting = list(jobs)
-    with bar("generate (replies)", len(jobs)) as advance:
-        for job, reply in writer.write(jobs):
-            written[job.id] = row_of(job, reply, run, writer.marks)
-            advance(1)
-            while waiting and waiting[0].id in written:  # in the order of the input, as soon as it is that reply's turn
-                first = waiting.pop(0)
-                row = written.pop(first.id)
-                if as_json:
-                    _print_json([row])
-                else:
-                    typer.echo(f"{first.id if several else first.emotion}: {row['text']}")
-
-
-def _print_json(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        typer.echo(json.dumps(row, ensure_ascii=False))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from emosteer.circuits.heads.settings import HeadSettings
 from emosteer.circuits.places import ARTIFACTS
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -60,11 +61,13 @@ def heads(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the strongest heads of each emotion's circuit do: where they look, what they write, what they fire on, whom they read."""
     settings = HeadSettings(described, nodes, edges, groups, texts, tokens, checked, random, seed)
     from emosteer.api.describing import describe_heads
+    from emosteer.api.estimates import heads as estimate
     from emosteer.base.files import write_text
     from emosteer.circuits.heads.graph import graph as graph_of
     from emosteer.circuits.places import Places
@@ -74,12 +77,14 @@ def heads(
 
     bound_kernel_caches()
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
-    found = describe_heads(loaded, circuit, directions, scenarios=scenarios, replies=replies, artifacts=root, **vars(settings))
+    given: Any = {"scenarios": scenarios, "replies": replies, "artifacts": root, **vars(settings)}
     places = Places.of(loaded.name, root)
     target = out or places.heads
     drawn = graph or (places.heads_graph if out is None else target.with_name(f"{target.stem}-graph.json"))
-    found = with_command(found, command_line(context))
-    found.save(target)
-    write_text(drawn, json.dumps(graph_of(found), indent=1, ensure_ascii=False) + "\n")
+    with announced(lambda: estimate(loaded, circuit, directions, **given), dry_run, as_json):
+        found = describe_heads(loaded, circuit, directions, **given)
+        found = with_command(found, command_line(context))
+        found.save(target)
+        write_text(drawn, json.dumps(graph_of(found), indent=1, ensure_ascii=False) + "\n")
     summary = {"file": str(target), "graph": str(drawn), **heads_summary(found)}
     typer.echo(json.dumps(summary, indent=2)) if as_json else print_heads(summary)

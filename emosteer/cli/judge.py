@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emosteer.base.errors import DataError, EmosteerError, UsageError
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.by_hand import HandOptions, read_by_hand
 from emosteer.cli.options import DeviceOption, PanelOption
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL, JudgeSpec
@@ -20,9 +22,12 @@ from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL, JudgeSpec
 if TYPE_CHECKING:
     from emosteer.base.jsonl import JsonlLog
     from emosteer.judges.protocol import EmotionJudge, Opinion, Soundness
+    from emosteer.judges.soundness import SoundnessCheck
 
 #: Texts judged before their rows are written; a kill costs no more.
 CHUNK = 256
+#: Texts from which on the judging says before it begins what it will cost.
+MANY = 256
 #: Where --help lists what belongs to --by-hand.
 HAND = "Reading by hand"
 JudgedRow = dict[str, Any]
@@ -56,6 +61,7 @@ def judge(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace --out instead of going on.")] = False,
     device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a summary.")] = False,
     by_hand: Annotated[
         bool, typer.Option("--by-hand", help="Read the texts yourself, blind, a key each; --out keeps the labels.", rich_help_panel=HAND)
@@ -85,6 +91,8 @@ def judge(
     """
     hand = HandOptions(out, score, against, count, seed, show_prompt, answers, reader, as_json)
     if by_hand:
+        if dry_run:
+            raise UsageError("--dry-run has no meaning with --by-hand: how long reading takes is for you to say")
         if file == "-" or fresh:
             problem = "--by-hand reads keys from stdin" if file == "-" else "--fresh would throw labels away"
             raise UsageError(f"{problem}; {'name a FILE.jsonl' if file == '-' else 'name another --out instead'}")
@@ -94,24 +102,27 @@ def judge(
     lines = _lines(file, field)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise UsageError(f"--out {out} is the input file; name another one")
-    from emosteer.judges.registry import judge_of, make_judges
+    from emosteer.judges.registry import judge_of, make_judges, specs_of
     from emosteer.judges.soundness import SoundnessCheck
 
     panel = make_judges(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
     chosen = judge_of(panel)
     check = SoundnessCheck.load(encoder=next((one.encoder for one in panel if hasattr(one, "encoder")), None))
     run = _run_key(chosen, check)
-    log = _opened(out, run, fresh) if out is not None else None
+    log = _opened(out, run, fresh) if out is not None and not dry_run else None
+    rows = log.rows if log is not None else _rows_there(out, run, fresh)
     # what was missing is judged again
-    known = {row["text_sha256"]: row for row in log.rows if row["emotion"] is not None} if log is not None else {}
-    show = _printer(lines) if as_json else lambda known: None
-    show(known)
+    known = {row["text_sha256"]: row for row in rows if row["emotion"] is not None}
+    paid = [one for one, name in zip(panel, specs_of(spec), strict=True) if JudgeSpec.parse(name).remote]
+    show = _printer(lines) if as_json and not dry_run else lambda known: None
     try:
-        for rows in _judged(lines, known, chosen, check.check, run, max(CHUNK, 16 * parallel)):
-            if log is not None:
-                for row in rows:
-                    log.append(row)
+        with _announced(lines, known, panel, paid, check, out is not None, dry_run, as_json):
             show(known)
+            for rows in _judged(lines, known, chosen, check.check, run, max(CHUNK, 16 * parallel)):
+                if log is not None:
+                    for row in rows:
+                        log.append(row)
+                show(known)
     finally:
         if log is not None:
             log.close()
@@ -193,6 +204,26 @@ def _maker(specs: str, *, base_url: str | None, cache: Path | None, **options: A
     return make
 
 
+def _announced(
+    lines: Sequence[Line],
+    known: Mapping[str, JudgedRow],
+    panel: Sequence[EmotionJudge],
+    paid: Sequence[EmotionJudge],
+    check: SoundnessCheck,
+    written: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> contextlib.AbstractContextManager[None]:
+    """The judging with what it costs said before it, where that is asked for or there are many texts."""
+    from emosteer.api.costs.replies import of_judge
+
+    texts = {line.sha256: line.text for line in lines}
+    left = [text for sha256, text in texts.items() if sha256 not in known]
+    if not dry_run and len(left) < MANY:
+        return contextlib.nullcontext()
+    return announced(lambda: of_judge(panel, paid, check.check, list(texts.values()), left, written), dry_run, as_json)
+
+
 # ---- judging -------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +292,14 @@ def _opened(out: Path, run: str, fresh: bool) -> JsonlLog:
     if any(row.get("run") != run for row in log.rows):
         raise UsageError(f"{out} holds something else than verdicts of this judge; name another --out, or --fresh to replace it")
     return log
+
+
+def _rows_there(out: Path | None, run: str, fresh: bool) -> list[JudgedRow]:
+    """What an earlier run has judged, read without opening the file to write."""
+    from emosteer.base.jsonl import whole_rows
+
+    rows = whole_rows(out) if out is not None and out.is_file() and not fresh else []
+    return [row for row in rows if row.get("run") == run]
 
 
 def _settle(out: Path, found: Sequence[JudgedRow]) -> None:

@@ -52,11 +52,11 @@ EXAMPLES = """Examples:
 
 emosteer generate "My landlord came by this morning." --emotion anger
 
-emosteer generate "..." --emotion fear --model Qwen/Qwen2.5-1.5B-Instruct --auto
+emosteer generate "Hello!" -e fear -m Qwen/Qwen2.5-1.5B-Instruct --auto
 
 emosteer extract --dry-run: what it would do, and how long that takes here
 
-emosteer doctor: what is missing, and the command that mends it"""
+emosteer doctor: what is missing, and the command that fixes it"""
 
 app = typer.Typer(
     name="emosteer",

@@ -11,6 +11,7 @@ import typer
 
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.validation.settings import ASKING, KINDS, PARTS, QUICK, ValidateSettings
+from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
@@ -84,6 +85,7 @@ def validate(
     device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     root: RootOption = ARTIFACTS,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Try a circuit: is it necessary, sufficient, specific, its emotion's own and stable, where random sets are not?"""
@@ -108,6 +110,7 @@ def validate(
     )
     if quick:
         settings = replace(settings, **_not_given(context, QUICK))
+    from emosteer.api.estimates import validate as estimate
     from emosteer.api.validating import kept_beside
     from emosteer.api.validating import validate as run
     from emosteer.circuits.places import Places
@@ -118,10 +121,11 @@ def validate(
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     target = out or Places.of(loaded.name, root).validation
     partial = target.with_name(target.name + ".partial.jsonl")
-    given: Any = vars(settings)
-    found = run(loaded, circuit, scenarios=scenarios, replies=replies, judge=judge, partial=partial, artifacts=root, **given)
-    found = with_command(found, command_line(context))
-    found.save(target)
+    given: Any = {"scenarios": scenarios, "replies": replies, "partial": partial, "artifacts": root, **vars(settings)}
+    with announced(lambda: estimate(loaded, circuit, **given), dry_run, as_json):
+        found = run(loaded, circuit, judge=judge, **given)
+        found = with_command(found, command_line(context))
+        found.save(target)
     for file in kept_beside(partial):
         file.unlink(missing_ok=True)
     from emosteer.cli.print_validation import print_validation, validation_summary

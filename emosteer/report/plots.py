@@ -115,7 +115,8 @@ def category(field: str, title: str | None = None, **axis: Any) -> Spec:
     """A position by name, in the order of the data. axis: options; "room_for" names the labels that must fit beside a plot, whatever the
     reader's font, since Vega measures them in its own."""
     if labels := axis.pop("room_for", None):
-        axis |= {"minExtent": round(6.7 * max(map(len, labels))) + 6, "labelLimit": 0}
+        # beside a point that stands at zero, the label ends before its mark
+        axis |= {"minExtent": round(6.7 * max(map(len, labels))) + 10, "labelLimit": 0, "labelPadding": 8}
     plain = {"labelAngle": 0, "ticks": False, "domain": False, "grid": False}
     return {"field": field, "type": "ordinal", "title": title, "sort": None, "axis": {**plain, **axis}}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 #: Bytes of a reply with what is said of it, as it is kept.
 REPLY_BYTES = 1500
+#: Bytes of what a panel says of a text.
+VERDICT_BYTES = 500
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Cost:
     disk: int = 0
     kept: str = ""
     notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def together(cls, command: str, costs: Sequence[Cost]) -> Cost:
+        """Several stages that follow each other, as one command."""
+        parts = tuple(part for cost in costs for part in cost.parts)
+        kept = ", ".join(cost.kept for cost in costs if cost.kept)
+        notes = tuple(note for cost in costs for note in cost.notes)
+        return cls(command, parts, max(cost.memory for cost in costs), sum(cost.disk for cost in costs), kept, notes)
 
     @property
     def seconds(self) -> float | None:

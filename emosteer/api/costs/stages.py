@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emosteer.api.costs import trials
 from emosteer.api.costs.cost import REPLY_BYTES, Cost, Part
-from emosteer.api.costs.memory import memory_of
+from emosteer.api.costs.memory import WRITING, needed
 from emosteer.api.costs.trials import plus, times
 from emosteer.attribution.ablate import compared_groups
 from emosteer.attribution.curves import Runner, TextScore, conditions, kept_points
@@ -51,7 +51,7 @@ def of_extract(model: Model, groups: Sequence[Group], settings: Settings, bank: 
     return Cost(
         "extract",
         (Part("passes", len(left), tokens, times(tokens, per_token)),),
-        memory_of(model)["extract"],
+        needed(model, "extract"),
         size,
         f"{len(kept)} of {len(work.batches)} passes are kept" if kept else "",
     )
@@ -84,7 +84,7 @@ def of_ablate(
     if settings.curves is not None:
         parts.append(_points(model, directions, groups, settings.curves, partial))
     return Cost(
-        "ablate", tuple(parts), memory_of(model)["extract"], 4 * emotions * 4 * scores.heads[0].numel() + 4 * 4 * scores.neurons.numel()
+        "ablate", tuple(parts), needed(model, "extract"), 4 * emotions * 4 * scores.heads[0].numel() + 4 * 4 * scores.neurons.numel()
     )
 
 
@@ -137,7 +137,7 @@ def of_circuit(
         parts.append(Part("replies that tune the strength", replies, replies * tune.max_new_tokens, times(replies, seconds), at_most=True))
     shape = model.shape
     size = 4 * len(emotions) * shape.n_layers * (shape.n_heads * shape.d_head + shape.d_model * (2 if residual else 1))
-    return Cost("circuit", tuple(parts), memory_of(model)["circuit"], size)
+    return Cost("circuit", tuple(parts), needed(model, "circuit"), size)
 
 
 def of_calibrate(
@@ -214,7 +214,7 @@ def _written(
             Part("replies", left, left * decoding.max_new_tokens, times(left, seconds), at_most=True),
             Part("readings by judges", left * len(jury.judges), 0, times(left, read), at_most=True),
         ),
-        next(size for what, size in memory_of(model).items() if what.startswith("generate")),
+        needed(model, WRITING),
         wanted * REPLY_BYTES,
         f"{kept:,} of {wanted:,} replies are kept" if kept else "",
         notes,
@@ -250,6 +250,6 @@ def of_probe(model: Model, texts: Texts, settings: ProbeSettings) -> Cost:
             Part("tokens of texts followed, asked about and moved", round(more), 0, times(more, per_token)),
             Part("places to fit probes at", fits, 0, seconds),
         ),
-        memory_of(model)["extract"],
+        needed(model, "extract"),
         size,
     )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.judges.jury import Jury
+from emosteer.judges.protocol import EmotionJudge
+from emosteer.models.interventions import RowEdits
 from emosteer.models.memory import is_out_of_memory
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
@@ -36,7 +38,9 @@ from emosteer.probing import training
 from emosteer.probing.reading import SHARD
 from emosteer.probing.settings import ProbeSettings
 from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.side_effects.battery import evenly
 
+Made = TypeVar("Made")
 #: Tokens that a trial of writing goes on for, beside the first two.
 STEPS = 8
 #: Seconds beside which what comes with a first time is little.
@@ -47,17 +51,22 @@ TEXTS = 16
 
 def timed(run: Callable[[], Any]) -> float | None:
     """Seconds that something takes the second time, or the first, where that is long; None where it does not fit in memory."""
-    seconds = 0.0
+    found = measured(run)
+    return None if found is None else found[0]
+
+
+def measured(run: Callable[[], Made]) -> tuple[float, Made] | None:
+    """The same with what it made."""
     try:
         for _ in range(2):
             begin = time.perf_counter()
-            run()
+            made = run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
             if seconds > LONG:
                 break
-        return seconds
+        return seconds, made
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             return None
@@ -112,21 +121,28 @@ def learning(
 
 
 def writing(
-    model: Model, circuit: Circuit | None, requests: Sequence[Request], decoding: Decoding, size: int, judged: bool = True
+    model: Model,
+    circuit: Circuit | None,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    size: int,
+    judged: bool = True,
+    edits: RowEdits | None = None,
 ) -> float | None:
     """Seconds for each reply at its longest, in batches of a size: the prompt, some steps, and its likelihood where that is asked for.
 
     Args:
         requests: of the work, as many as there are; they are repeated to fill one batch.
+        edits: of units, one row for each of the batch.
     """
     batch = [requests[number % len(requests)] for number in range(size)]
     plan = SteeringPlan(_added(model, circuit, size), size) if circuit is not None else SteeringPlan.none(size)
     few, some = (replace(decoding, max_new_tokens=min(tokens, decoding.max_new_tokens)) for tokens in (2, 2 + STEPS))
-    short = timed(lambda: generate(model, batch, plan, few))
+    short = timed(lambda: generate(model, batch, plan, few, row_edits=edits))
     texts: list[str] = []
 
     def longer() -> None:
-        texts[:] = [reply.text or "." for reply in generate(model, batch, plan, some)]
+        texts[:] = [reply.text or "." for reply in generate(model, batch, plan, some, row_edits=edits)]
 
     long = timed(longer)
     if short is None or long is None:
@@ -159,6 +175,18 @@ def judging(jury: Jury, texts: Sequence[str]) -> float | None:
             trial.readings(some, "trial")
             trial.verdicts(some, "trial")
             trial.answering([(text, text) for text in some], "trial")
+
+    return times(1 / len(some), timed(one))
+
+
+def reading_texts(judges: Sequence[EmotionJudge], check: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> float | None:
+    """Seconds for each text that some judges and the check of soundness read, of those that are spread evenly over the texts."""
+    some = evenly(sorted(texts, key=len), TEXTS)
+
+    def one() -> None:
+        for judge in judges:
+            judge.opinions(some)
+        check(some)
 
     return times(1 / len(some), timed(one))
 

@@ -61,7 +61,7 @@ def study(
     described = described_heads(model, directions, chosen)
     nodes = [heads[: settings.nodes] for heads in strongest]
     notes: list[str] = []
-    targets = _targets(model, directions, nodes, read_groups[0], bank, notes)
+    targets = graph_targets(model, directions, nodes, read_groups[0], bank, notes)
     readings = read(model, directions, read_groups, bank, labels, described, targets, settings.seed)
     paths = readings.paths
     edges = None if targets is None or paths is None else _edges(model, targets, paths, nodes, settings)
@@ -155,7 +155,7 @@ def told_apart(contributions: Tensor, n_emotions: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _targets(
+def graph_targets(
     model: Model, directions: Directions, nodes: Sequence[Sequence[Head]], group: Group, bank: Bank, notes: list[str]
 ) -> Targets | None:
     """What edges lead to; None, with a note, where there is no graph."""

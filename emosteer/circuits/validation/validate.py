@@ -66,20 +66,12 @@ def validate(
         ArtifactError: if the circuit is another model's. DataError: if there are too few prompts with replies in all its emotions.
     """
     artifacts.require_model(circuit.provenance, model.sha256, model.name, "the circuit")
-    usable = [group for group in groups if set(circuit.emotions) <= bank.get(group.key, {}).keys()]
-    if len(usable) <= settings.prompts:
-        raise DataError(
-            f"expected more than {settings.prompts} prompts with a reply in {', '.join(circuit.emotions)}, found {len(usable)}; "
-            "give another bank with --replies, or fewer --prompts"
-        )
-    tried = _drawn(usable, settings.prompts)
-    held = {group.key for group in tried}
-    references = _drawn([group for group in usable if group.key not in held], settings.references)
+    usable, tried, references = drawn_prompts(circuit, groups, bank, settings)
     provenance = _provenance(model, settings, data or {}, parents or {})
     told = {"bank": [[str(group.key), group.said, bank[group.key]] for group in usable], "emotions": circuit.emotions}
     beside = partial.with_name(partial.name + ".prepared") if partial is not None else None
     contrasts, kept = prepared(beside, provenance, told, lambda: _read(model, circuit, bank, usable, references, settings))
-    bench = _bench(model, circuit, bank, tried, contrasts, kept, settings)
+    bench = bench_of(model, circuit, bank, tried, contrasts, kept, settings)
     plans = [plan(sets, circuit.emotions, settings) for sets in bench.sets]
     values = _run(bench, plans, partial, [parents or {}, data or {}])
     always = _counts(bench.sets, settings)
@@ -107,6 +99,25 @@ def validate(
     )
 
 
+def drawn_prompts(
+    circuit: Circuit, groups: Sequence[Group], bank: Bank, settings: ValidateSettings
+) -> tuple[list[Group], list[Group], list[Group]]:
+    """(prompts with a reply in every emotion, those of them that are tried, others that neutral means are taken from).
+
+    Raises:
+        DataError: as `validate`.
+    """
+    usable = [group for group in groups if set(circuit.emotions) <= bank.get(group.key, {}).keys()]
+    if len(usable) <= settings.prompts:
+        raise DataError(
+            f"expected more than {settings.prompts} prompts with a reply in {', '.join(circuit.emotions)}, found {len(usable)}; "
+            "give another bank with --replies, or fewer --prompts"
+        )
+    tried = drawn(usable, settings.prompts)
+    held = {group.key for group in tried}
+    return usable, tried, drawn([group for group in usable if group.key not in held], settings.references)
+
+
 def _provenance(model: Model, settings: ValidateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Provenance:
     return Provenance(
         model=model.name,
@@ -121,7 +132,7 @@ def _provenance(model: Model, settings: ValidateSettings, data: Mapping[str, str
     )
 
 
-def _drawn(groups: Sequence[Group], count: int) -> list[Group]:
+def drawn(groups: Sequence[Group], count: int) -> list[Group]:
     """Prompts of all kinds by turns."""
     return of_kinds(groups, KINDS, count + len(KINDS))[:count]
 
@@ -130,7 +141,7 @@ def _read(
     model: Model, circuit: Circuit, bank: Bank, usable: Sequence[Group], references: Sequence[Group], settings: ValidateSettings
 ) -> tuple[BankContrasts, References]:
     """Everything that is read before the trials."""
-    among = _drawn(usable, settings.bank_groups)
+    among = drawn(usable, settings.bank_groups)
     contrasts = read_contrasts(model, among, bank, circuit.emotions, circuit.instruction, batch_tokens_for(model))
     neurons, longest = bool(len(circuit.neuron_index)), settings.reply_tokens
     means = neutral_means(model, references, bank, circuit.instruction, neurons, longest)
@@ -138,7 +149,7 @@ def _read(
     return contrasts, References(means, removed, contrasts.z.mean(0))
 
 
-def _bench(
+def bench_of(
     model: Model,
     circuit: Circuit,
     bank: Bank,
@@ -147,6 +158,7 @@ def _bench(
     kept: References,
     settings: ValidateSettings,
 ) -> Bench:
+    """Where trials are run, once everything is read that comes before them."""
     wholes = [circuit_sets(circuit, e) for e in range(len(circuit.emotions))]
     counts = [_focus_count(whole.heads, settings) for whole in wholes]
     halves = half_rankings(model, contrasts, counts, torch.zeros_like(wholes[0].neurons))
@@ -163,12 +175,18 @@ def _counts(sets: Sequence[Sets], settings: ValidateSettings) -> list[int]:
     return [_focus_count(one.own[WHOLE].heads, settings) for one in sets]
 
 
-def _run(bench: Bench, plans: Sequence[Sequence[Trial]], partial: Path | None, told: object) -> dict[Trial, Tensor]:
-    """All trials on all prompts: trial -> [figure, prompt]."""
+def cells_of(plans: Sequence[Sequence[Trial]], n_prompts: int) -> dict[Cell, list[Trial]]:
+    """The trials that are run together, on every prompt."""
     cells: dict[Cell, list[Trial]] = {}
     for trial in (trial for trials in plans for trial in trials):
-        for place in range(len(bench.groups)):
+        for place in range(n_prompts):
             cells.setdefault((place, trial.elicitation, trial.asked), []).append(trial)
+    return cells
+
+
+def _run(bench: Bench, plans: Sequence[Sequence[Trial]], partial: Path | None, told: object) -> dict[Trial, Tensor]:
+    """All trials on all prompts: trial -> [figure, prompt]."""
+    cells = cells_of(plans, len(bench.groups))
     model, circuit = bench.model, bench.circuit
     texts = [[group.said, bench.bank[group.key]] for group in bench.groups]
     shaping = [model.sha256, model.precision, circuit.emotions, circuit.provenance.origin(), asdict(bench.settings), texts, told]

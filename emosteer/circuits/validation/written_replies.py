@@ -17,7 +17,7 @@ from emosteer.base.progress import bar
 from emosteer.circuits.validation.bench import Bench
 from emosteer.circuits.validation.intervals import Resampled, estimate
 from emosteer.circuits.validation.settings import FEW
-from emosteer.circuits.validation.trials import CLEAN, OWN, WHOLE, focus_of
+from emosteer.circuits.validation.trials import CLEAN, OWN, WHOLE, Sets, focus_of
 from emosteer.circuits.validation.unit_sets import UnitSet
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
@@ -26,6 +26,7 @@ from emosteer.judges.protocol import ANSWERED
 from emosteer.models.interventions import RowEdits
 from emosteer.models.sites import MLP_POST, Site, Z
 from emosteer.scenarios.prompts import elicit
+from emosteer.scenarios.scenarios import Group
 
 #: What is written: greedily, without guidance, which knows nothing of edits.
 DECODING = Decoding(max_new_tokens=40)
@@ -38,11 +39,7 @@ def written_replies(bench: Bench, jury: Jury) -> list[Row]:
 
     Replies and opinions that are kept on the jury's disk are not made again.
     """
-    groups = bench.groups[: bench.settings.written]
-    focus = focus_of(bench.sets[0], bench.settings)
-    points = [(CLEAN, WHOLE)]
-    for size in dict.fromkeys((focus, WHOLE)):
-        points += [(OWN, size), *((f"random:{i}", size) for i in range(min(FEW, bench.settings.randoms)))]
+    groups, points = bench.groups[: bench.settings.written], points_of(bench)
     texts: dict[tuple[str, str], list[str]] = {}
     with bar("replies under ablation (sets)", len(points)) as advance:
         for who, size in points:
@@ -64,6 +61,14 @@ def written_replies(bench: Bench, jury: Jury) -> list[Row]:
     return [_row(bench, who, size, torch.stack(several).mean(0)) for (who, size), several in found.items()]
 
 
+def points_of(bench: Bench) -> list[tuple[str, str]]:
+    """(whose units are ablated, size) of all that is written."""
+    points = [(CLEAN, WHOLE)]
+    for size in dict.fromkeys((focus_of(bench.sets[0], bench.settings), WHOLE)):
+        points += [(OWN, size), *((f"random:{i}", size) for i in range(min(FEW, bench.settings.randoms)))]
+    return points
+
+
 def _row(bench: Bench, who: str, size: str, figures: Tensor) -> Row:
     """figures: [emotion read, answers, sound] x [emotion, prompt]."""
     draws = Resampled.of(figures.shape[-1], bench.settings.seed)
@@ -76,22 +81,30 @@ def _row(bench: Bench, who: str, size: str, figures: Tensor) -> Row:
 
 def _texts(bench: Bench, who: str, size: str, kept: KeyedLog) -> list[str]:
     """Replies of one kind of set: by emotion, then by prompt."""
-    groups, circuit, model = bench.groups[: bench.settings.written], bench.circuit, bench.model
-    how = bench.settings.elicitations[0]
-    rows = [(sets, group) for sets in bench.sets for group in groups]
-    messages = [elicit(how, group.text, sets.emotion, circuit.instruction, group.earlier) for sets, group in rows]
-    requests = [Request(f"{group.key}/{sets.emotion}", tuple(model.prompt_ids(m))) for (sets, group), m in zip(rows, messages, strict=True)]
+    model, rows, requests = bench.model, rows_of(bench), requests_of(bench)
     units = [sets.of(size, who) if who != CLEAN else None for sets, _ in rows]
     members = [one and [one.heads.nonzero().tolist(), one.neurons.nonzero().tolist()] for one in units]
     told = [model.sha256, model.precision, asdict(DECODING), [request.ids for request in requests], members, bench.settings.references]
     key = sha256_text(json.dumps(told))
     if key not in kept.rows:
-        edits = None if who == CLEAN else _edits(bench, [one for one in units if one is not None])
+        edits = None if who == CLEAN else edits_of(bench, [one for one in units if one is not None])
         kept.add({key: {"replies": [reply.text for reply in generate(model, requests, decoding=DECODING, row_edits=edits)]}})
     return list(kept.rows[key]["replies"])
 
 
-def _edits(bench: Bench, units: Sequence[UnitSet]) -> RowEdits:
+def rows_of(bench: Bench) -> list[tuple[Sets, Group]]:
+    """What is written at each point: by emotion, then by prompt."""
+    return [(sets, group) for sets in bench.sets for group in bench.groups[: bench.settings.written]]
+
+
+def requests_of(bench: Bench) -> list[Request]:
+    """The rows' prompts, which ask for their emotion."""
+    how, instruction, model = bench.settings.elicitations[0], bench.circuit.instruction, bench.model
+    asked = [(f"{group.key}/{s.emotion}", elicit(how, group.text, s.emotion, instruction, group.earlier)) for s, group in rows_of(bench)]
+    return [Request(key, tuple(model.prompt_ids(messages))) for key, messages in asked]
+
+
+def edits_of(bench: Bench, units: Sequence[UnitSet]) -> RowEdits:
     """Each row's units at their neutral means."""
     model, masks = bench.model, dict[Site, Tensor]()
     for layer in range(model.shape.n_layers):

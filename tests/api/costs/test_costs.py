@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emosteer.api.costs import stages, trials
+from emosteer.api.costs import memory, stages, trials
 from emosteer.api.costs.cost import Cost, Part, amount, of_author, spoken
+from emosteer.api.costs.replies import of_effects
 from emosteer.attribution.settings import AblateSettings, CurveSettings
+from emosteer.circuits.validation.validation import Validation
 from emosteer.cli import main as cli
 from emosteer.directions.extract import extract, finish_checkpoint, work_of
 from emosteer.directions.settings import Settings
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.side_effects.measure import effects
+from emosteer.side_effects.settings import EffectsSettings
 from tests.conftest import SIZES, small_data, tiny_tokenizer
+from tests.helpers.dialled import dialled_circuit
+from tests.helpers.effects_setup import read_by_words, small_battery
 from tests.helpers.tiny_project import EMOTIONS as THREE
 from tests.helpers.tiny_project import write_tiny_project
 
@@ -132,6 +139,21 @@ def test_a_trial_that_does_not_fit_in_memory_gives_no_time_and_other_errors_are_
     assert trials.times(3, None) is None and trials.plus(1.0, None) is None and trials.plus(1.0, 2.0) == 3.0
 
 
+def test_the_memory_counts_what_the_process_has_had_and_on_a_gpu_only_what_is_reckoned(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = bytearray(2**27)
+    held[:: 2**12] = b"x" * 2**15  # every page of it
+    assert 2**27 < memory.peak() < 2**40 and len(held) == 2**27
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "peak", lambda: 2**40)
+        groups, bank = small_data(6)
+        assert stages.of_extract(tiny, groups, Settings(EMOTIONS), bank).memory == 2**40
+        assert memory.needed(tiny, "extract", 5) == 2**40 + 5
+    monkeypatch.setattr(Model, "device", property(lambda self: torch.device("cuda")))
+    assert memory.needed(tiny, "extract", 5) == memory.memory_of(tiny)["extract"] + 5
+
+
 # ---- words -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,3 +229,75 @@ def test_the_first_reply_of_a_new_model_is_promised(folder: Path, tiny: Model) -
     costs = first_reply(tiny, data, EMOTIONS, folder / "none.partial", extracted=False)
     assert [cost.command for cost in costs] == ["extract", "circuit"] and all(cost.seconds for cost in costs)
     assert [cost.command for cost in first_reply(tiny, data, EMOTIONS, folder / "none.partial", extracted=True)] == ["circuit"]
+
+
+def test_generate_counts_what_is_not_written_yet_and_says_it_for_more_than_a_batch(
+    run: Callable[..., Any], folder: Path, small_circuit: Path
+) -> None:
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "text": f"Train {i} is late."}) + "\n" for i in range(12)))
+    options = ("generate", "-m", "./tiny", "--input", "asked.jsonl", "--emotion", "all", "--max-new-tokens", "3", "--out", "said.jsonl")
+    before = sorted(folder.rglob("*"))
+    code, out, _ = run(*options, "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["parts"][0]["count"] == 36 and found["seconds"] > 0
+    assert sorted(folder.rglob("*")) == before, "nothing was written"
+    code, _, err = run(*options)
+    assert code == 0 and err.splitlines()[0].startswith("generate: at most 36 replies")
+    found = json.loads(run(*options, "--dry-run", "--json")[1])
+    assert found["parts"][0]["count"] == 0 and found["kept"] == "36 of 36 replies are kept"
+    assert json.loads(run(*options, "--dry-run", "--json", "--fresh")[1])["parts"][0]["count"] == 36
+    assert run(*options, "--dry-run", "--engine", "vllm")[0] == 2
+    few = run("generate", "Hi.", "-m", "./tiny", "--emotion", "all", "--max-new-tokens", "3", "--batch-size", "1")
+    assert few[0] == 0 and "took" not in few[2], "a few replies are written without an announcement"
+
+
+def test_a_dry_run_of_auto_says_what_making_a_circuit_takes(run: Callable[..., Any], folder: Path) -> None:
+    code, out, _ = run("generate", "Hi.", "-e", "fear", "-m", "./tiny", "--artifacts", "new", "--auto", "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["command"] == "generate --auto" and {"passes", "passes that measure"} <= {p["what"] for p in found["parts"]}
+    assert not (folder / "new").exists()
+
+
+def test_judge_counts_different_texts_that_are_not_judged_yet(run: Callable[..., Any], folder: Path) -> None:
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"So much for {i % 7}."}) + "\n" for i in range(9)))
+    options = ("judge", "texts.jsonl", "--judge", "linear", "--out", "judged.jsonl")
+    found = json.loads(run(*options, "--dry-run", "--json")[1])
+    assert [part["count"] for part in found["parts"]] == [7, 7] and not (folder / "judged.jsonl").exists()
+    assert run(*options)[0] == 0
+    found = json.loads(run(*options, "--dry-run", "--json")[1])
+    assert found["parts"][0]["count"] == 0 and found["kept"] == "7 of 7 texts are judged"
+    assert run(*options, "--by-hand", "--dry-run")[0] == 2
+
+
+def test_the_studies_of_a_circuit_count_their_work_and_write_nothing(run: Callable[..., Any], folder: Path, small_circuit: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    code, out, _ = run("heads", *DATA, "--described", "2", "--nodes", "4", "--checked", "6", "--groups", "5", "--dry-run", "--json")
+    counts = {part["what"]: part["count"] for part in json.loads(out)["parts"]}
+    assert code == 0 and counts["pages"] == 2 * len(THREE) and counts["edges patched"] <= 6
+    assert next(count for what, count in counts.items() if what.startswith("prompts with")) == 5
+    validate = ("validate", *DATA, "--quick", "--prompts", "2", "--randoms", "2", "--judge", "linear")
+    code, out, _ = run(*validate, "--written", "1", "--dry-run", "--json")
+    parts = json.loads(out)["parts"]
+    assert code == 0 and all(part["count"] > 0 and part["seconds"] > 0 for part in parts) and len(parts) == 3
+    assert sorted(folder.rglob("*")) == before
+    assert run(*validate)[0] == 0
+    made = Validation.load(folder / "artifacts" / "tiny" / "validation.safetensors")
+    assert parts[1]["count"] == 2 * (len(made.followed) + len(made.read)), "the trials are those that are run"
+
+
+def test_the_replies_and_texts_of_the_side_effects_are_those_that_are_kept(tiny: Model, tmp_path: Path) -> None:
+    circuit, battery = dialled_circuit(tiny, THREE), small_battery()
+    settings = EffectsSettings(
+        methods=("circuit", "prompt-tone", "encouraging"), intensities=(50.0,), item_tokens=4, reply_tokens=4, rounds=0, followed=0
+    )
+    cost = of_effects(tiny, circuit, battery, settings, 8)
+    answers, replies, texts, *rest = [part.count for part in cost.parts]
+    assert rest == [0, 0] and all(part.seconds for part in cost.parts[:3]) and not cost.kept
+    effects(tiny, circuit, "c" * 64, battery, settings, tmp_path, read_by_words, batch_size=8)
+    rows = [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("replies", "texts")]
+    assert rows == [answers + replies, texts]
+    again = of_effects(tiny, circuit, battery, settings, 8, tmp_path)
+    assert [part.count for part in again.parts] == [0] * 5 and again.kept == f"{sum(rows)} of {sum(rows)} replies and texts are kept"
+    more = of_effects(tiny, circuit, battery, replace(settings, rounds=2, followed=1, distances=(0, 40)), 8, tmp_path)
+    assert [part.count for part in more.parts[3:]] == [2 * 2 * len(battery.items), 1 * (2 * len(THREE) + 1) * 2]
+    assert more.parts[4].tokens == (len(THREE) + 2) * 40
