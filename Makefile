@@ -7,6 +7,10 @@ MODEL ?= smollm2-135m
 PUBLIC ?=
 # Options for every stage that loads the model, for example OPTIONS="--dtype bfloat16".
 OPTIONS ?=
+# How large the dial, its check and the contest are: as in docs/RESULTS.md. DIAL= CHECK= CONTEST= leave it to the commands (hours).
+DIAL ?= --groups 32 --points 6 --refine 0 --max-new-tokens 48 --batch-size 96
+CHECK ?= --groups 24 --skip 6 --max-new-tokens 48 --batch-size 96
+CONTEST ?= --groups 48 --dev-groups 16 --doses 0.7,1,1.3 --max-new-tokens 48 --batch-size 96
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
@@ -75,14 +79,14 @@ circuits: setup
 	$(BIN)/emosteer extract --model $(MODEL) $(OPTIONS)
 	$(BIN)/emosteer ablate --model $(MODEL) $(OPTIONS)
 	$(BIN)/emosteer circuit --model $(MODEL) $(OPTIONS)
-	$(BIN)/emosteer calibrate --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer calibrate --model $(MODEL) $(DIAL) $(OPTIONS)
 
 judge: setup
 	$(if $(PUBLIC),,$(error make judge needs PUBLIC=FOLDER, the folder of public labelled texts; docs/JUDGES.md says which, and `python -m emosteer.judges.sources FOLDER` fetches them))
 	$(BIN)/python -m emosteer.judges.training $(PUBLIC) $(OPTIONS)
 
 evaluate: setup
-	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer evaluate --model $(MODEL) $(CONTEST) $(OPTIONS)
 
 report: setup
 	$(BIN)/emosteer report --model $(MODEL)
@@ -118,11 +122,13 @@ cuda:
 	$(CUDA_PYTHON) -m bench.cuda $(OPTIONS)
 
 # The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
+START := $(shell date +%s)
 reproduce: circuits
 	$(BIN)/emosteer heads --model $(MODEL) $(OPTIONS)
-	$(BIN)/emosteer calibrate --check --model $(MODEL) $(OPTIONS)
-	$(BIN)/emosteer evaluate --model $(MODEL) $(OPTIONS)
+	$(BIN)/emosteer calibrate --check --model $(MODEL) $(CHECK) $(OPTIONS)
+	$(BIN)/emosteer evaluate --model $(MODEL) $(CONTEST) $(OPTIONS)
 	$(BIN)/emosteer report --model $(MODEL)
+	@echo "make reproduce took $$(( ($$(date +%s) - $(START) + 59) / 60 )) minutes" >&2
 
 clean:
 	rm -rf $(VENV) artifacts .pytest_cache .ruff_cache .mypy_cache
