@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from emosteer.base.errors import UsageError, suggest
 from emosteer.scenarios.scenarios import Message
 
-#: Appended to every prompt, elicited or not, so that replies stay short and comparable (paper section 3.2 asks the same).
-INSTRUCTION = "Keep the reply to at most two sentences."
+#: Appended to every prompt, elicited or not, so that replies stay short and comparable (paper section 3.2 asks the same), and speak to
+#: whoever wrote the prompt: told to be brief alone, a small model restates what it was told (docs/CIRCUITS.md, "Other instructions").
+INSTRUCTION = "Reply to me as a friend would, in at most two sentences."
 
 #: reply: the assistant turn is a reply that expresses the emotion; tone: the user turn asks for it; system: a system line does;
 #: stimulus: nobody asks, but the user turn ends with a sentence that puts the writer in the emotion.

@@ -31,7 +31,7 @@ from emosteer.report.page import Built, build_report
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES
 
 MODEL, LAYERS, HEADS, D_HEAD, D_MLP, D = "toy/model-1", 4, 3, 2, 10, 6
-INSTRUCTION = "Keep the reply to at most two sentences."
+INSTRUCTION = "Reply to me as a friend would, in at most two sentences."
 #: method -> share of good replies, perplexity ratio, naming: what the invented evaluation says.
 TRUTH = {
     "none": (0.02, 1.0, 0.001),
