@@ -43,8 +43,7 @@ from emosteer.scenarios.splits import stable_share
 READ = "judge/model_replies.jsonl"
 #: More of them, for the checks alone; of the last, those to development prompts are fitted on by nothing.
 CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
-#: More again, whose readers were told to be strict about soundness: which of two replies makes more sense is learned from them, not how
-#: much sense is enough.
+#: More again; their readers were strict about soundness: they teach which of two replies makes more sense, not how much is enough.
 STRICTLY = "judge/strictly_read.jsonl"
 OWN = {
     "sentences": "judge/sentences.jsonl",
@@ -265,7 +264,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     chosen = [labelled for source in own for labelled in source.train]
     note(f"fitting the linear judge on {len(chosen)} texts")
     linear = fit_head(encoder.features([t for t, _ in chosen]), torch.tensor([LABELS.index(label) for _, label in chosen]), LABELS)
-    checks, measured_checks = fit_checks(own, answered, sensible_replies(banks))
+    checks, measured_checks = fit_checks(own, banks, answered)
     measuring = [*judges.items(), ("linear", LinearJudge(encoder, linear))]
     card: dict[str, Any] = {
         "settings": {**asdict(settings), "more_steps": MORE_STEPS, "left_out_steps": left_out_steps},
@@ -283,17 +282,20 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     return card
 
 
-def fit_checks(own: Sequence[Source], answered: Sequence[Answered], replies: Sequence[str]) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+def fit_checks(
+    own: Sequence[Source], banks: Mapping[str, Sequence[Labelled]], answered: Sequence[Answered]
+) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """The heads of both checks, and what they do on texts and replies that were held out.
 
     Args:
-        own: the project's own sources; answered: replies of the banks with their prompts; replies: that make sense.
+        own: the project's own sources; banks, answered: as `read_banks` gives them.
     """
     encoder = shared_encoder()
     read, strictly = read_replies(*map(data_path, (READ, *CHECKED))), read_replies(data_path(STRICTLY))
     plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     note("fitting the check of soundness")
+    replies = [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
     soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies)
     note("fitting the check of answers")
     check = fit_answers(encoder, answered, read[False])
@@ -306,15 +308,11 @@ def fit_checks(own: Sequence[Source], answered: Sequence[Answered], replies: Seq
     return {**soundness.stored(), "answers": check.head}, card
 
 
-def sensible_replies(banks: Mapping[str, Sequence[Labelled]]) -> list[str]:
-    """Replies of the bank that circuits are made from, drawn by their own hash; none where there is no such bank."""
-    return [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
-
-
 def hashes_of_checks() -> dict[str, str]:
     """The files that checks are fitted on and measured with, and the banks that judges are measured with."""
-    banks = (file for both in BANKS.values() for file in both)
-    return {file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, STRICTLY, *banks)}
+    return {
+        file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, STRICTLY, *(f for both in BANKS.values() for f in both))
+    }
 
 
 def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
@@ -327,7 +325,7 @@ def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
     adapters = {name: load_adapter(kept, name) for name in before.fields.get("adapters", {})}
     banks, answered = read_banks()
     own = [read_own(name, file) for name, file in OWN.items()]
-    checks, measured_checks = fit_checks(own, answered, sensible_replies(banks))
+    checks, measured_checks = fit_checks(own, banks, answered)
     card = {**before.fields["card"], **measured_checks}
     provenance = replace(before.provenance, data={**before.provenance.data, READ: sha256_file(data_path(READ)), **hashes_of_checks()})
     save_judges(out, {**heads, **checks}, adapters, card, provenance)
@@ -393,12 +391,11 @@ def main() -> None:
         raise SystemExit(f"emosteer: {error}") from error
     if card is None:
         print(f"parts are kept in {parts}; a run without --only fits what is missing and puts them together")
-        return
-    if options.json:
+    elif options.json:
         print(json.dumps(card, indent=2))
-        return
-    print_card(card)
-    print(f"wrote {options.out} ({sha256_file(options.out)})")
+    else:
+        print_card(card)
+        print(f"wrote {options.out} ({sha256_file(options.out)})")
 
 
 if __name__ == "__main__":
