@@ -310,9 +310,8 @@ def fit_checks(
 
 def hashes_of_checks() -> dict[str, str]:
     """The files that checks are fitted on and measured with, and the banks that judges are measured with."""
-    return {
-        file: sha256_file(data_path(file)) for file in (FOREIGN, PAIRS, *CHECKED, STRICTLY, *(f for both in BANKS.values() for f in both))
-    }
+    files = (FOREIGN, PAIRS, *CHECKED, STRICTLY, *(file for both in BANKS.values() for file in both))
+    return {file: sha256_file(data_path(file)) for file in files}
 
 
 def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
@@ -323,10 +322,8 @@ def refit_checks(kept: Path, out: Path) -> dict[str, Any]:
     """
     heads, before = load_heads(kept), artifacts.load(kept, KIND)
     adapters = {name: load_adapter(kept, name) for name in before.fields.get("adapters", {})}
-    banks, answered = read_banks()
-    own = [read_own(name, file) for name, file in OWN.items()]
-    checks, measured_checks = fit_checks(own, banks, answered)
-    card = {**before.fields["card"], **measured_checks}
+    checks, found = fit_checks([read_own(name, file) for name, file in OWN.items()], *read_banks())
+    card = {**before.fields["card"], **found}
     provenance = replace(before.provenance, data={**before.provenance.data, READ: sha256_file(data_path(READ)), **hashes_of_checks()})
     save_judges(out, {**heads, **checks}, adapters, card, provenance)
     return card
