@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -261,6 +261,7 @@ def calibrate(
     groups: int = GROUPS,
     kept: PathLike | None = None,
     decoding: Decoding | None = None,
+    instruction: str | None = None,
     batch_size: int = BATCH_SIZE,
     artifacts: PathLike = ARTIFACTS,
     **settings: Unpack[CalibrateOptions],
@@ -272,6 +273,7 @@ def calibrate(
         judge: a specification (several judges with commas make a panel), what `make_judge` returns, or a list of such judges.
         scenarios: prompt file, else the shipped development prompts; kinds: of prompts; groups: prompts to write to, evenly of all kinds.
         kept: JSON-lines file of replies and opinions, so that the same call goes on; None keeps nothing.
+        instruction: appended to every prompt, and kept with the circuit; its own by default.
         settings: fields of `calibration.settings.CalibrateSettings`.
 
     Returns:
@@ -290,6 +292,8 @@ def calibrate(
     prompts = development_groups(groups, path_of(scenarios), kinds)
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
+    if instruction is not None:
+        ready = replace(ready, instruction=instruction)
     with contextlib.ExitStack() as stack:
         log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
         replies = KeyedLog(log)

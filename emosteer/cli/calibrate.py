@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -78,6 +79,10 @@ def calibrate(
     most_good: Annotated[bool, typer.Option("--most-good", help="Set them to where most replies are good instead.")] = False,
     max_new_tokens: Annotated[int, typer.Option(max=MAX_TOKENS, help="Longest reply, in tokens.")] = Decoding.max_new_tokens,
     guidance: GuidanceOption = GUIDANCE,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="Appended to every prompt, and kept with the circuit; its own if not given.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -109,6 +114,10 @@ def calibrate(
     found, path = require_circuit(loaded, circuit, root)
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
+    if instruction is not None:
+        if check:
+            raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
+        found = replace(found, instruction=instruction)
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:
