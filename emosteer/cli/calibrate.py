@@ -95,6 +95,8 @@ def calibrate(
     check_intensity(default_intensity, "--default-intensity")
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
+    if check and instruction is not None:
+        raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     wanted = parse_kinds(kinds)
@@ -115,8 +117,6 @@ def calibrate(
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
     if instruction is not None:
-        if check:
-            raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
         found = replace(found, instruction=instruction)
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")

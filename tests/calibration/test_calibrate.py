@@ -659,7 +659,27 @@ def test_the_prompts_are_of_all_kinds_and_the_check_takes_others(call: Callable[
     assert found["calibration"]["groups"] == 6 and [*found["calibration"]["data"]] == ["prompts/dev.jsonl"]
 
 
+def test_the_dial_of_another_instruction(call: Callable[..., Any], folder: Path) -> None:
+    """Prompts end with it, the circuit carries it, and the check writes with it."""
+    asked = ("calibrate", *FAST, "--points", "3", "--refine", "0", "--json")
+    own, other = (
+        call(*asked, "--circuit", "c", "--out", "own/c"),
+        call(*asked, "--circuit", "c", "--out", "other/c", "--instruction", "no ."),
+    )
+    assert own[0] == other[0] == 0 and Circuit.load(folder / "own/c").instruction == Circuit.load(folder / "c").instruction != "no ."
+    made = Circuit.load(folder / "other/c")
+    assert made.instruction == "no ." and torch.equal(made.z_delta, Circuit.load(folder / "c").z_delta)
+    texts = [
+        {json.loads(line).get("text") for line in (folder / f"{name}/c.calibration.jsonl").read_text().splitlines()}
+        for name in ("own", "other")
+    ]
+    assert texts[0] != texts[1]
+    again = call(*asked, "--circuit", "other/c", "--out", "again/c")
+    assert json.loads(again[1])["calibration"]["emotions"] == json.loads(other[1])["calibration"]["emotions"], "its own from then on"
+
+
 BAD = [
+    (["calibrate", "--check", "--instruction", "no ."], 2, "expected no --instruction beside it"),
     (["generate", "x", "-e", "anger", "--intensity", "50", "--strength", "2"], 2, "found both"),
     (["generate", "x", "-e", "anger", "--intensity", "101"], 2, "between -100 and 100, found 101"),
     (["generate", "x", "-e", "anger", "--intensity", "-101"], 2, "between -100 and 100"),
