@@ -37,7 +37,7 @@ class Guard:
     steering's fault. Soundness is what `Budget` in `evaluation.settings` asks of each emotion."""
 
     ratio: float = 3.0
-    sound: float = 0.40
+    sound: float = 0.30
     names: float = 0.1
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ class Budget:
     ratio: float = 1.75
     names: float = 0.02
     sound: float = 0.55
-    each_sound: float = 0.40
+    each_sound: float = 0.30
 
 
 #: Strengths that may be tried for each method, and the largest, in default strengths.
