@@ -156,7 +156,7 @@ def test_the_results_in_the_readme_are_those_that_were_measured() -> None:
     """The short table repeats the long one."""
     measured = {row[0]: row for row in table_rows(ROOT / "docs" / "RESULTS.md") if len(row) == 16}
     names = {"unsteered": "none", "residual steering": "residual", "learned residual vectors": "learned-residual", "circuit": "circuit"}
-    names |= {"random circuit": "random-circuit", "best prompt in the test (`stimulus`)": "prompt-stimulus"}
+    names |= {"random circuit": "random-circuit", "best prompt in the test (`tone`)": "prompt-tone"}
     short = {row[0]: row for row in table_rows(ROOT / "README.md") if row and row[0] in names}
     assert short.keys() == names.keys()
     for name, row in short.items():
@@ -203,7 +203,8 @@ def test_all_text_of_the_terminal_picture_can_be_read() -> None:
     assert len(inks) > 8 and min(contrast(ink, paper) for ink in inks) >= 4.5
 
 
-def test_no_name_in_the_figure_of_the_methods_overlaps_another_or_a_point() -> None:
+def test_no_name_in_the_figure_of_the_methods_overlaps_another_or_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(showcase, "AXES", ((30, 75), (0, 100)))
     names = ("Prompt: stimulus", "Prompt: tone", "Residual steering", "Random circuit", "Prompt: system", "Unsteered")
     places = ((44, 18), (50, 17), (57, 13), (53, 4), (59, 3), (69, 3))
     points = [{"series": name, "x": x, "y": y} for name, (x, y) in zip(names, places, strict=True)]
