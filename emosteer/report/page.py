@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from emosteer import __version__
 from emosteer.base.errors import ArtifactError, EmosteerError, first_line
@@ -107,13 +107,18 @@ def render(inputs: Inputs) -> tuple[str, Browser]:
         budget = int(budget * 0.9)  # escaping made the text longer than it was counted
 
 
+def commands(text: str) -> Markup:
+    """A line of prose in which what stands between backticks is set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def environment() -> jinja2.Environment:
     """What templates of this folder are read with."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found.policies["json.dumps_function"] = _json
-    found.filters |= {"numeric": numeric, "cell": cell, "svg": Markup, "thousands": lambda n: f"{n:,}"}
+    found.filters |= {"numeric": numeric, "cell": cell, "svg": Markup, "commands": commands, "thousands": lambda n: f"{n:,}"}
     return found
 
 

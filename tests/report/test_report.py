@@ -33,7 +33,7 @@ from emosteer.report.commands import made_by, maker
 from emosteer.report.disputes import disputes
 from emosteer.report.inputs import WHAT, read_inputs
 from emosteer.report.measured import EARLIER, Measured
-from emosteer.report.page import build_report
+from emosteer.report.page import build_report, commands
 from emosteer.report.plots import Steps, slim
 from emosteer.report.replies import browser, evenly, rounded
 from emosteer.report.sections import sections
@@ -884,3 +884,7 @@ def test_the_command_writes_the_page_and_says_where(
     with pytest.raises(SystemExit) as done:
         cli.main(["report", "--model", "nobody", "--artifacts", str(tmp_path)])
     assert done.value.code == 1 and "emosteer extract --model nobody" in capsys.readouterr().err
+
+
+def test_commands_in_prose_are_set_as_code_and_nothing_else_is_markup() -> None:
+    assert commands("made `a <b>` & `c`, not `d") == "made <code>a &lt;b&gt;</code> &amp; <code>c</code>, not `d"
