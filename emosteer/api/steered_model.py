@@ -102,7 +102,7 @@ class SteeredModel:
             vad: valence, arousal and dominance, each -1 to 1, instead: the mixture of the circuit's emotions that comes nearest
                 (`circuits.points`), with a note on stderr where that is not the point.
             method: "circuit" (the default), "residual", "learned-residual", "prompt" (just asks) or "none".
-            instruction: appended to the last turn, "" for nothing; that of the command by default.
+            instruction: appended to the last turn, "" for nothing; the circuit's own by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
             max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is
@@ -283,7 +283,7 @@ class SteeredModel:
             self.model,
             self.circuit,
             Decoding(**cast(DecodingOptions, {"guidance": GUIDANCE, **chosen})),
-            options.get("instruction", INSTRUCTION),
+            options.get("instruction", self.circuit.instruction if self.circuit else INSTRUCTION),
             self._method(options),
             options.get("batch_size", BATCH_SIZE),
             positions=options.get("positions", "reply"),

@@ -20,7 +20,6 @@ from emosteer.cli.options import DEFAULT_MODEL, DeviceMapOption, DeviceOption, D
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.judges.reader import Reader
 from emosteer.judges.registry import EMBEDDED
-from emosteer.scenarios.prompts import INSTRUCTION
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -44,7 +43,9 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
     repetition_penalty: Annotated[float, typer.Option(max=100, help="1 is none.")] = Decoding.repetition_penalty,
     guidance: Annotated[float, typer.Option(max=100, help="How far replies lean towards what you say; 1 is none.")] = GUIDANCE,
-    instruction: Annotated[str, typer.Option(help="Appended to what you say; '' for nothing.")] = INSTRUCTION,
+    instruction: Annotated[
+        str | None, typer.Option(help="Appended to what you say, '' for nothing; the circuit's own if not given.", show_default=False)
+    ] = None,
     seed: SeedOption = Decoding.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -72,7 +73,8 @@ def chat(
         from emosteer.circuits.places import require_circuit
 
         require_circuit(loaded.model, circuit, root)
-    options: WritingOptions = {**chosen, "instruction": instruction}  # type: ignore[typeddict-item]
+    own = {} if instruction is None else {"instruction": instruction}
+    options: WritingOptions = {**chosen, **own}  # type: ignore[typeddict-item]
     reader = _Reader(judge)
     talk = Chat(loaded, options, reader.shares, system)
     first = {"emotion": f"{emotion} {intensity:g}" if intensity is not None else emotion, "mix": mix, "arc": arc}

@@ -129,7 +129,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    instruction: Annotated[str, typer.Option(help="Appended to every prompt; '' for nothing.")] = INSTRUCTION,
+    instruction: Annotated[
+        str | None, typer.Option(help="Appended to every prompt, '' for nothing; the circuit's own if not given.", show_default=False)
+    ] = None,
     control_tokens: Annotated[
         bool, typer.Option("--control-tokens", help="Let control tokens that are typed in a prompt (<|im_end|>) act; else they are text.")
     ] = False,
@@ -190,19 +192,20 @@ def generate(
         found[0].require(chosen.vectors)
     if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)
+    appended = instruction if instruction is not None else found[0].instruction if found else INSTRUCTION
     steers = found[0] if found else None
     known = steers.emotions if steers else EMOTIONS
     names = () if emotion is None else parse_emotions(emotion, known, closed=steers is not None)
     if feeling is not None and found:
         feeling.tell_reached(found[0].emotions)
         jobs = _felt_jobs(inputs, feeling.starting(names, intensity), found[0], decoding.max_new_tokens)
-        author = _author(loaded, found, decoding, instruction, method, batch_size, positions, options)
+        author = _author(loaded, found, decoding, appended, method, batch_size, positions, options)
         warn_of_harm(limits, method, loaded.name, found, jobs, root)
         return write_replies(author, jobs, out, found[1], fresh, dry_run, as_json, crew)
     wanted = (NONE,) if chosen.kind is Kind.UNSTEERED else names
     dialled = {name: steers.strength_at(name, intensity) for name in wanted} if steers and intensity is not None else {}
     jobs = [job for each in inputs for job in jobs_for(each.id, each.group, wanted, method, strength, steers, dialled, each.earlier)]
-    author = _author(loaded, found if chosen.steers else None, decoding, instruction, method, batch_size, positions, options)
+    author = _author(loaded, found if chosen.steers else None, decoding, appended, method, batch_size, positions, options)
     warn_of_harm(limits, method, loaded.name, found, jobs, root)
     write_replies(author, jobs, out, found[1] if found else None, fresh, dry_run, as_json, crew)
 

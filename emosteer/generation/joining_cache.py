@@ -97,9 +97,10 @@ class JoiningCache:
         if not order:
             self._clear()
             return order
+        # behind its own length a slot holds zeros alone: hidden scores are zeros, and zero times what is not finite is no zero
         for mover, hole in moves:
-            length = int(self.lengths[mover])
-            self.block[:, :, hole, :, :length] = self.block[:, :, mover, :, :length]
+            self.block[:, :, hole, :, : self.n_columns] = self.block[:, :, mover, :, : self.n_columns]
+        self.block[:, :, len(order) :, :, : self.n_columns] = 0
         self.block = self.block[:, :, : len(order)]
         self._now(self.lengths[order])
         return order

@@ -55,8 +55,9 @@ class EmotionJudge(Protocol):
 
 @dataclass(frozen=True)
 class Soundness:
-    """Whether a text is sound. reasons: why not ("order", "repetition", "symbols", "language", "empty"), and remarks that alone do
-    not make it unsound ("unfinished"); score: the estimated probability that it is broken."""
+    """Whether a text is sound. reasons: why not ("order", "repetition", "symbols", "language", "sense", "empty"), and remarks that alone do
+    not make it unsound ("unfinished"); score: the estimated probability that it makes no sense, or that it is broken
+    where it is."""
 
     sound: bool
     reasons: tuple[str, ...]

@@ -123,17 +123,18 @@ def verdicts_of(heads: SoundnessHeads, features: Tensor, texts: Sequence[str]) -
     verdicts = []
     for text, row, senses in zip(texts, faults, sense, strict=True):
         broken, senseless = 1 - row[place].item(), 1 - senses[other].item()
-        reasons = plain_faults(text)
+        reasons, named = plain_faults(text), False
         if broken > BROKEN and not reasons:
             rest = row.clone()
             rest[place] = 0
             fault = heads.broken.labels[int(rest.argmax())]
             # dry official prose looks a little like a loop to the head; a loop can be counted, so it has to be there
             reasons = [fault] if fault != "repetition" or repeats(text) else []
+            named = bool(reasons)
         if senseless > THRESHOLD and not reasons:
             reasons = [SENSE]
         remarks = ["unfinished"] if unfinished(text) else []
-        score = max(broken, senseless) if broken > BROKEN else senseless
+        score = max(broken, senseless) if named else senseless
         verdicts.append(Soundness(not reasons, (*reasons, *remarks), round(score, 6)))
     return verdicts
 

@@ -8,7 +8,6 @@ from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MOST_TOGETHER
 from emosteer.circuits.moods import HALF_LIFE, Personality
 from emosteer.generation.decoding import GUIDANCE, Decoding
-from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.serving.asking import Served
 from emosteer.serving.settings import ServeSettings
 
@@ -41,7 +40,7 @@ def described(served: Served, settings: ServeSettings) -> dict[str, Any]:
         "arc_tokens": ARC_TOKENS,
         "half_life": HALF_LIFE,
         "traits": list(vars(Personality())),
-        "instruction": INSTRUCTION,
+        "instruction": circuit.instruction,
         "max_tokens": served.longest,
         "usual": {**Decoding(guidance=GUIDANCE).shaping, "max_tokens": min(served.longest, Decoding.max_new_tokens)},
         "needs_key": settings.api_key is not None,

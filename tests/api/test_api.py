@@ -7,7 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,15 @@ def test_a_stream_joined_is_the_whole_reply_also_in_a_batch_of_eight_mixed_emoti
         parts[piece.row] += piece.text
     assert [parts[row] for row in range(8)] == [reply.text for reply in whole] and len(set(parts.values())) >= 3
     assert "".join(steered.stream(TEXTS[0], "anger", **LONG)) == steered.generate(TEXTS[0], "anger", **LONG).text
+
+
+def test_prompts_end_with_the_instruction_of_the_circuit(steered: SteeredModel) -> None:
+    """What its dial was fitted to; another where one is given."""
+    assert steered.circuit is not None
+    other = replace(steered, circuit=replace(steered.circuit, instruction="no ."))
+    own, given = other.inputs(TEXTS[0])["input_ids"], steered.inputs(TEXTS[0], instruction="no .")["input_ids"]
+    assert torch.equal(own, given) and not torch.equal(own, other.inputs(TEXTS[0], instruction="yes .")["input_ids"])
+    assert other.generate(TEXTS[0], "anger", **LONG).text == steered.generate(TEXTS[0], "anger", instruction="no .", **LONG).text
 
 
 def test_a_conversation_is_answered_and_only_its_new_reply_is_steered(steered: SteeredModel) -> None:

@@ -677,6 +677,11 @@ def test_the_dial_of_another_instruction(call: Callable[..., Any], folder: Path)
     again = call(*asked, "--circuit", "other/c", "--out", "again/c")
     assert json.loads(again[1])["calibration"]["emotions"] == json.loads(other[1])["calibration"]["emotions"], "its own from then on"
 
+    text = ("generate", "the train was late", "-m", "./tiny", "-e", "all", "--strength", "4", "--max-new-tokens", "6", "--json")
+    written = [call(*text, "--circuit", *which)[1] for which in (("other/c",), ("c", "--instruction", "no ."), ("c",))]
+    said = [[json.loads(line)["text"] for line in lines.splitlines()] for lines in written]
+    assert said[0] == said[1] != said[2], "what writes with it goes by its instruction"
+
 
 BAD = [
     (["calibrate", "--check", "--instruction", "no ."], 2, "expected no --instruction beside it"),

@@ -20,7 +20,6 @@ from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.judges.registry import EMBEDDED, KEY_ENV, PANEL, PARALLEL
 from emosteer.probing.settings import ProbeSettings
 from emosteer.scenarios.prompt_sets import KINDS, parse_kinds
-from emosteer.scenarios.prompts import INSTRUCTION
 from emosteer.serving.settings import ServeSettings
 from emosteer.side_effects.settings import EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
@@ -64,8 +63,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{"max_new_tokens": Decoding().max_new_tokens, "guidance": GUIDANCE, "batch_size": BATCH_SIZE, **JUDGE},
     },
     "evaluate": {**GUIDED, **JUDGE, "budget": Budget().ratio, "seed": EvaluationSettings().seed, "batch_size": CONTEST_BATCH_SIZE},
-    "generate": {**DECODING, "seed": Decoding().seed, "instruction": INSTRUCTION},
-    "chat": {**GUIDED, "seed": Decoding().seed, "instruction": INSTRUCTION, "judge": EMBEDDED},
+    "generate": {**DECODING, "seed": Decoding().seed, "instruction": None},
+    "chat": {**GUIDED, "seed": Decoding().seed, "instruction": None, "judge": EMBEDDED},
     "serve": {name: value for name, value in vars(ServeSettings()).items() if name != "cors"},
     "probe": {
         **{name: value for name, value in PROBE.items() if name not in ("kinds", "decays", "distances", "batch_tokens")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,9 +21,11 @@ from emosteer.generation.lean_forward import Lean, lean_of
 from emosteer.generation.running_batch import Ask, RunningBatch, Written
 from emosteer.generation.steering import Course, SteeringPlan, compile_units
 from emosteer.models.model import Model
+from emosteer.models.sites import ATTN_OUT, Site
 from emosteer.models.tokens import reply_text
 from tests.conftest import build, tiny_tokenizer
 from tests.generation.test_steering import circuit
+from tests.helpers.families import random_model
 
 EMPTY = (1, 5, 9, 4)
 #: What many prompts begin with.
@@ -201,6 +204,33 @@ def test_a_full_batch_goes_on_in_the_same_memory(tiny: Model) -> None:
     cache.drop([slot])
     cache.advance()
     assert cache.n_columns < 60 and cache.store.shape[4] <= cache.n_columns + ROOM and cache.n_rows == 6
+
+
+@pytest.mark.parametrize("runs_already", [True, False])
+def test_a_neighbour_that_overflows_spoils_nobody(monkeypatch: pytest.MonkeyPatch, runs_already: bool) -> None:
+    """He leaves states that are not finite; whoever is moved into his slot, or joins it, is written as alone. Without the compiled step,
+    which reads a row's own columns only."""
+    model = random_model("llama")
+    lean = lean_of(model)
+    assert lean is not None
+    monkeypatch.setattr(lean, "prepare", lambda rows: None)
+    monkeypatch.setattr(lean, "native", None)
+    sites = {Site(layer, ATTN_OUT): torch.ones(1, model.shape.d_model) for layer in range(model.shape.n_layers)}
+    batch = RunningBatch(model, sites)
+
+    def asked(key: str, ids: Sequence[int], tokens: int, weight: float | None = None) -> Ask:
+        return Ask(Request(key, tuple(ids), EMPTY), Decoding(tokens), None if weight is None else torch.full((1, 1), weight), None)
+
+    other = asked("other", range(5, 11), 6)
+    batch.join(asked("stays", range(3, 30), 40))
+    broken = batch.join(asked("broken", range(3, 23), 30, float("inf")))
+    ticket = batch.join(other) if runs_already else None
+    tokens = [step.token for _ in range(2 if runs_already else 6) for step in batch.step() if step.ticket == ticket]
+    batch.cancel(broken)
+    ticket = batch.join(other) if ticket is None else ticket
+    while batch.n_requests > 1:
+        tokens += [step.token for step in batch.step() if step.ticket == ticket]
+    assert tuple(token for token in tokens if token is not None) == alone(model, sites, other).ids and len(tokens) > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -160,7 +160,7 @@ def test_a_rule_outvotes_a_head_that_is_content() -> None:
 
 
 def test_a_repetition_must_be_there_to_be_counted() -> None:
-    assert verdict(PLAIN, repetition=0.9) == Soundness(True, (), 0.9)
+    assert verdict(PLAIN, repetition=0.9) == Soundness(True, (), 0.0), "and does not count in the score"
     assert verdict("That that is the permit. That is the way, and that is the way.", repetition=0.9).reasons == ("repetition",)
 
 

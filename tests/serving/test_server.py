@@ -118,6 +118,16 @@ def test_a_reply_is_that_of_generate(served: Running, steered: SteeredModel, fie
     assert streamed[0]["choices"][0]["delta"]["role"] == "assistant"
 
 
+def test_prompts_end_with_the_instruction_of_the_circuit(steered: SteeredModel) -> None:
+    assert steered.circuit is not None
+    other = replace(steered, circuit=replace(steered.circuit, instruction="no ."))
+    with running(other, max_batch=2) as server:
+        assert ask(server, emotion="anger", max_tokens=12).json()["choices"][0]["message"]["content"] == (
+            steered.generate(TEXT, "anger", instruction="no .", max_new_tokens=12).text
+        )
+        assert httpx.get(server.url + "/v1/emotions").json()["instruction"] == "no ."
+
+
 def test_the_official_client_chats_streams_and_chooses(client: Any, steered: SteeredModel) -> None:
     messages = [{"role": "user", "content": TEXT}]
     whole = client.chat.completions.create(model=f"{NAME}:anger@60", messages=messages, max_tokens=12)
