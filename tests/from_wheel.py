@@ -52,7 +52,7 @@ emosteer extract {data} --emotions anger,sadness,fear --dry-run --json
 emosteer extract {data} --emotions anger,sadness,fear
 emosteer ablate {data} --no-curves --patch-groups 1 --true-units 2 --verify-neurons 2
 emosteer circuit {data} --gain-steps 2 --no-tune --no-learn-residual
-emosteer calibrate --model ./tiny --groups 2 --points 3 --refine 1 --max-new-tokens 4 --judge linear --guidance 1
+emosteer calibrate --model ./tiny --groups 2 --points 3 --refine 1 --max-new-tokens 4 --judge linear --guidance 1 --sound 0 --names 1
 emosteer evaluate --model ./tiny --groups 2 --dev-groups 2 --doses 1 --methods none,circuit --max-new-tokens 4
 emosteer probe {data} --per-label 12 --folds 2 --epochs 1 --hidden 0 --sites resid_post --followed 3 --prompted 3 --moved 3
 emosteer heads {data} --groups 8 --checked 4

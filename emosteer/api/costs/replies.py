@@ -109,7 +109,7 @@ def of_effects(
         parts,
         needed(model, WRITING),
         (wanted - kept + again + long) * REPLY_BYTES,
-        f"{kept:,} of {wanted:,} replies and texts are kept" if kept else "",
+        f"up to {kept:,} of {wanted:,} replies and texts are kept" if kept else "",
     )
 
 

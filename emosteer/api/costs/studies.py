@@ -85,7 +85,7 @@ def of_validate(model: Model, circuit: Circuit, groups: Sequence[Group], bank: B
     if settings.written:
         parts.append(_under_ablation(bench))
     size = 4 * 2 * sum(rows.values()) + 4 * len(circuit.emotions) * model.shape.n_layers * model.shape.n_heads * 2
-    done = f"{kept} of {len(cells)} prompts and emotions are kept" if kept else ""
+    done = f"up to {kept} of {len(cells)} prompts and emotions are kept" if kept else ""
     return Cost("validate", tuple(parts), needed(model, "extract"), size, done)
 
 

@@ -297,7 +297,7 @@ def test_the_replies_and_texts_of_the_side_effects_are_those_that_are_kept(tiny:
     rows = [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("replies", "texts")]
     assert rows == [answers + replies, texts]
     again = of_effects(tiny, circuit, battery, settings, 8, tmp_path)
-    assert [part.count for part in again.parts] == [0] * 5 and again.kept == f"{sum(rows)} of {sum(rows)} replies and texts are kept"
+    assert [part.count for part in again.parts] == [0] * 5 and again.kept == f"up to {sum(rows)} of {sum(rows)} replies and texts are kept"
     more = of_effects(tiny, circuit, battery, replace(settings, rounds=2, followed=1, distances=(0, 40)), 8, tmp_path)
     assert [part.count for part in more.parts[3:]] == [2 * 2 * len(battery.items), 1 * (2 * len(THREE) + 1) * 2]
     assert more.parts[4].tokens == (len(THREE) + 2) * 40
