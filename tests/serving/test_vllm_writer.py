@@ -22,7 +22,7 @@ from emosteer.export.vectors import ExportRequest
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.models.weights import resolve as weights
-from emosteer.scenarios.prompts import INSTRUCTION, elicit, plain
+from emosteer.scenarios.prompts import elicit, plain
 from emosteer.serving import vllm_writer
 from emosteer.serving.vllm_writer import Served, VllmWriter
 from tests.export.test_checkpoint import folder_of
@@ -30,6 +30,8 @@ from tests.export.test_checkpoint import folder_of
 FAKES = Path(__file__).parents[1] / "helpers" / "fakes"
 LINES = {"a": "the train was late again", "b": "i waited at the office", "c": "our landlord said never"}
 EMOTIONS = ("anger", "sadness")
+#: The instruction that the circuits of these tests carry, which prompts end with.
+OWN = ""
 STRENGTH = {"anger": 0.5, "sadness": 0.75}
 
 
@@ -89,7 +91,7 @@ def written(model: Model, circuit: Circuit, text: str, emotion: str) -> tuple[li
         site: (lambda x, v=STRENGTH[emotion] * value[row]: x + v)  # type: ignore[misc]
         for site, value in circuit.steering(model).items()
     }
-    ids, reply = model.prompt_ids(plain(text, INSTRUCTION)), []
+    ids, reply = model.prompt_ids(plain(text, OWN)), []
     for _ in range(8):
         logits = model.logits(model.run(torch.tensor([ids + reply]), edits, bridge=False))[0, -1]
         for token in set(ids + reply):
@@ -140,7 +142,7 @@ def test_the_engine_gets_the_prompts_seeds_and_decoding(run: Run, model: Model, 
     code, out, _ = run("-i", "in.jsonl", "-e", "sadness", "--json", *how, *more)
     assert code == 0
     (engine,) = asked()
-    ids = [model.prompt_ids(plain(text, INSTRUCTION)) for text in LINES.values()]
+    ids = [model.prompt_ids(plain(text, OWN)) for text in LINES.values()]
     assert [request["ids"] for request in engine["requests"]] == ids
     assert [request["seed"] for request in engine["requests"]] == [seed_of(3, f"{name}/sadness") for name in LINES]
     one = engine["requests"][0]
@@ -174,13 +176,13 @@ def test_unsteered_replies_come_from_the_model_as_it_is(run: Run, asked: Callabl
     plain_model = str(weights.resolve(str(room / "llama")).path)
     assert [Path(engine["engine"]["model"]).resolve() for engine in asked()] == [Path(plain_model).resolve()] * 3
     assert [request["ids"] for request in asked()[2]["requests"]] == [
-        model.prompt_ids(elicit("tone", "train", emotion, INSTRUCTION)) for emotion in EMOTIONS
+        model.prompt_ids(elicit("tone", "train", emotion, OWN)) for emotion in EMOTIONS
     ], "one engine for both emotions"
 
 
 def test_a_text_alone_is_answered_with_nothing_but_the_reply(run: Run, model: Model) -> None:
     code, out, err = run("the train was late", "-e", "anger")
-    ids = model.prompt_ids(plain("the train was late", INSTRUCTION))
+    ids = model.prompt_ids(plain("the train was late", OWN))
     assert code == 0 and out == model.tokenizer.decode(ids[-2:], skip_special_tokens=True).strip() + "\n"
     assert "a line on stdout" not in err
 
