@@ -286,14 +286,14 @@ def calibrate(
     from emosteer.calibration import calibrate as stage
     from emosteer.calibration.trials import Trials
     from emosteer.judges.huggingface import refuse_same_weights
+    from emosteer.scenarios.prompts import instruction_for
 
     bare = plain_model(model)
     chosen = CalibrateSettings(**settings)
     prompts = development_groups(groups, path_of(scenarios), kinds)
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
-    if instruction is not None:
-        ready = replace(ready, instruction=instruction)
+    ready = replace(ready, instruction=instruction_for(instruction, ready.instruction))
     with contextlib.ExitStack() as stack:
         log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
         replies = KeyedLog(log)

@@ -16,7 +16,7 @@ from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
 from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.emotions import EMOTIONS, emotion_name
-from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
+from emosteer.scenarios.prompts import POSITIONS, instruction_for
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -283,7 +283,7 @@ class SteeredModel:
             self.model,
             self.circuit,
             Decoding(**cast(DecodingOptions, {"guidance": GUIDANCE, **chosen})),
-            options.get("instruction", self.circuit.instruction if self.circuit else INSTRUCTION),
+            instruction_for(options.get("instruction"), self.circuit.instruction if self.circuit else None),
             self._method(options),
             options.get("batch_size", BATCH_SIZE),
             positions=options.get("positions", "reply"),

@@ -111,13 +111,13 @@ def calibrate(
     from emosteer.circuits.places import require_circuit
     from emosteer.judges.huggingface import refuse_same_weights
     from emosteer.models.model import Model
+    from emosteer.scenarios.prompts import instruction_for
 
     loaded = Model.load(model, device=device, dtype=dtype)
     found, path = require_circuit(loaded, circuit, root)
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
-    if instruction is not None:
-        found = replace(found, instruction=instruction)
+    found = replace(found, instruction=instruction_for(instruction, found.instruction))
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:

@@ -31,7 +31,7 @@ from emosteer.cli.options import (
 )
 from emosteer.cli.write_replies import write_replies
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
-from emosteer.scenarios.prompts import INSTRUCTION, POSITIONS
+from emosteer.scenarios.prompts import POSITIONS, instruction_for
 from emosteer.scenarios.scenarios import EMOTIONS, Message, parse_emotions
 from emosteer.side_effects.settings import Limits
 from emosteer.writing.feelings import Feeling
@@ -192,8 +192,8 @@ def generate(
         found[0].require(chosen.vectors)
     if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)
-    appended = instruction if instruction is not None else found[0].instruction if found else INSTRUCTION
     steers = found[0] if found else None
+    appended = instruction_for(instruction, steers.instruction if steers else None)
     known = steers.emotions if steers else EMOTIONS
     names = () if emotion is None else parse_emotions(emotion, known, closed=steers is not None)
     if feeling is not None and found:

@@ -41,10 +41,6 @@ class JoiningEngine(Protocol):
     def steer(self, rows: Sequence[int], vectors: Mapping[Site, Tensor]) -> None:
         """Adds something else to some rows, which have taken a step, from the next one on. vectors: site -> [row, d_model]."""
 
-    @property
-    def n_columns(self) -> int:
-        """Positions of the cache that every row takes."""
-
 
 def joining_engine(model: Model, sites: Sequence[Site]) -> JoiningEngine:
     """The fastest engine for a model and the sites that are steered."""
@@ -95,10 +91,6 @@ class LeanJoiningEngine:
         self.slot: list[int] = []  # of each row: where the cache holds it
         self.fresh: dict[int, int] = {}  # row -> the last token of its prompt, before its first step
         self.heads = _Heads()
-
-    @property
-    def n_columns(self) -> int:
-        return self.cache.n_columns
 
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Adds rows; distinct beginnings of their prompts are computed once."""
@@ -180,10 +172,6 @@ class CohortEngine:
         self.cohorts: list[HookedEngine] = []
         self.sizes: list[int] = []
         self.n_begun = 0  # cohorts that have taken a step: the first ones
-
-    @property
-    def n_columns(self) -> int:
-        return max((cohort.mask.shape[1] for cohort in self.cohorts), default=0)
 
     def join(self, prompts: Sequence[Sequence[int]], plan: SteeringPlan) -> None:
         """Makes a batch of the new rows."""

@@ -91,11 +91,6 @@ class RunningBatch:
         """Rows of the model's batch, two for a request that its prompt guides."""
         return len(self._places) + sum(1 + row.ask.decoding.guides for row in self._waiting)
 
-    @property
-    def n_columns(self) -> int:
-        """Positions of the cache that every row takes."""
-        return max(self._engine.n_columns, *(len(row.seen) for row in self._waiting), 0)
-
     def join(self, ask: Ask) -> int:
         """Takes a request in; it takes part in the next step. Returns its ticket.
 

@@ -33,6 +33,15 @@ _NO_STIMULUS = "This leaves you as you were: it is neither good nor bad for you,
 Messages = list[dict[str, str]]
 
 
+def instruction_for(given: str | None, own: str | None) -> str:
+    """What is appended to prompts: what was given, else what the circuit carries, else the usual.
+
+    Args:
+        given: "" for nothing; own: of the circuit, None where there is none.
+    """
+    return next(text for text in (given, own, INSTRUCTION) if text is not None)
+
+
 def plain(text: str, instruction: str = INSTRUCTION, earlier: Sequence[Message] = ()) -> Messages:
     """The prompt without any emotion: what is steered, and the prompt of the `reply` elicitation.
 

@@ -17,6 +17,7 @@ from emosteer.generation.generate import Request, check_lengths
 from emosteer.generation.running_batch import Ask
 from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
+from emosteer.scenarios.prompts import instruction_for
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.serving.errors import RequestError
 from emosteer.serving.requests import ChatRequest, CompletionRequest, Feels, Writes
@@ -130,7 +131,7 @@ def chat_asks(served: Served, wanted: ChatRequest) -> Wanted:
     messages = _said(wanted)
     decoding = decoding_of(served, wanted, GUIDANCE, wanted.max_completion_tokens or wanted.max_tokens)
     job = _felt(served, wanted, messages, decoding.max_new_tokens)
-    instruction = served.circuit.instruction if wanted.instruction is None else wanted.instruction
+    instruction = instruction_for(wanted.instruction, served.circuit.instruction)
     request = asked_request(served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides)
     likeliest = (wanted.top_logprobs or 0) if wanted.logprobs else None
     return Wanted(job.emotion, job.strength, _choices(served, job, request, decoding, wanted.n or 1, likeliest))

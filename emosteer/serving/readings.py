@@ -13,7 +13,7 @@ from emosteer.base.errors import EmosteerError, first_line
 from emosteer.judges.reader import Reader
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Site
-from emosteer.scenarios.prompts import plain
+from emosteer.scenarios.prompts import instruction_for, plain
 from emosteer.serving.asking import Served, said
 from emosteer.serving.errors import RequestError
 from emosteer.serving.requests import ReadingRequest
@@ -72,7 +72,7 @@ def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callab
     messages = said([message.plain() for message in wanted.messages])
     if not wanted.reply.strip():
         raise RequestError("the reply is empty", param="reply")
-    instruction = served.circuit.instruction if wanted.instruction is None else wanted.instruction
+    instruction = instruction_for(wanted.instruction, served.circuit.instruction)
     prompt = served.model.prompt_ids(plain(messages[-1].content, instruction, messages[:-1]))
     reply = served.model.text_ids(wanted.reply)
     if len(prompt) + len(reply) > served.model.shape.context:
