@@ -22,9 +22,10 @@ from emosteer.base.files import read_jsonl
 from emosteer.judges.answers import ANSWERS, NOT, PAIR_LABELS, AnswerCheck, Answered, Pair, feature_weights, labelled_pairs, pair_features
 from emosteer.judges.broken_texts import soundness_examples, still_sound
 from emosteer.judges.embedded import LinearHead, SentenceEncoder, fit_head
-from emosteer.judges.protocol import ANSWERED
+from emosteer.judges.protocol import ANSWERED, LABELS
 from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, SoundnessHeads, verdicts_of
 from emosteer.judges.sources import HELD_OUT, held_out
+from emosteer.scenarios.scenarios import NEUTRAL
 from emosteer.scenarios.splits import stable_share
 
 #: Of the check of answers, chosen with prompts left out (docs/JUDGES.md).
@@ -40,13 +41,14 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class ReadReply:
-    """A model's reply with its prompt, what a blind reader said (whether it answers, and whether it is understandable English), and how it
-    was written."""
+    """A model's reply with its prompt, what a blind reader said (whether it answers, whether it is understandable English, and which
+    emotion it voices), and how it was written."""
 
     pair: Pair
     answers: bool
     sound: bool
     method: str = ""
+    label: str = NEUTRAL
 
 
 def read_replies(*paths: Path) -> dict[bool, list[ReadReply]]:
@@ -55,7 +57,7 @@ def read_replies(*paths: Path) -> dict[bool, list[ReadReply]]:
     A prompt is held out with all of its replies: where a line says so (`"held_out": true`), else by its hash.
 
     Raises:
-        DataError: naming file and line, if a prompt is missing or what was said of a reply is neither true nor false.
+        DataError: naming file and line, if a prompt is missing, what was said of it is neither true nor false, or a label is unknown.
     """
     found: list[ReadReply] = []
     apart: set[str] = set()
@@ -63,7 +65,10 @@ def read_replies(*paths: Path) -> dict[bool, list[ReadReply]]:
         prompt, text, answers, sound = (row.get(name) for name in ("prompt", "text", "answers", "sound"))
         if not (isinstance(prompt, str) and isinstance(text, str) and isinstance(answers, bool) and isinstance(sound, bool)):
             raise DataError(f"{path}:{number}: expected 'prompt' and 'text' to be texts, 'answers' and 'sound' true or false")
-        found.append(ReadReply((prompt, text), answers, sound, str(row.get("method", ""))))
+        label = row.get("label")
+        if label not in LABELS:
+            raise DataError(f"{path}:{number}: expected 'label' to be one of {', '.join(LABELS)}, found {str(label)[:40]!r}")
+        found.append(ReadReply((prompt, text), answers, sound, str(row.get("method", "")), label))
         if row.get("held_out") is True or held_out(prompt):
             apart.add(prompt)
     return {part: [reply for reply in found if (reply.pair[0] in apart) == part] for part in (False, True)}

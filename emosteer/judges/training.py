@@ -31,7 +31,7 @@ from emosteer.judges.adapters import Adapter, TunedJudge
 from emosteer.judges.answers import Answered
 from emosteer.judges.check_training import beside_readers, fit_answers, fit_soundness, measure_answers, read_replies
 from emosteer.judges.embedded import ASSET, ENCODER, KIND, LinearHead, LinearJudge, fit_head, shared_encoder
-from emosteer.judges.fine_tuning import FineTuneSettings, calibrated, fine_tune
+from emosteer.judges.fine_tuning import DTYPES, FineTuneSettings, calibrated, fine_tune, quicker_dtype
 from emosteer.judges.protocol import LABELS
 from emosteer.judges.sources import Labelled, Source, held_out, read_public
 from emosteer.judges.storage import load_adapter, load_heads, save_judges
@@ -41,10 +41,12 @@ from emosteer.scenarios.splits import stable_share
 
 #: Replies that models wrote, read blind with their prompts: what they voice, and whether they answer.
 READ = "judge/model_replies.jsonl"
-#: More of them, for the checks alone; of the last, those to development prompts are fitted on by nothing.
+#: More of them; of the last, those to development prompts are fitted on by nothing.
 CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
 #: More again; their readers were strict about soundness: they teach which of two replies makes more sense, not how much is enough.
 STRICTLY = "judge/strictly_read.jsonl"
+#: The source that the replies of `CHECKED` and `STRICTLY` are, of which whole prompts are held out.
+READ_REPLIES = "read-replies"
 OWN = {
     "sentences": "judge/sentences.jsonl",
     "replies": "judge/replies.jsonl",
@@ -62,13 +64,14 @@ BANKS = {
 }
 #: Shares of the draws that each source has; those of sources left out go to the others.
 SHARES = {
-    "goemotions-ekman": 0.36,
-    "xed-en": 0.12,
-    "sentences": 0.09,
-    "replies": 0.09,
-    "spoken": 0.1,
-    "toned": 0.14,
-    "model-replies": 0.1,
+    "goemotions-ekman": 0.35,
+    "xed-en": 0.11,
+    "sentences": 0.08,
+    "replies": 0.08,
+    "spoken": 0.09,
+    "toned": 0.12,
+    "model-replies": 0.08,
+    READ_REPLIES: 0.09,
 }
 #: The same for the judge of the public sources alone.
 PUBLIC_SHARES = {"goemotions-ekman": 0.378, "xed-en": 0.18}
@@ -102,13 +105,26 @@ def read_own(name: str, file: str) -> Source:
     return Source(name, tuple(parts[False]), tuple(parts[True]), False, {file: sha256_file(path)})
 
 
+def read_source_of_replies() -> Source:
+    """Replies that models wrote and readers labelled, as a source whose held-out texts answer other prompts than those fitted on."""
+    files = (*CHECKED, STRICTLY)
+    read, seen = read_replies(*map(data_path, files)), set[str]()
+    parts: dict[bool, list[Labelled]] = {True: [], False: []}
+    for part, texts in parts.items():  # the held-out ones first: a text that both parts hold is not fitted on
+        for reply in read[part]:
+            if reply.pair[1] not in seen:
+                seen.add(reply.pair[1])
+                texts.append((reply.pair[1], reply.label))
+    return Source(READ_REPLIES, tuple(parts[False]), tuple(parts[True]), False, {file: sha256_file(data_path(file)) for file in files})
+
+
 def read_sources(public: Path) -> list[Source]:
     """The public sources of a folder, then the project's own.
 
     Raises:
         DataError: if two go by one name, or as for `read_own` and `read_public`.
     """
-    sources = [*read_public(public), *(read_own(name, file) for name, file in OWN.items())]
+    sources = [*read_public(public), *(read_own(name, file) for name, file in OWN.items()), read_source_of_replies()]
     names = [source.name for source in sources]
     if len(set(names)) != len(names):
         raise DataError(f"expected sources of different names, found {', '.join(names)}; rename the file in {public}")
@@ -277,7 +293,7 @@ def train(public: Path, out: Path, settings: FineTuneSettings, left_out_steps: i
     }
     hashes = {name: digest for source in sources for name, digest in source.files.items()} | hashes_of_checks()
     method = "low-rank adapters in the upper layers of the encoder, and linear heads on layer statistics"
-    provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's hash, 1 in 7"}, data=hashes)
+    provenance = Provenance(ENCODER, "", "", method, {"held_out": "by the text's or the prompt's hash, 1 in 7"}, data=hashes)
     save_judges(out, {"emotion": linear, **checks}, {name: judge.adapter for name, judge in judges.items()}, card, provenance)
     return card
 
@@ -372,6 +388,9 @@ def main() -> None:
         "--parts", type=Path, help="folder that fitted parts are kept in, so that a run goes on; the cache folder by default"
     )
     parser.add_argument("--only", help="fit these parts alone, with commas, beside another run that fits the others")
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="what fine-tuning computes in; auto: the faster one here, by measuring"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     parts = options.parts or cache_dir() / "judge-training"
@@ -382,7 +401,7 @@ def main() -> None:
         if options.checks_only:
             card: dict[str, Any] | None = refit_checks(ASSET, options.out)
         else:
-            settings = replace(FineTuneSettings(), steps=options.steps)
+            settings = FineTuneSettings(steps=options.steps, dtype=quicker_dtype() if options.dtype == "auto" else options.dtype)
             card = train(options.public, options.out, settings, options.left_out_steps, workshop)
     except EmosteerError as error:
         raise SystemExit(f"emosteer: {error}") from error

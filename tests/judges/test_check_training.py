@@ -28,21 +28,22 @@ from emosteer.judges.check_training import (
     read_replies,
 )
 from emosteer.judges.embedded import LinearHead, fit_head
+from emosteer.judges.protocol import LABELS
 from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, SoundnessHeads, verdicts_of
 from emosteer.judges.sources import held_out
 from tests.helpers.judge_setup import FEATURES, FILLERS, tiny_encoder
 
 
 def test_replies_that_were_read_are_held_out_by_their_prompt(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{n}", "text": f"text {n}", "label": "anger", "answers": n % 3 == 0, "sound": n % 2 == 0} for n in range(60)]
+    rows = [{"prompt": f"p{n}", "text": f"text {n}", "label": LABELS[n % 7], "answers": n % 3 == 0, "sound": n % 2 == 0} for n in range(60)]
     path = tmp_path / "read.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     replies = read_replies(path)
     assert {reply.pair[1] for reply in replies[True]} == {str(row["text"]) for row in rows if held_out(str(row["prompt"]))} and replies[
         True
     ]
-    assert {(*reply.pair, reply.answers, reply.sound) for part in replies.values() for reply in part} == {
-        (row["prompt"], row["text"], row["answers"], row["sound"]) for row in rows
+    assert {(*reply.pair, reply.answers, reply.sound, reply.label) for part in replies.values() for reply in part} == {
+        (row["prompt"], row["text"], row["answers"], row["sound"], row["label"]) for row in rows
     }
     kept = next(row for row in rows if not held_out(str(row["prompt"])))
     (tmp_path / "more.jsonl").write_text(json.dumps({**kept, "text": "another", "held_out": True, "method": "circuit"}))
@@ -55,6 +56,10 @@ def test_replies_that_were_read_are_held_out_by_their_prompt(tmp_path: Path) -> 
     for wrong in ({"answers": "yes"}, {"sound": None}, {"prompt": 3}, {"text": None}):
         path.write_text(json.dumps({**rows[0], **wrong}))
         with pytest.raises(DataError, match=r"read.jsonl:1: expected 'prompt' and 'text' to be texts, 'answers' and 'sound' true or false"):
+            read_replies(path)
+    for unknown in ("joy", None):
+        path.write_text(json.dumps({**rows[0], "label": unknown}))
+        with pytest.raises(DataError, match=f"read.jsonl:1: expected 'label' to be one of anger, .*neutral, found '{unknown}'"):
             read_replies(path)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from emosteer.base.errors import DataError
 from emosteer.judges import fine_tuning
 from emosteer.judges.adapters import Adapter, TunedJudge
 from emosteer.judges.embedded import SentenceEncoder
-from emosteer.judges.fine_tuning import FineTuneSettings, Sampler, calibrated, fine_tune
+from emosteer.judges.fine_tuning import FineTuneSettings, Sampler, calibrated, fine_tune, quicker_dtype
 from emosteer.judges.protocol import LABELS
 from tests.helpers.judge_setup import FILLERS, TELLING, tiny_adapter, tiny_encoder
 
@@ -138,6 +140,25 @@ def test_the_same_seed_gives_the_same_bits(encoders: list[SentenceEncoder], dtyp
     for name, value in again.tensors().items():
         assert torch.equal(value, first.tensors()[name]), name
     assert fine_tune(sources, {}, replace(settings, seed=1)).key != first.key
+
+
+@pytest.mark.parametrize("slow", fine_tuning.DTYPES)
+def test_the_faster_precision_is_found_by_measuring(
+    encoders: list[SentenceEncoder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slow: str
+) -> None:
+    """By the processor's time of one step in each, of which one is made to take longer here."""
+    now, plainly = [0.0], fine_tuning._loss
+
+    def loss(*arguments: Any) -> Tensor:
+        now[0] += 2.0 if arguments[-1].dtype == slow else 0.5
+        return plainly(*arguments)
+
+    monkeypatch.setattr(fine_tuning, "_loss", loss)
+    monkeypatch.setattr(fine_tuning.time, "process_time", lambda: now[0])
+    (faster,) = set(fine_tuning.DTYPES) - {slow}
+    assert quicker_dtype() == faster
+    said = capsys.readouterr().err
+    assert f"fine-tuning in {faster}" in said and f"2.00 s in {slow}" in said and f"0.50 s in {faster}" in said
 
 
 def test_learning_goes_on_from_an_adapter(encoders: list[SentenceEncoder]) -> None:

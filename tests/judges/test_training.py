@@ -29,10 +29,12 @@ from emosteer.judges.training import (
     FOREIGN,
     OWN,
     READ,
+    READ_REPLIES,
     Workshop,
     measure,
     print_card,
     read_own,
+    read_source_of_replies,
     refit_checks,
     some_of,
     train,
@@ -83,6 +85,21 @@ def test_held_out_membership_depends_on_the_text_alone(own: list[Source]) -> Non
     assert all(held_out(text) for source in own for text, _ in source.test)
     assert not any(held_out(text) for source in own for text, _ in source.train)
     assert sum(map(held_out, texts)) / len(texts) == pytest.approx(HELD_OUT, abs=0.02)
+
+
+def test_replies_to_held_out_prompts_are_fitted_on_by_no_judge() -> None:
+    source = read_source_of_replies()
+    rows = [
+        json.loads(line)
+        for file in (*training.CHECKED, training.STRICTLY)
+        for line in data_path(file).read_text(encoding="utf-8").splitlines()
+    ]
+    apart = {row["prompt"] for row in rows if row.get("held_out") or held_out(row["prompt"])}
+    said = {row["text"]: row["label"] for row in rows if row["prompt"] in apart}
+    fitted, measured = dict(source.train), dict(source.test)
+    assert measured == said and len(measured) > 240, "the readers' labels of every reply to these prompts"
+    assert not fitted.keys() & measured.keys() and {row["text"] for row in rows} == fitted.keys() | measured.keys()
+    assert set(fitted.values()) == set(measured.values()) == set(LABELS)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +208,7 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 #: How the made texts of a source end, where that is not its name.
-TAILS = {"model-replies": "model_replies"}
+TAILS = {"model-replies": "model_replies", READ_REPLIES: "reply"}
 
 
 def write_data(folder: Path, flipped: str = "") -> None:
@@ -209,13 +226,20 @@ def write_data(folder: Path, flipped: str = "") -> None:
         if file == training.READ:
             rows = [{**row, "prompt": f"we {n}", "answers": True, "sound": n % 3 > 0} for n, row in enumerate(rows)]
         jsonl(folder / file, rows)
-    for file in training.CHECKED:
-        more = [{"text": f"{FILLERS[n % 5]} so {n}", "prompt": f"{file} {n}", "answers": False, "sound": True} for n in range(20)]
+    for seed, file in enumerate((*training.CHECKED, training.STRICTLY), 11):
+        strict = file == training.STRICTLY
+        texts = made(5, seed, "reply")
+        more = [
+            {
+                "text": text,
+                "label": label,
+                "prompt": f"{file} {n // 2}",
+                "answers": strict and n % 4 == 0,
+                "sound": not strict or n % 2 == 0,
+            }
+            for n, (text, label) in enumerate(texts.items())
+        ]
         jsonl(folder / file, more)
-    strictly = [
-        {"text": f"{FILLERS[n % 7]} but {n}", "prompt": f"strict {n}", "answers": n % 4 == 0, "sound": n % 2 == 0} for n in range(20)
-    ]
-    jsonl(folder / training.STRICTLY, strictly)
     jsonl(folder / FOREIGN, [{"text": f"[UNK] nada {n}"} for n in range(30)])
     jsonl(folder / training.PAIRS, [{"prompt": "we", "reply": f"cry {n}", "relation": "right"} for n in range(4)])
     event = {valence: f"it was {valence}" for valence in VALENCES}
@@ -256,11 +280,12 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
 ) -> None:
     card = train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, SMALL.steps, Workshop(tmp_path / "parts"))
     assert card is not None
-    names = {"film", "forum", *OWN}
+    names = {"film", "forum", *OWN, READ_REPLIES}
     assert [set(one) for one in fits] == [{"film", "forum"}, names, names - {"film"}, names - {"forum"}]
     for one in fits:
         for name, texts in one.items():
-            assert texts and not any(held_out(text) for text, _ in texts) and all(text.endswith(TAILS.get(name, name)) for text, _ in texts)
+            assert texts and all(text.endswith(TAILS.get(name, name)) for text, _ in texts)
+            assert name == READ_REPLIES or not any(held_out(text) for text, _ in texts)
             assert "bank" not in " ".join(text for text, _ in texts), "the reply bank is a test"
     assert {name: set(rows) for name, rows in card["emotions"].items()} == dict.fromkeys(("embedded", "public", "linear"), names | {"bank"})
     counts = {source.name: len(source.test) for source in training.read_sources(tmp_path / "public")}
@@ -282,7 +307,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
     train(tmp_path / "public", again, SMALL, 0, Workshop(tmp_path / "others"))
     assert card is not None
     assert sha256_file(out) == sha256_file(again), "the same texts, the same bytes"
-    assert load_heads(out).keys() == {"emotion", "soundness", "sense", "answers"} and set(card["left_out"]) == set(OWN), (
+    assert load_heads(out).keys() == {"emotion", "soundness", "sense", "answers"} and set(card["left_out"]) == {*OWN, READ_REPLIES}, (
         "all of our own are left out of `public`"
     )
     film = read_public(tmp_path / "public")[0]
@@ -340,10 +365,23 @@ def test_either_the_public_texts_or_the_checks_alone(
     assert stopped.value.code == 2 and "give the folder of public labelled texts, or --checks-only" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("asked", "computed"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_what_is_quicker_here_computes_unless_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: list[str], computed: str
+) -> None:
+    seen: list[FineTuneSettings] = []
+    monkeypatch.setattr(training, "quicker_dtype", lambda: "float32")
+    monkeypatch.setattr(training, "train", lambda public, out, settings, *_: seen.append(settings))
+    monkeypatch.setattr("sys.argv", ["training", "public", "--steps", "7", "--parts", str(tmp_path), *asked])
+    training.main()
+    assert seen == [FineTuneSettings(steps=7, dtype=computed)]
+
+
 def test_a_public_source_may_not_go_by_the_name_of_ours(tmp_path: Path, fits: list[Any]) -> None:
     (tmp_path / "public/film.jsonl").rename(tmp_path / "public/replies.jsonl")
     with pytest.raises(
-        DataError, match="expected sources of different names, found forum, replies, sentences, replies, spoken, toned, model-replies"
+        DataError,
+        match="expected sources of different names, found forum, replies, sentences, replies, spoken, toned, model-replies, read-replies",
     ):
         train(tmp_path / "public", tmp_path / "judge.safetensors", SMALL, 0, Workshop(tmp_path / "parts"))
 
@@ -370,11 +408,12 @@ def test_the_shipped_card_agrees_with_itself(own: list[Source]) -> None:
             confusion = torch.tensor([[row["confusion"][given][judged] for judged in LABELS] for given in LABELS])
             assert confusion.sum() == row["n"] and row["accuracy"] == pytest.approx(confusion.diag().sum().item() / row["n"], abs=1e-4)
             assert sum(count for *_, count in row["reliability"]) == row["n"]
-    assert {source.name: card["fitted_on"][source.name] for source in own} == {source.name: len(source.train) for source in own}
+    everything = [*own, read_source_of_replies()]
+    assert {source.name: card["fitted_on"][source.name] for source in everything} == {s.name: len(s.train) for s in everything}
 
 
 def test_the_shipped_judges_were_fitted_on_the_texts_as_they_are() -> None:
     shipped_adapters()
     data = artifacts.load(ASSET, KIND).provenance.data
-    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED)}
+    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, training.STRICTLY)}
     assert {name: data[name] for name in here} == here, "data/judge/ has changed since the judges were fitted: run `make judge`"
