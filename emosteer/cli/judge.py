@@ -289,17 +289,25 @@ def _opened(out: Path, run: str, fresh: bool) -> JsonlLog:
     if fresh and out.is_file():
         out.unlink()
     log = JsonlLog(out, first_key="id")
-    if any(row.get("run") != run for row in log.rows):
-        raise UsageError(f"{out} holds something else than verdicts of this judge; name another --out, or --fresh to replace it")
+    _refuse_others(out, log.rows, run)
     return log
 
 
+def _refuse_others(out: Path, rows: Sequence[JudgedRow], run: str) -> None:
+    """Raises UsageError if a file's rows are not all verdicts of this judge."""
+    if any(row.get("run") != run for row in rows):
+        raise UsageError(f"{out} holds something else than verdicts of this judge; name another --out, or --fresh to replace it")
+
+
 def _rows_there(out: Path | None, run: str, fresh: bool) -> list[JudgedRow]:
-    """What an earlier run has judged, read without opening the file to write."""
+    """What an earlier run has judged, read without opening the file to write. Raises what `_opened` raises of its rows."""
     from emosteer.base.jsonl import whole_rows
 
-    rows = whole_rows(out) if out is not None and out.is_file() and not fresh else []
-    return [row for row in rows if row.get("run") == run]
+    if out is None or fresh or not out.is_file():
+        return []
+    rows = whole_rows(out)
+    _refuse_others(out, rows, run)
+    return rows
 
 
 def _settle(out: Path, found: Sequence[JudgedRow]) -> None:

@@ -58,6 +58,14 @@ def shares_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def refuse_others(path: Path, rows: Sequence[Row], run: str) -> None:
+    """Raises UsageError if a file's rows are not all of one run."""
+    if any(row.get("run") != run for row in rows):
+        raise UsageError(
+            f"{path} holds replies of another run (other model, circuit, decoding or method); name another --out, or --fresh to replace it"
+        )
+
+
 class ReplyLog:
     """A file of replies of one run. rows: by `job_key`, those added since included."""
 
@@ -68,11 +76,7 @@ class ReplyLog:
             UsageError: if it holds replies of other settings. Otherwise as `JsonlLog`.
         """
         self.path, self.run, self._log = path, run, JsonlLog(path)
-        if any(row.get("run") != run for row in self._log.rows):
-            raise UsageError(
-                f"{path} holds replies of another run (other model, circuit, decoding or method); "
-                "name another --out, or --fresh to replace it"
-            )
+        refuse_others(path, self._log.rows, run)
         self.rows: dict[str, Row] = {job_key(row): row for row in self._log.rows}
 
     def add(self, rows: Mapping[str, Row]) -> None:

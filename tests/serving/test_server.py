@@ -239,7 +239,7 @@ def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: Steer
     assert served.writer.batch.n_rows == 0
 
 
-def settles(done: Callable[[], bool], seconds: float = 30.0) -> None:
+def settles(done: Callable[[], bool], seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until

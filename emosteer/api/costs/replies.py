@@ -24,6 +24,7 @@ from emosteer.side_effects.neutral import BATCH, text_nll
 from emosteer.side_effects.outcomes import ASKED, passes
 from emosteer.side_effects.settings import SENTENCES, EffectsSettings
 from emosteer.writing.jobs import Job, asked_request, job_key
+from emosteer.writing.reply_files import refuse_others
 from emosteer.writing.writer import Writer
 
 #: Tokens of a long conversation that a trial reads.
@@ -31,10 +32,16 @@ TALK = 1024
 
 
 def of_generate(writer: Writer, jobs: Sequence[Job], out: Path | None = None, circuit_sha256: str = "", fresh: bool = False) -> Cost:
-    """Replies to be written to a file, or printed. out: its replies of the same run are kept, unless it is to be fresh."""
-    run = writer.run_key(circuit_sha256)
-    rows = whole_rows(out) if out is not None and out.is_file() and not fresh else []
-    there = {job_key(row) for row in rows if row.get("run") == run}
+    """Replies to be written to a file, or printed. out: its replies are kept, unless it is to be fresh.
+
+    Raises:
+        UsageError: if it holds replies of other settings, as writing would.
+    """
+    there = set[str]()
+    if out is not None and out.is_file() and not fresh:
+        rows = whole_rows(out)
+        refuse_others(out, rows, writer.run_key(circuit_sha256))
+        there = {job_key(row) for row in rows}
     left = [job for job in jobs if job.key not in there]
     size, longest = min(writer.batch_size, max(1, len(left))), writer.decoding.max_new_tokens
     steers = METHODS[writer.method].steers

@@ -246,6 +246,8 @@ def test_generate_counts_what_is_not_written_yet_and_says_it_for_more_than_a_bat
     found = json.loads(run(*options, "--dry-run", "--json")[1])
     assert found["parts"][0]["count"] == 0 and found["kept"] == "36 of 36 replies are kept"
     assert json.loads(run(*options, "--dry-run", "--json", "--fresh")[1])["parts"][0]["count"] == 36
+    code, _, err = run(*options, "--temperature", "0.5", "--dry-run")
+    assert code == 2 and "said.jsonl holds replies of another run" in err, "refused as the run itself would be"
     assert run(*options, "--dry-run", "--engine", "vllm")[0] == 2
     few = run("generate", "Hi.", "-m", "./tiny", "--emotion", "all", "--max-new-tokens", "3", "--batch-size", "1")
     assert few[0] == 0 and "took" not in few[2], "a few replies are written without an announcement"
@@ -266,6 +268,8 @@ def test_judge_counts_different_texts_that_are_not_judged_yet(run: Callable[...,
     assert run(*options)[0] == 0
     found = json.loads(run(*options, "--dry-run", "--json")[1])
     assert found["parts"][0]["count"] == 0 and found["kept"] == "7 of 7 texts are judged"
+    code, _, err = run("judge", "texts.jsonl", "--judge", "public", "--out", "judged.jsonl", "--dry-run")
+    assert code == 2 and "judged.jsonl holds something else than verdicts of this judge" in err
     assert run(*options, "--by-hand", "--dry-run")[0] == 2
 
 
