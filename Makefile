@@ -14,6 +14,9 @@ CONTEST ?= --groups 48 --dev-groups 16 --doses 0.7,1,1.3 --max-new-tokens 48 --b
 # The torch to install first, so that everything else is resolved against it; TORCH= leaves the choice to pip.
 TORCH ?= torch==2.13.0
 
+# Processes that share the tests of `make test`, a file of tests each at a time.
+TEST_PROCESSES ?= 2
+
 .PHONY: help setup demo serve test test-everywhere fuzz from-wheel check format clean circuits judge evaluate report reproduce bench notebook families commands showcase docs cuda
 
 help:
@@ -51,7 +54,7 @@ serve: setup
 	$(BIN)/emosteer serve --model $(MODEL) $(OPTIONS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # Three levels of instructions x one and two threads; three random orders. Stops at the first that fails, whose settings it has printed.
 test-everywhere: setup
