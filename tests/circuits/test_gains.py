@@ -270,7 +270,7 @@ def timed(patch: pytest.MonkeyPatch, seconds: Mapping[torch.dtype, float]) -> li
     """Trials take as long as given here; returns the list of those that were made."""
     tried: list[torch.dtype] = []
 
-    def step_seconds(model: Model) -> float:
+    def step_seconds(model: Model, against: float = 0.0) -> float:
         tried.append(model.dtype)
         return seconds[model.dtype]
 
@@ -330,9 +330,11 @@ def test_a_trial_takes_time_and_leaves_nothing_behind(family: Model) -> None:
     handle = family.body.register_forward_hook(lambda _module, _args, out: passes.append(out.last_hidden_state.shape))
     try:
         assert precision.step_seconds(family) > 0
+        assert passes == [(1, precision.TOKENS, 32)] * (1 + precision.REPEATS)
+        passes.clear()
+        assert precision.step_seconds(family, 1e-9) > 0 and len(passes) == 1, "where the first one has lost, it is not repeated"
     finally:
         handle.remove()
-    assert passes == [(1, precision.TOKENS, 32)] * (1 + precision.REPEATS)
     assert all(parameter.grad is None for parameter in family.hf.parameters())
     assert precision.step_seconds(precision.reader(family, "bfloat16")) > 0
 
