@@ -143,9 +143,13 @@ def _devices() -> Iterator[Finding]:
         yield Finding("cuda", LACKING, found, "install the torch for your CUDA version: https://pytorch.org/get-started/locally")
     else:
         yield Finding("cuda", FINE, "none; everything runs on the CPU")
+    from emosteer.models.devices import slow_in_bfloat16
+
     words = {"AVX512": "AVX-512", "AVX2": "AVX2"}
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("cpu", FINE, f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {words.get(capability, capability.lower())}")
+    units = ", no units for bfloat16: float32 is many times faster" if slow_in_bfloat16(torch.device("cpu")) else ""
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    yield Finding("cpu", FINE, f"{threads}, {words.get(capability, capability.lower())}{units}")
 
 
 def _memory() -> Iterator[Finding]:

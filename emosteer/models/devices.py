@@ -79,3 +79,8 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'; expected auto, {', '.join([*_DTYPES, *QUANTISED])}")
     return _DTYPES[dtype]
+
+
+def slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device's matrix products are known to be much slower in bfloat16 than in float32: on processors without units for it."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

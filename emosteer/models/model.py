@@ -27,7 +27,7 @@ from emosteer.base.files import sha256_text
 from emosteer.base.progress import note
 from emosteer.models import chat_templates, tokens
 from emosteer.models.architecture import Family, factor_of, family_of, output_matrix, part, shape_of, text_config
-from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype
+from emosteer.models.devices import check_device_map, own_gpus, resolve_device, resolve_dtype, slow_in_bfloat16
 from emosteer.models.hooks import Edit, at_home, flat, hooked, reading
 from emosteer.models.memory import is_out_of_memory
 from emosteer.models.proof import prove, prove_bridge
@@ -107,6 +107,8 @@ class Model:
         target, kind = resolve_device(device), resolve_dtype("auto" if dtype in QUANTISED else dtype, device)
         packing: dict[str, Any] = loading_options(dtype, kind) if dtype in QUANTISED else {}
         layout = {} if device_map is None else {"device_map": check_device_map(device_map, device), **_memory_of(own_gpus())}
+        if dtype == "bfloat16" and slow_in_bfloat16(target):
+            note("this processor has no units for bfloat16 and computes many times more slowly in it than in float32 (--dtype float32)")
         found = resolve(reference, progress=note)
         packed = bool(packing) or packed_by(found.path, found.name) is not None
         if packed:

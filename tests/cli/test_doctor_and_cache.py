@@ -66,6 +66,12 @@ def test_it_names_versions_devices_and_what_is_shipped(run: Run) -> None:
     assert {"Python", "cuda", "cpu", "memory", "disk", "cache", "compiled writing step", "for `emosteer serve`"} <= found.keys()
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_a_processor_without_units_for_bfloat16_is_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    monkeypatch.setattr("emosteer.models.devices.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: units)
+    assert ("no units for bfloat16" in findings(run)["cpu"]["found"]) is not units
+
+
 def test_a_model_that_is_not_there_is_lacking_and_the_command_that_fetches_it_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emosteer.models.weights.packages._installed", lambda item: None)
     found = findings(run)

@@ -21,6 +21,7 @@ from emosteer.judges import fine_tuning, training
 from emosteer.judges.adapters import Adapter, TunedJudge
 from emosteer.judges.embedded import ASSET, KIND
 from emosteer.judges.fine_tuning import FineTuneSettings
+from emosteer.judges.measuring import measure, some_of
 from emosteer.judges.protocol import LABELS
 from emosteer.judges.soundness import SOUND
 from emosteer.judges.sources import HELD_OUT, Labelled, Source, held_out, read_public
@@ -31,12 +32,10 @@ from emosteer.judges.training import (
     READ,
     READ_REPLIES,
     Workshop,
-    measure,
     print_card,
     read_own,
     read_source_of_replies,
     refit_checks,
-    some_of,
     train,
 )
 from emosteer.scenarios.prompt_sets import read_groups

@@ -66,6 +66,18 @@ def test_a_whole_folder_is_loaded(tmp_path: Path, tied: bool) -> None:
     assert all(torch.equal(value, model.hf.state_dict()[name]) for name, value in held.items())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slow", "said"), [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False), ("auto", True, False)]
+)
+def test_who_asks_for_bfloat16_where_it_is_slow_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str, slow: bool, said: bool
+) -> None:
+    monkeypatch.setattr("emosteer.models.devices.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: not slow)
+    model = Model.load(str(folder(tmp_path / "whole")), device="cpu", dtype=dtype)
+    assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert ("this processor has no units for bfloat16" in capsys.readouterr().err) == said
+
+
 def test_known_buffers_and_a_tied_head_that_is_written_twice_are_no_fault(tmp_path: Path) -> None:
     path = folder(tmp_path / "twice", tied=True)
     twice = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
