@@ -54,19 +54,26 @@ class TextScore:
 
     def __call__(self, prompts: Sequence[Group], texts: Sequence[str], batch_tokens: int = 4096) -> Tensor:
         """Scores of texts [text, emotion]. prompts: what each text replies to."""
-        samples = [self._sample(index, prompt, text) for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
-        scores = torch.zeros(len(samples), self.scaled.shape[0])
-        for batch in batches_by_cost(samples, batch_tokens):
-            states = read_states(self.model, batch, self.sites, packed=False)
-            h = torch.stack([states[site][:, 0].cpu() for site in self.sites], dim=1)
-            projections = torch.einsum("tld,eld->te", h - self.base, self.scaled) / len(self.sites)
-            for sample, row in zip(batch, projections, strict=True):
-                scores[int(sample.key.scenario)] = row
+        replies = [tuple(self.model.text_ids(text)) for text in texts]
+        answering: dict[tuple[int, ...], list[int]] = {}  # the texts of one prompt are read behind it together
+        for index, prompt in enumerate(prompts):
+            ids = tuple(self.model.prompt_ids(plain(prompt.text, self.instruction, prompt.earlier)))
+            answering.setdefault(ids, []).append(index)
+        groups = list(answering.values())
+        samples = [
+            Sample(GroupKey(str(number), ""), "", (ids,) * len(group), tuple(replies[i] for i in group))
+            for number, (ids, group) in enumerate(answering.items())
+        ]
+        scores = torch.zeros(len(replies), self.scaled.shape[0])
+        for count in sorted({len(group) for group in groups}):
+            alike = [sample for sample in samples if len(sample.prompts) == count]
+            for batch in batches_by_cost(alike, batch_tokens):
+                states = read_states(self.model, batch, self.sites)
+                h = torch.stack([states[site].cpu() for site in self.sites], dim=2)
+                projections = torch.einsum("gtld,eld->gte", h - self.base, self.scaled) / len(self.sites)
+                for sample, rows in zip(batch, projections, strict=True):
+                    scores[groups[int(sample.key.scenario)]] = rows
         return scores
-
-    def _sample(self, index: int, prompt: Group, text: str) -> Sample:
-        ids = tuple(self.model.prompt_ids(plain(prompt.text, self.instruction, prompt.earlier)))
-        return Sample(GroupKey(str(index), ""), "", (ids,), (tuple(self.model.text_ids(text)),))
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ def test_bank_replies_average_one(family: Model) -> None:
 def test_a_text_is_scored_where_it_is_written_whatever_its_neighbours(case: Case) -> None:
     """By bare hooks: averaged over the last prompt position and all reply positions but the last."""
     prompts = [
-        replace(group, earlier=(Message("user", "we waited"), Message("assistant", "why")) if odd % 2 else ())
-        for odd, group in enumerate(case.groups[:6])
+        replace(case.groups[number], earlier=(Message("user", "we waited"), Message("assistant", "why")) if odd % 2 else ())
+        for odd, number in enumerate((0, 1, 0, 3, 0, 3))  # three texts of one prompt, two of another, one of a third
     ]
     texts = ["never", "i laugh and sing and dance alone .", "", "cry", "slam the door again !", "please stop"]
     score = TextScore(case.model, case.directions, case.band, INSTRUCTION)
