@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emosteer.base.progress import note
+from emosteer.models.devices import slow_in_bfloat16
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Site
 
@@ -24,7 +25,8 @@ LOST = 4
 
 
 def chosen_dtype(model: Model, wanted: str, say: Callable[[str], None] = note) -> str:
-    """The precision to take gradients in, by name: as wanted, or for "auto" the faster one, found by one short step in each.
+    """The precision to take gradients in, by name: as wanted, or for "auto" the faster one, found by one short step in each where the
+    processor has units for bfloat16.
 
     Args:
         say: told what was found.
@@ -36,6 +38,8 @@ def chosen_dtype(model: Model, wanted: str, say: Callable[[str], None] = note) -
         return wanted
     if model.dtype != torch.float32 or model.spread or model.quantised:
         return str(model.dtype).removeprefix("torch.")
+    if slow_in_bfloat16(model.device):  # to try it would take minutes
+        return "float32"
     exact = step_seconds(model)
     if exact < QUICK:
         return "float32"

@@ -275,6 +275,7 @@ def timed(patch: pytest.MonkeyPatch, seconds: Mapping[torch.dtype, float]) -> li
         return seconds[model.dtype]
 
     patch.setattr(precision, "step_seconds", step_seconds)
+    patch.setattr(precision, "slow_in_bfloat16", lambda device: False)
     return tried
 
 
@@ -311,6 +312,12 @@ def test_what_is_named_or_cannot_be_copied_is_not_measured(tiny: Model, monkeypa
     assert [precision.chosen_dtype(tiny, name) for name in ("bfloat16", "float32")] == ["bfloat16", "float32"] and not tried
     with pytest.raises(UsageError, match="unknown dtype 'bfloat32'.*expected auto, bfloat16, float32"):
         GainSettings(dtype="bfloat32")
+
+
+def test_bfloat16_is_not_tried_where_there_are_no_units_for_it(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = timed(monkeypatch, {torch.float32: 1.0, torch.bfloat16: 0.5})
+    monkeypatch.setattr(precision, "slow_in_bfloat16", lambda device: device.type == "cpu")
+    assert precision.chosen_dtype(tiny, "auto") == "float32" and not tried
 
 
 def test_what_else_the_machine_does_counts_for_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
