@@ -210,7 +210,8 @@ class Chat:
             raise UsageError("a personality moves what is felt from turn to turn, an arc within a reply; /emotion neutral first")
         self.feeling = Feeling(arc, self.feeling.half_life, None if wanted is None else wanted.personality)
         self.felt_since = len(self.turns)
-        return f"feels {self.label}"
+        note = f"; give {self.emotion} an intensity, or it is not felt beside a personality" if self._bare and wanted is not None else ""
+        return f"feels {self.label}{note}"
 
     def _undo(self, rest: str) -> str:
         if not self.turns:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from emosteer.api.inputs import PathLike, circuit_of, directions_of, path_of, plain_model
+from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, path_of, plain_model
 from emosteer.base.errors import UsageError
 from emosteer.circuits.heads.settings import HeadSettings
-from emosteer.circuits.places import ARTIFACTS, own_bank_of
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.scenarios.shipped import read_data
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def describe_heads(
     bare, chosen = plain_model(model), HeadSettings(**settings)
     made, circuit_sha256 = circuit_of(model, circuit, Path(artifacts))
     found, directions_sha256, path = directions_of(bare, directions, Path(artifacts))
-    bank = path_of(replies) or (own_bank_of(found, path) if path else None)
+    bank = bank_of(replies, found, path)
     data = read_data(path_of(scenarios), bank)
     if data.bank is None:
         raise UsageError("expected a bank of replies to read, found none; give one with replies")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from emosteer.api.inputs import PathLike, circuit_of, path_of, plain_model
+from emosteer.base.errors import DataError
 from emosteer.circuits.places import ARTIFACTS, Places, packaged_effects
-from emosteer.judges.registry import EMBEDDED
+from emosteer.judges.registry import EMBEDDED, KEY_ENV
 from emosteer.side_effects.battery import battery_of
 from emosteer.side_effects.limits import find_rows, warnings_for
 from emosteer.side_effects.settings import EffectsSettings, Limits
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from emosteer.api.options import EffectsOptions
     from emosteer.api.steered_model import SteeredModel
     from emosteer.circuits.circuit import Circuit
+    from emosteer.judges.protocol import EmotionJudge
     from emosteer.models.model import Model
+    from emosteer.side_effects.outcomes import Reader
     from emosteer.side_effects.side_effects import SideEffects
 
 
@@ -31,6 +34,8 @@ def effects(
     *,
     questions: PathLike | None = None,
     judge: str = EMBEDDED,
+    base_url: str | None = None,
+    key_env: str = KEY_ENV,
     limits: str | None = None,
     quick: bool = False,
     partial: PathLike | None = None,
@@ -44,14 +49,16 @@ def effects(
 
     Args:
         circuit: in memory or as a file; the loaded one of a `SteeredModel`, else the model's own in `artifacts`, else the shipped one.
-        questions: JSON-lines file of items with their checks; the shipped ones by default. judge: reads the emotion of everyday replies.
+        questions: JSON-lines file of items with their checks; the shipped ones by default.
+        judge: reads the emotion of everyday replies. base_url, key_env: of an OpenAI-compatible one.
         limits: what the result is held against, such as "perplexity=1.3,accuracy=10"; see `side_effects.settings.LIMITS`.
         quick: a few minutes' worth of it; settings that are given count.
         partial: folder that progress is kept in, so that the same call goes on; None keeps nothing. fresh: start over.
         settings: fields of `side_effects.settings.EffectsSettings`.
 
     Raises:
-        UsageError, DataError: if the items or a setting make no sense. ArtifactError: for a circuit of another model or without a dial.
+        UsageError, DataError: if the items or a setting make no sense, the judge has the weights of the model, or it said nothing of a
+            reply: what was written is kept in `partial`. ArtifactError: for a circuit of another model or without a dial.
     """
     from emosteer.side_effects import measure as stage
 
@@ -61,19 +68,38 @@ def effects(
     bounds = Limits() if limits is None else Limits.parse(limits)
     battery = battery_of(chosen, path_of(questions))
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
-    with tempfile.TemporaryDirectory() as folder:
-        place = path_of(partial) or Path(folder)
-        how: dict[str, Any] = {"judge": judge, "limits": bounds, "batch_size": batch_size, "fresh": fresh}
-        return stage.effects(bare, ready, sha256, battery, chosen, place, _reader(judge), **how)
+    from emosteer.judges.huggingface import refuse_same_weights
+    from emosteer.judges.registry import judge_of, make_judges
+
+    judges = make_judges(judge, base_url=base_url, key_env=key_env)  # before hours of writing, not after
+    try:
+        refuse_same_weights(judges, bare.sha256)
+        with tempfile.TemporaryDirectory() as folder:
+            place = path_of(partial) or Path(folder)
+            how: dict[str, Any] = {"judge": judge, "limits": bounds, "batch_size": batch_size, "fresh": fresh}
+            return stage.effects(bare, ready, sha256, battery, chosen, place, reader_of(judge_of(judges)), **how)
+    finally:
+        for one in judges:
+            if hasattr(one, "close"):
+                one.close()
 
 
-def _reader(judge: str) -> Any:
-    """Texts -> what each is read as, once there is something to read."""
+def reader_of(judge: EmotionJudge) -> Reader:
+    """Texts -> what each is read as.
 
-    def read(texts: Sequence[str]) -> list[str | None]:
-        from emosteer.judges.registry import judge_of, make_judges
+    The reader raises DataError where the judge said nothing of a text: a missing opinion is not one that finds no emotion.
+    """
 
-        return [opinion.emotion() for opinion in judge_of(make_judges(judge)).opinions(list(texts))] if texts else []
+    def read(texts: Sequence[str]) -> list[str]:
+        opinions = list(judge.opinions(list(texts))) if texts else []
+        read_as = [opinion.emotion() for opinion in opinions]
+        missing = [opinion.problem for opinion in opinions if opinion.emotion() is None]
+        if missing:
+            raise DataError(
+                f"the judge {judge.name} said nothing of {len(missing)} of {len(texts)} replies ({missing[0]}); the replies are kept: "
+                "run the same command again, or with another judge"
+            )
+        return [emotion for emotion in read_as if emotion is not None]
 
     return read
 

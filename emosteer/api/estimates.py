@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emosteer.api.costs.cost import Cost
-from emosteer.api.inputs import PathLike, circuit_of, directions_of, path_of
+from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, path_of
 from emosteer.api.stages import assembly_of
 from emosteer.attribution.settings import AblateSettings
 from emosteer.circuits.heads.settings import HeadSettings
-from emosteer.circuits.places import own_bank_of
 from emosteer.circuits.settings import CircuitSettings, GainSettings
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.probing.settings import ProbeSettings
@@ -41,7 +40,7 @@ def ablate(
     from emosteer.api.costs.stages import of_ablate
 
     made, _, path = directions_of(model, directions, Path(artifacts))
-    bank = path_of(replies) or (own_bank_of(made, path) if path else None)
+    bank = bank_of(replies, made, path)
     data = read_data(path_of(scenarios), bank, made.elicitation)
     return of_ablate(model, made, data.groups, settings, data.bank, path_of(partial))
 
@@ -91,7 +90,7 @@ def heads(
 
     made, _ = circuit_of(model, circuit, Path(artifacts))
     found, _, path = directions_of(model, directions, Path(artifacts))
-    data = read_data(path_of(scenarios), path_of(replies) or (own_bank_of(found, path) if path else None))
+    data = read_data(path_of(scenarios), bank_of(replies, found, path))
     return of_heads(model, made, found, data.groups, data.bank or {}, HeadSettings(**settings))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from emosteer.base.errors import UsageError
 from emosteer.base.files import sha256_file
-from emosteer.circuits.places import Places, require_circuit, require_directions
+from emosteer.circuits.places import Places, own_bank_of, require_circuit, require_directions
 
 if TYPE_CHECKING:
     from emosteer.api.steered_model import SteeredModel
@@ -28,6 +28,24 @@ PathLike = str | os.PathLike[str]
 def path_of(file: PathLike | None) -> Path | None:
     """A file's path, None where none is given."""
     return None if file is None else Path(file)
+
+
+def bank_of(given: PathLike | None, directions: Directions, file: Path | None) -> Path | None:
+    """The reply bank to read: the given one, else the model's own replies where the directions were made with them, else None, which is
+    the shipped one.
+
+    Args:
+        given: a file, or "self" for the model's own replies; file: where the directions lie, if anywhere.
+
+    Raises:
+        UsageError: if the model's own replies are wanted, and the directions were made with others.
+    """
+    own = None if file is None else own_bank_of(directions, file)
+    if given is None or str(given) != "self":
+        return path_of(given) or own
+    if own is None:
+        raise UsageError("these directions were not made with the model's own replies; run `emosteer extract --replies self` first")
+    return own
 
 
 def plain_model(model: Model | SteeredModel) -> Model:

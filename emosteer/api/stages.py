@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from emosteer.api.inputs import PathLike, circuit_of, directions_of, jury_of, path_of, plain_model
+from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, jury_of, path_of, plain_model
 from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import UsageError
 from emosteer.base.processes import ALONE, Crew
 from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSettings
-from emosteer.circuits.places import ARTIFACTS, own_bank_of
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import GUIDANCE, Decoding
@@ -102,7 +102,7 @@ def ablate(
 
     bare = plain_model(model)
     made, sha256, path = directions_of(bare, directions, Path(artifacts))
-    bank = path_of(replies) or (own_bank_of(made, path) if path else None)
+    bank = bank_of(replies, made, path)
     data = read_data(path_of(scenarios), bank, made.elicitation, emotions=made.emotions)
     return stage.ablate(
         bare,
@@ -234,7 +234,7 @@ def assembly_of(
             "residual vectors are learned beside gains, on the same data; leave out --preset, --heads, --neurons and --gain-steps 0, and "
             "use directions of the elicitation 'reply'"
         )
-    file, bank = path_of(scenarios), path_of(replies) or (own_bank_of(made, path) if path else None)
+    file, bank = path_of(scenarios), bank_of(replies, made, path)
     data = read_data(file, bank, "reply" if learns else "self", emotions=made.emotions)
     groups = without_development(data.groups, file) if learns else data.groups
     tunes = tune and "" not in wanted and not wanted.keys() >= set(map(emotion_key, made.emotions))

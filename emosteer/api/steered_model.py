@@ -239,6 +239,8 @@ class SteeredModel:
         check_amounts(method, [], intensities)
         feeling.tell_weakened()
         feeling.tell_reached(self.emotions)
+        if len(emotions) != len(rows):
+            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
         read, jobs = Reader().shares, []
         for name, messages, emotion, intensity in zip(names, rows, emotions, intensities, strict=True):
             felt = feeling.starting(() if emotion is None else (emotion,), intensity)[0]

@@ -115,7 +115,7 @@ def worthwhile(climbs: Mapping[str, Climb]) -> dict[str, Climb]:
 def _good_bound(held: Sequence[StrengthPoint]) -> float:
     """Two standard errors below the best share of good replies."""
     best = max(held, key=lambda point: point.good)
-    return best.good - 2 * math.sqrt(best.good * (1 - best.good) / len(best.judged))
+    return best.good - 2 * math.sqrt(best.good * (1 - best.good) / len(best.known))
 
 
 def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:

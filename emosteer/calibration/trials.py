@@ -133,9 +133,10 @@ class Trials:
             sound = fmean(verdicts[row["text"]].sound for row in replies)
             names = [bool(stem_pattern(emotion).search(text)) for text in _texts(replies)]
             answers = [answering[pair] >= ANSWERED for pair in zip(prompts, _texts(replies), strict=True)]
-            good = fmean(
+            good = fmean(  # over the replies that a judge has read, as its probabilities are
                 reading.label == emotion and verdicts[text].sound and answered and not named
                 for reading, text, answered, named in zip(given, _texts(replies), answers, names, strict=True)
+                if reading.probabilities is not None
             )
             ratio, error = math.exp(fmean(dearer)), standard_error(dearer)
             points.append(StrengthPoint(emotion, strength, judged, ratio, sound, fmean(names), error, good, fmean(answers)))

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from emosteer.calibration.trials import Trials
 
 
+#: Options that shape the dial, which `--check` takes as it is.
+FITTING = ("top", "points", "refine", "ratio", "each_ratio", "sound", "names", "default_intensity", "most_good")
+
+
 def calibrate(
     context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
@@ -95,6 +99,12 @@ def calibrate(
     check_intensity(default_intensity, "--default-intensity")
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
+    fitting = [name for name in FITTING if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    if check and fitting:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in fitting)
+        raise UsageError(f"{named} would shape a dial, and --check only tries the one that is there; leave out either")
+    if most_good and "default_intensity" in fitting:
+        raise UsageError("expected --most-good or --default-intensity, found both")
     if check and instruction is not None:
         raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
     if check and out is not None and out.suffix == ".safetensors":

@@ -26,7 +26,7 @@ from emosteer.cli.options import (
     numbers,
     words,
 )
-from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS
+from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV
 from emosteer.side_effects.settings import LIMITS, MAX_DISTANCE, QUICK, TRIED, EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -103,6 +103,8 @@ def effects(
         str, typer.Option(help=f"Limits to hold the result against, some of {', '.join(LIMITS)}.", metavar="NAME=X,...")
     ] = Limits().text,
     judge: Annotated[str, typer.Option(help=f"Reads the emotion of everyday replies: {JUDGE_FORMS}.", metavar="SPEC")] = EMBEDDED,
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = BATCH_SIZE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     seed: SeedOption = EffectsSettings.seed,
@@ -137,7 +139,7 @@ def effects(
     partial = target.with_name(target.name + ".partial")
     given |= {"questions": questions, "quick": quick, "batch_size": batch_size, "partial": partial, "fresh": fresh, "artifacts": root}
     with announced(lambda: estimate(loaded, circuit, **given), dry_run, as_json):
-        found = run(loaded, circuit, judge=judge, limits=bounds.text, **given)
+        found = run(loaded, circuit, judge=judge, base_url=base_url, key_env=key_env, limits=bounds.text, **given)
         found = with_command(found, command_line(context))
         found.save(target)
     shutil.rmtree(partial, ignore_errors=True)

@@ -84,7 +84,7 @@ def judge(
         str | None, typer.Option(help="Your name, kept with each label.", metavar="NAME", show_default=False, rich_help_panel=HAND)
     ] = None,
 ) -> None:
-    """Judge texts: which emotion each voices, and whether it is sound text. Judges see the text and nothing else; of several, most decide.
+    """Judge texts: which emotion each voices, and whether it is sound text. Judges see the text alone; of several, their mean decides.
 
     A judge that failed leaves the emotion null, with the problem beside it. A label of the input (emotion or label) is only compared.
     With --by-hand a person judges the same way, and the judges are scored against them.

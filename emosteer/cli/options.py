@@ -54,7 +54,7 @@ RepliesOption = Annotated[
 ]
 PanelOption = Annotated[
     str,
-    typer.Option("--judge", help=f"A judge, or a panel of several with commas, of which most decide: {JUDGE_FORMS}.", metavar="SPEC,..."),
+    typer.Option("--judge", help=f"A judge, or a panel of several with commas, whose mean decides: {JUDGE_FORMS}.", metavar="SPEC,..."),
 ]
 KindsOption = Annotated[
     str, typer.Option("--kinds", help=f"Kinds of prompt: all, or some of {', '.join(KINDS)}; -KIND leaves one out.", metavar="A,B,...")

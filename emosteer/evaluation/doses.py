@@ -112,7 +112,7 @@ def _usable(points: Mapping[float, DosePoint], unsteered: DosePoint, budget: Bud
         return round((1 - point.sound) * point.n)
 
     def fine(point: DosePoint) -> bool:
-        allowed = max(math.ceil((1 - budget.each_sound) * point.n - 1e-9), unsound(unsteered))
+        allowed = max(math.floor((1 - budget.each_sound) * point.n + 1e-9), unsound(unsteered))
         return point.probability is not None and unsound(point) <= allowed
 
     found = [dose for dose, point in sorted(points.items()) if fine(point)]

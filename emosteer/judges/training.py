@@ -189,17 +189,21 @@ def tuned(
     texts = [(*sorted(source.files.items()), round(shares.get(source.name, 1.0) / drawn, 4)) for source in sources]
     first = None if start is None else start.adapter
     what = [texts, asdict(settings), *([] if first is None else [first.key])]
-    adapter = workshop.adapter(name, what, lambda: _tuned(sources, name, settings, shares, first))
-    return None if adapter is None else TunedJudge.of(shared_encoder(), adapter, name)
+    adapter = workshop.adapter(name, what, lambda: fine_tune(parted(sources, False), shares, settings, f"judge '{name}'", start=first))
+    return None if adapter is None else TunedJudge.of(shared_encoder(), at_temperature(adapter, parted(sources, True), name), name)
 
 
-def _tuned(sources: Sequence[Source], name: str, settings: FineTuneSettings, shares: Mapping[str, float], start: Adapter | None) -> Adapter:
-    # a twentieth of the texts, by hash, serves for the temperature alone
-    kept = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) < 0.05] for s in sources}
-    fitted = {s.name: [t for t in s.train if stable_share(f"temperature/{t[0]}", 0) >= 0.05] for s in sources}
-    adapter = fine_tune(fitted, shares, settings, f"judge '{name}'", start=start)
+def parted(sources: Sequence[Source], apart: bool) -> dict[str, list[Labelled]]:
+    """The texts that adapters are fitted on, or the twentieth of them, by hash, that serves for the temperature alone."""
+    return {s.name: [t for t in s.train if (stable_share(f"temperature/{t[0]}", 0) < 0.05) == apart] for s in sources}
+
+
+def at_temperature(adapter: Adapter, kept: Mapping[str, Sequence[Labelled]], name: str) -> Adapter:
+    """The adapter with the temperature that makes texts likeliest, every source counting alike. It is found anew in every run: its texts
+    may change while what was fitted stays."""
     judge = TunedJudge.of(shared_encoder(), adapter, name)
-    texts = [(text, label, 1 / len(members)) for members in kept.values() for text, label in some_of(members, 400)]
+    drawn = [some_of(members, 400) for members in kept.values() if members]
+    texts = [(text, label, 1 / len(some)) for some in drawn for text, label in some]
     logits = judge.probabilities([text for text, *_ in texts]).clamp_min(1e-30).log()
     answers = torch.tensor([LABELS.index(label) for _, label, _ in texts])
     return calibrated(adapter, logits, answers, torch.tensor([weight for *_, weight in texts]))

@@ -17,8 +17,8 @@ _Z = 1.96
 
 def share(hits: Sequence[float], groups: Sequence[str], lowest: float = 0.0) -> dict[str, float]:
     """A mean as {"value", "low", "high"} with its 95 % interval. Texts of one group are not independent: the standard error is that of
-    groups (Liang and Zeger 1986); where all texts have the same value, or are of one group, the interval reaches 3 / groups (the rule of
-    three), up to 1.
+    groups (Liang and Zeger 1986); where it is 0, since all groups have the same mean, or there is but one, the interval reaches
+    3 / groups (the rule of three), up to 1.
 
     Args:
         hits: a number up to 1 per text; groups: its group; lowest: the least that a number can be.
@@ -29,7 +29,7 @@ def share(hits: Sequence[float], groups: Sequence[str], lowest: float = 0.0) -> 
         residuals[group] += hit - mean
     n = len(residuals)
     error = math.sqrt(sum(r * r for r in residuals.values()) * n / max(n - 1, 1)) / len(hits)
-    reach = _Z * error if n > 1 and len(set(hits)) > 1 else min(3 / n, 1.0)
+    reach = _Z * error if n > 1 and error > 1e-9 else min(3 / n, 1.0)
     return {"value": _short(mean), "low": _short(max(mean - reach, lowest)), "high": _short(min(mean + reach, 1.0))}
 
 

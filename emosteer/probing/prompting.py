@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emosteer.base.errors import ModelError
 from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import KeyedLog
 from emosteer.base.progress import bar
@@ -60,10 +61,16 @@ def asked(model: Model, texts: Texts, chosen: Sequence[int], shots: int, log: Pa
         log: JSON-lines file that answers are kept in, so that the same call goes on.
 
     Raises:
-        ModelError: if the tokenizer starts two labels alike.
+        ModelError: if the tokenizer starts two labels alike, or a text with its examples does not fit the context.
     """
     tokens = label_tokens(model, texts.labels)
     shown: dict[str, list[tuple[str, str]]] = {ZERO: []} | ({FEW: examples(texts, shots)} if shots else {})
+    for name, some in shown.items():
+        longest = max(len(model.prompt_ids(conversation(texts.labels, some, texts.texts[i].text))) for i in chosen)
+        if longest > model.shape.context:
+            raise ModelError(
+                f"{name}, a text takes {longest} tokens, and the context of {model.name} is {model.shape.context}; lower --shots"
+            )
     kept = KeyedLog(log)
     return {name: _answers(model, texts, chosen, some, tokens, kept, name) for name, some in shown.items()}
 

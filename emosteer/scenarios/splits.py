@@ -63,7 +63,7 @@ def unread(groups: Sequence[Group], count: int, skip: int = 0) -> list[Group]:
         UsageError: if nothing is left.
     """
     order = sorted(groups, key=lambda group: stable_share(str(group.key), 1))
-    left = order[: len(order) - skip]
+    left = order[: max(0, len(order) - skip)]
     if not left:
         raise UsageError(f"--skip {skip} leaves nothing of {len(order)} prompts")
     return left[-count:] if count else left

@@ -24,6 +24,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request, check_lengths
 from emosteer.models import tokens
 from emosteer.models.architecture import context_of
+from emosteer.models.chat_templates import template_of
 from emosteer.models.weights.resolve import Weights
 from emosteer.serving.vllm_process import Task, find_python, run
 from emosteer.writing.jobs import Job, Work, request_of
@@ -86,6 +87,11 @@ class Served:
         return self.weights.sha256
 
     @property
+    def template_sha256(self) -> str:
+        """Hash of the chat template's text, as `Model` has it."""
+        return sha256_text(template_of(self.tokenizer))
+
+    @property
     def reference(self) -> str:
         """What the user called it."""
         return self.weights.reference
@@ -146,6 +152,7 @@ class VllmWriter:
         parts = [
             "vllm",
             self.served.sha256,
+            self.served.template_sha256,
             self.served.dtype,
             circuit_sha256,
             self.decoding.shaping,

@@ -20,7 +20,7 @@ from emosteer.evaluation.controls import added_key
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.side_effects import conversations, figures, outcomes
-from emosteer.side_effects.battery import CROSS, PLAIN, WARM, Battery
+from emosteer.side_effects.battery import CROSS, EVERYDAY, PLAIN, WARM, Battery
 from emosteer.side_effects.checks import read_phrases
 from emosteer.side_effects.conditions import Condition, conditions_of
 from emosteer.side_effects.conversations import After
@@ -137,6 +137,10 @@ def _after(
 ) -> list[After]:
     """Emotions after long conversations; nothing where they were left out."""
     if not settings.followed:
+        return []
+    if not any(not group.earlier for group in battery.asked[EVERYDAY]):
+        notes.append("nothing was asked after long conversations: they end with everyday prompts, and there are none")
+        note(notes[-1])
         return []
     strengths = {emotion: circuit.strength_at(emotion, settings.followed_intensity) for emotion in circuit.emotions}
     slow = replace(writer, batch_size=LONG_BATCH, _prompts={})

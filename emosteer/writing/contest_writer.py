@@ -69,7 +69,7 @@ class ContestWriter:
     batch_size: int = CONTEST_BATCH_SIZE
     crew: Crew = ALONE
     fluent: bool = True
-    _prompts: dict[tuple[str, str], Request] = field(default_factory=dict)
+    _prompts: dict[tuple[str, Group], Request] = field(default_factory=dict)
 
     def key(self, cell: Cell) -> str:
         """A hash of everything that shapes the reply."""
@@ -87,9 +87,9 @@ class ContestWriter:
     def request(self, cell: Cell) -> Request:
         """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
         elicitation = METHODS[cell.method].elicitation
-        place = f"{cell.method}/{cell.emotion}" if elicitation else "", str(cell.group.key)
+        group, guides = cell.group, self.decoding.guides
+        place = f"{cell.method}/{cell.emotion}" if elicitation else "", group  # by its text, too: two files may hold one key
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
-            group, guides = cell.group, self.decoding.guides
             self._prompts[place] = asked_request(
                 self.model, str(group.key), elicitation, group.text, cell.emotion, self.instruction, group.earlier, guides
             )

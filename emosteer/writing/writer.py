@@ -47,6 +47,7 @@ class Writer:
         """A short hash of everything that shapes a reply beside the job itself."""
         parts = [
             self.model.sha256,
+            self.model.template_sha256,
             self.model.precision,
             circuit_sha256,
             self.decoding.shaping,

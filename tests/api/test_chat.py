@@ -57,6 +57,11 @@ def test_what_is_felt_is_what_generate_writes_in_the_conversation(chat: Chat, st
     chat.command("/emotion neutral")
     chat.command("/fade off")
     assert "mood of stability:-1" in chat.command("/personality stability:-1")
+    chat.command("/emotion fear")
+    assert chat.command("/personality neutral").endswith("; give fear an intensity, or it is not felt beside a personality")
+    assert "not felt" not in chat.command("/personality off")
+    chat.command("/emotion neutral")
+    chat.command("/personality stability:-1")
     expect("stop", chat._felt("stop")[0], mix=chat._felt("stop")[0])
     assert chat.turns[-1].felt.startswith("anger:")
 

@@ -91,6 +91,11 @@ def test_what_makes_no_sense_is_refused(steered: SteeredModel, options: dict[str
         steered.generate(TEXT, **{**SHORT, **options})
 
 
+def test_as_many_emotions_as_prompts_are_wanted_where_they_fade_as_well(steered: SteeredModel) -> None:
+    with pytest.raises(UsageError, match="expected one emotion, or one for each of 3 prompts, found 2"):
+        steered.generate([TEXT] * 3, ["fear", "anger"], intensity=50, fade=2, **SHORT)
+
+
 def test_without_a_dial_there_are_no_mixtures(steered: SteeredModel) -> None:
     from dataclasses import replace
 

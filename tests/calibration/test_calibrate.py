@@ -494,6 +494,11 @@ def test_a_judge_that_fails_is_missing_and_asked_again(model: Model, circuit: Ci
     plain_texts = replies_by_hand(model, circuit, "anger", 0.0)
     heard = [WordJudge.shares(t)["anger"] for t in plain_texts if len(t) % 3]
     assert partly.metrics["calibration"]["emotions"]["anger"]["judged"][0] == pytest.approx(fmean(heard), abs=1e-5), "never 'no match'"
+    for emotion, curve in partly.metrics["calibration"]["emotions"].items():
+        for strength, good in zip(curve["strength"], curve["good"], strict=True):
+            texts = [text for text in replies_by_hand(model, circuit, emotion, strength) if len(text) % 3]
+            meant = [read_as(t) == emotion and bool(t) and "never" not in t.split() and emotion not in t for t in texts]
+            assert good == pytest.approx(fmean(meant), abs=1e-6), "a reply that no judge has read is not a bad one"
     assert run(model, circuit, log).metrics == made.metrics
     with pytest.raises(DataError, match="failed on all 12 replies"):
         run(model, circuit, tmp_path / "deaf.jsonl", judge=WordJudge(deaf=lambda text: True))
@@ -685,6 +690,9 @@ def test_the_dial_of_another_instruction(call: Callable[..., Any], folder: Path)
 
 BAD = [
     (["calibrate", "--check", "--instruction", "no ."], 2, "expected no --instruction beside it"),
+    (["calibrate", "--check", "--ratio", "1.3", "--sound", "0.6"], 2, "--ratio, --sound would shape a dial, and --check only tries"),
+    (["calibrate", "--check", "--most-good"], 2, "--most-good would shape a dial"),
+    (["calibrate", "--most-good", "--default-intensity", "60"], 2, "expected --most-good or --default-intensity, found both"),
     (["generate", "x", "-e", "anger", "--intensity", "50", "--strength", "2"], 2, "found both"),
     (["generate", "x", "-e", "anger", "--intensity", "101"], 2, "between -100 and 100, found 101"),
     (["generate", "x", "-e", "anger", "--intensity", "-101"], 2, "between -100 and 100"),

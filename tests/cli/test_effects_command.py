@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from emosteer.api.effects import reader_of
+from emosteer.base.errors import DataError
 from emosteer.cli import main as cli
+from emosteer.judges.protocol import Opinion
 from emosteer.side_effects.side_effects import SideEffects
 from tests.conftest import build, tiny_tokenizer
 from tests.helpers.dialled import TOP, dialled_circuit
@@ -29,7 +32,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     dialled_circuit(Model.load("./tiny"), ("anger", "fear")).save(tmp_path / "artifacts/tiny/circuit.safetensors")
     monkeypatch.setattr("emosteer.api.effects.battery_of", lambda settings, items=None: small_battery(6, 4))
-    monkeypatch.setattr("emosteer.api.effects._reader", lambda judge: read_by_words)
+    monkeypatch.setattr("emosteer.api.effects.reader_of", lambda judge: read_by_words)
 
     def run(*arguments: str) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -67,6 +70,34 @@ def test_the_command_writes_prints_and_can_be_made_again_and_generate_warns(said
     assert f"warning: {worse}" in said(*ask, *beyond)[2]
     file.unlink()
     assert "nobody has measured what artifacts/tiny/circuit.safetensors does besides" in said(*ask, "--intensity", "100")[2]
+
+
+class Half:
+    """Reads every second text, and says nothing of the others."""
+
+    name = "half"
+
+    def opinions(self, texts: Any, done: Any = None) -> list[Opinion]:
+        return [Opinion(None, "no answer") if n % 2 else Opinion({"fear": 0.6, "anger": 0.4}) for n, _ in enumerate(texts)]
+
+
+def test_a_judge_that_says_nothing_of_a_reply_is_not_one_that_finds_no_emotion() -> None:
+    read = reader_of(Half())  # type: ignore[arg-type]
+    assert read(["one"]) == ["fear"] and read([]) == []
+    with pytest.raises(DataError, match=r"the judge half said nothing of 2 of 4 replies \(no answer\); the replies are kept: run the same"):
+        read(["one", "two", "three", "four"])
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [("embeded", "unknown judge"), ("openai:large", "--base-url"), ("lm:./tiny", "has the weights of the steered model itself")],
+)
+def test_a_judge_that_cannot_be_had_is_refused_before_anything_is_written(
+    said: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: str, told: str
+) -> None:
+    monkeypatch.setattr("emosteer.side_effects.measure.outcomes.write_all", lambda *_: pytest.fail("replies were written"))
+    code, _, err = said("effects", "-m", "./tiny", *SMALL.split(), "--judge", judge)
+    assert code and told in err and not (tmp_path / "artifacts/tiny/effects.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,14 @@ def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
     assert one(points, budget=Budget(ratio=1.1, sound=0.7, each_sound=0.8)) == (0.5, True), "one emotion alone falls below its own share"
 
 
+@pytest.mark.parametrize(("n", "unsound", "fine"), [(16, 11, True), (16, 12, False), (32, 22, True), (32, 23, False), (10, 7, True)])
+def test_no_emotion_may_fall_below_its_own_bound(n: int, unsound: int, fine: bool) -> None:
+    """At 30 %, twelve of sixteen would leave 25 %."""
+    points = {0.5: point(0.3, n=n), 1.0: point(0.6, sound=1 - unsound / n, n=n)}
+    budget = Budget(ratio=1.1, sound=0.1, each_sound=0.3)
+    assert one(points, budget=budget) == (1.0 if fine else 0.5, True)
+
+
 def test_the_budget_is_that_of_all_replies_together() -> None:
     mild, wild = {1.0: point(0.3, ratio=0.8), 2.0: point(0.5, ratio=0.9)}, {1.0: point(0.2, ratio=1.0), 2.0: point(0.8, ratio=1.3)}
     choice = choose({"fear": mild, "anger": wild}, {"fear": PLAIN, "anger": PLAIN}, TIGHT)

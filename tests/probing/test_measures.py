@@ -22,6 +22,11 @@ def test_the_interval_of_a_share_counts_groups_and_not_texts() -> None:
     assert share([0.0] * 100, list(map(str, range(100)))) == {"value": 0.0, "low": 0.0, "high": 0.03}
 
 
+def test_groups_that_all_have_the_same_mean_are_no_proof_of_certainty() -> None:
+    assert share([1, 0, 1, 0, 1, 0], list("aabbcc")) == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert share([1, 0] * 100, [str(n // 2) for n in range(200)]) == {"value": 0.5, "low": 0.47, "high": 0.53}
+
+
 def test_a_paired_difference_is_zero_for_equals_and_signed_otherwise() -> None:
     groups = list("abcd")
     assert difference([1, 0, 1, 0], [1, 0, 1, 0], groups)["value"] == 0

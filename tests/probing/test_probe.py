@@ -200,6 +200,12 @@ def test_the_model_is_asked_by_the_likelihood_of_its_answers(tiny: Model, tmp_pa
     assert torch.equal(asked(tiny, texts, chosen, 1, tmp_path / "answers.jsonl")[FEW], answers[FEW])
 
 
+def test_examples_that_do_not_fit_the_context_are_refused(tiny: Model, tmp_path: Path) -> None:
+    texts = small_texts()
+    with pytest.raises(ModelError, match=r"few-shot, a text takes \d+ tokens, and .* 256; lower --shots"):
+        asked(tiny, texts, texts.some(texts.test, 2), 6, tmp_path / "answers.jsonl")
+
+
 def test_labels_that_start_alike_leave_the_asking_out_and_say_so(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise ModelError("the tokenizer does not tell them apart")

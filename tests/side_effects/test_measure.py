@@ -258,6 +258,13 @@ def test_a_circuit_without_a_dial_is_refused_before_anything_is_written(tiny: Mo
     assert not (tmp_path / "replies.jsonl").exists()
 
 
+def test_without_everyday_prompts_nothing_is_asked_after_long_conversations(tiny: Model, circuit: Circuit, tmp_path: Path) -> None:
+    battery = small_battery()
+    none = replace(battery, asked={**battery.asked, EVERYDAY: ()})
+    found = effects(tiny, circuit, "c" * 64, none, SETTINGS, tmp_path, read_by_words, batch_size=8)
+    assert SETTINGS.followed and not found.after and any("there are none" in note for note in found.notes)
+
+
 def test_the_shipped_battery_is_whole_and_a_part_of_it_is_spread_evenly() -> None:
     full, part = battery_of(EffectsSettings(everyday=8, texts=20)), battery_of(QUICK)
     assert len(full.items) == 300 and [len(full.asked[kind]) for kind in full.asked] == [40, 40, 30, 8] and len(full.texts) == 20

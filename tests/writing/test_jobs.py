@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from emosteer.models import tokens
 from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.scenarios import Group, GroupKey, Message, read_bank
-from emosteer.writing.contest_writer import ContestWriter, cells_of
+from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.jobs import Job, job_key, jobs_for, request_of, row_of
 from emosteer.writing.reply_files import write_file
 from emosteer.writing.writer import Writer
@@ -47,12 +48,12 @@ def text_job(text: str, emotion: str = "anger", earlier: tuple[Message, ...] = (
 
 
 def test_run_keys_job_keys_prompts_and_batches_are_those_of_files_on_disk() -> None:
-    """Literal values of version 0.1: other ones would write again what users have."""
+    """Literal values: with other ones, files that users have begun could not be gone on with."""
     groups = small_data(2)[0]
     jobs = [Job.of(group, emotion, "prompt", None) for group in groups for emotion in ("anger", "fear")]
     writer = Writer(NAMED, None, Decoding(max_new_tokens=6, temperature=0.8), "keep reply", "prompt", batch_size=5)
-    assert writer.run_key() == "56bb8392f233" and writer.run_key("c" * 64) == "6063a23eacf6"
-    assert Writer(NAMED, None, Decoding(), "", "circuit", positions="all").run_key("d" * 64) == "ec516fcd9159"
+    assert writer.run_key() == "a8e4b599aa5a" and writer.run_key("c" * 64) == "01afaf980e30"
+    assert Writer(NAMED, None, Decoding(), "", "circuit", positions="all").run_key("d" * 64) == "5e58f3b4d757"
     assert list(batches(writer.requests(jobs), 5)) == [[8, 9, 0, 1, 2], [3, 10, 11, 6, 7], [4, 5]]
     assert jobs[0].key == '["s0/positive/anger", "anger", "prompt", null, "hide a home reply no cry train"]'
     plain = text_job("the train is late")
@@ -60,6 +61,27 @@ def test_run_keys_job_keys_prompts_and_batches_are_those_of_files_on_disk() -> N
     assert request_of(NAMED, plain, "reply") == Request("text/anger", (1, 3, 10, 44, 14, 43, 71, 2, 1, 4))
     asked = (1, 3, 59, 11, 39, 71, 68, 57, 44, 0, 20, 27, 16, 11, 0, 19, 0, 78, 74, 71, 2, 1, 4)
     assert request_of(NAMED, jobs[0], "reply") == Request("s0/positive/anger", asked)
+
+
+def test_another_chat_template_is_another_run() -> None:
+    writer = Writer(NAMED, None, Decoding(), "", "circuit")
+    changed: Model = Named()  # type: ignore[assignment]
+    changed.template_sha256 = "e" * 64  # type: ignore[misc]
+    other = Writer(changed, None, Decoding(), "", "circuit")
+    assert writer.run_key() != other.run_key()
+
+
+def test_prompts_of_one_key_and_other_words_are_told_apart() -> None:
+    """A file of one's own may hold ids of the shipped one, and both are written by one writer."""
+    none: Model = None  # type: ignore[assignment]
+    writer = ContestWriter(NAMED, ("anger", "fear"), {}, {}, Decoding(6), "keep reply", none, batch_size=4)
+    group = small_data(1)[0][0]
+    edited = replace(group, text="we waited nine weeks")
+    one, other, after = (
+        Cell(some, "none", "none") for some in (group, edited, replace(group, earlier=(Message("user", "no"), Message("assistant", "yes"))))
+    )
+    assert len({writer.request(cell).ids for cell in (one, other, after)}) == 3
+    assert len({writer.key(cell) for cell in (one, other, after)}) == 3
 
 
 def test_keys_and_batches_of_the_contest_are_those_of_files_on_disk() -> None:

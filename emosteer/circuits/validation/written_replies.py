@@ -3,6 +3,7 @@ prompts, that what likelihoods say is seen in the text."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -84,7 +85,10 @@ def _texts(bench: Bench, who: str, size: str, kept: KeyedLog) -> list[str]:
     model, rows, requests = bench.model, rows_of(bench), requests_of(bench)
     units = [sets.of(size, who) if who != CLEAN else None for sets, _ in rows]
     members = [one and [one.heads.nonzero().tolist(), one.neurons.nonzero().tolist()] for one in units]
-    told = [model.sha256, model.precision, asdict(DECODING), [request.ids for request in requests], members, bench.settings.references]
+    means = hashlib.sha256()  # what replaces the units, whatever it was made from
+    for site in sorted(bench.references.means, key=str):
+        means.update(bench.references.means[site].double().cpu().numpy().tobytes())
+    told = [model.sha256, model.precision, asdict(DECODING), [request.ids for request in requests], members, means.hexdigest()]
     key = sha256_text(json.dumps(told))
     if key not in kept.rows:
         edits = None if who == CLEAN else edits_of(bench, [one for one in units if one is not None])
