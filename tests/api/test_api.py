@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ import torch
 
 import emosteer
 from emosteer.api import options
+from emosteer.api.inputs import bank_of
 from emosteer.api.steered_model import SteeredModel
 from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.calibration.settings import CalibrateSettings
 from emosteer.circuits.heads.settings import HeadSettings
+from emosteer.circuits.places import OWN_BANK
 from emosteer.circuits.settings import CircuitSettings
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli import main as cli
@@ -282,3 +285,16 @@ def test_the_signatures_on_the_page_are_those_of_the_code() -> None:
             if isinstance(value, ast.Constant):
                 default = defaults[argument.arg]
                 assert (str(default) if isinstance(default, Path) else default) == value.value, f"{name}: {argument.arg}"
+
+
+def test_the_models_own_replies_are_read_where_directions_were_made_with_them(tmp_path: Path) -> None:
+    def made(*files: str) -> Any:
+        return SimpleNamespace(provenance=SimpleNamespace(data=dict.fromkeys(files, "0" * 64)))
+
+    place = tmp_path / "directions.safetensors"
+    with_own, with_others = made(f"replies/{OWN_BANK}"), made("replies/plain.jsonl")
+    assert bank_of(None, with_own, place) == bank_of("self", with_own, place) == tmp_path / OWN_BANK
+    assert bank_of("other.jsonl", with_own, place) == Path("other.jsonl") and bank_of(None, with_others, place) is None
+    for directions, where in ((with_others, place), (with_own, None)):
+        with pytest.raises(UsageError, match="not made with the model's own replies; run `emosteer extract --replies self` first"):
+            bank_of("self", directions, where)

@@ -40,7 +40,7 @@ from emosteer.judges.training import (
 )
 from emosteer.scenarios.prompt_sets import read_groups
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, data_path, read_bank
-from tests.helpers.judge_setup import FILLERS, TELLING, card_of, shipped_adapters, tiny_encoder
+from tests.helpers.judge_setup import FILLERS, TELLING, card_of, shipped_adapters, tiny_adapter, tiny_encoder
 
 # ---- the project's own texts -----------------------------------------------------------------------------------------
 
@@ -393,6 +393,17 @@ def test_parts_are_kept_and_shared(tmp_path: Path, fits: list[Any]) -> None:
     assert train(tmp_path / "public", out, replace(SMALL, seed=1), 0, Workshop(parts)) is not None and len(fits) == 4, (
         "but for other settings"
     )
+
+
+def test_every_source_counts_alike_for_the_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its texts there are beyond those that are drawn."""
+    monkeypatch.setattr(training, "shared_encoder", tiny_encoder)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "calibrated", lambda adapter, logits, answers, weights: seen.append(weights))
+    kept: dict[str, list[Labelled]] = {"large": [(f"we {n}", "fear") for n in range(900)], "small": [("cry", "anger")], "none": []}
+    training.at_temperature(tiny_adapter(), kept, "any")
+    (weights,) = seen
+    assert len(weights) == 401 and weights[:400].sum() == pytest.approx(1) and weights[400] == 1
 
 
 # ---- what is shipped -----------------------------------------------------------------------------------------------
