@@ -95,8 +95,8 @@ class WriterThread:
     def __init__(self, model: Model, vectors: Mapping[Site, Tensor], settings: ServeSettings, metrics: Metrics) -> None:
         """vectors: site -> [emotion, d_model], at strength 1."""
         self.model, self.settings, self.metrics = model, settings, metrics
-        self.batch = RunningBatch(model, vectors)
         self.cells = int(settings.cache_gb * 2**30 / position_bytes(model.shape, model.dtype))
+        self.batch = RunningBatch(model, vectors, self.cells)
         self._changed = threading.Condition()
         self._waiting: deque[Writing] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
