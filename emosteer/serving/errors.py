@@ -23,14 +23,14 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def busy(waiting: int) -> RequestError:
-    """The refusal of a request that would have to wait too long."""
-    return RequestError(f"{waiting} replies are waiting already; try again later", status=429, code="queue_full")
+def busy(waiting: int, what: str = "replies") -> RequestError:
+    """The refusal of a request that would have to wait too long. what: the things that are waiting."""
+    return RequestError(f"{waiting} {what} are waiting already; try again later", status=429, code="queue_full")
 
 
 def too_late(seconds: float) -> RequestError:
-    """What is said of a reply that was not finished in time."""
-    return RequestError(f"the reply was not finished within {seconds:g} seconds (--timeout)", status=503, code="timeout")
+    """What is said of a request whose answer was not finished in time."""
+    return RequestError(f"the answer was not finished within {seconds:g} seconds (--timeout)", status=503, code="timeout")
 
 
 def stopping() -> RequestError:
