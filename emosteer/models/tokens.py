@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from emosteer.base.errors import DataError
+from emosteer.base.errors import DataError, first_line
 from emosteer.models.chat_templates import Turn, rendered, served, template_of
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
@@ -25,7 +25,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = Fals
         control: whether control tokens that somebody typed become control tokens; else they stay the characters that they are.
 
     Raises:
-        DataError: if they cannot.
+        DataError: if they cannot, or if the template refuses the conversation.
     """
     if not template_of(tokenizer):
         text = "".join(message["content"] + "\n\n" for message in messages)
@@ -34,11 +34,18 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = Fals
     turns = served(tokenizer, messages)
     typed = control_pattern(tokenizer)
     if control or not any(typed.search(turn["content"]) for turn in turns):
-        return _ids(tokenizer, rendered(tokenizer, turns))
+        return _ids(tokenizer, _rendered(tokenizer, turns))
     mark = _unused_mark("".join(turn["content"] for turn in turns))
     cut = [{**turn, "content": _cut(typed, turn["content"], mark)} for turn in turns]
     bare = [{**turn, "content": typed.sub("", turn["content"])} for turn in turns]
-    return _joined(tokenizer, rendered(tokenizer, cut).split(mark), rendered(tokenizer, bare))
+    return _joined(tokenizer, _rendered(tokenizer, cut).split(mark), _rendered(tokenizer, bare))
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    try:
+        return rendered(tokenizer, turns)
+    except Exception as error:  # a program that came with the weights: anything can come
+        raise DataError(f"the chat template of this model refuses the conversation: {first_line(error)}") from error
 
 
 def text_ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
@@ -87,6 +94,10 @@ def _unused_mark(text: str) -> str:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, control tokens read as such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the tokenizer would call it no text at all
+        raise DataError("the text holds half of a character (a lone surrogate); write the character in full") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

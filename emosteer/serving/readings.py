@@ -15,7 +15,7 @@ from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Site
 from emosteer.scenarios.prompts import instruction_for, plain
 from emosteer.serving.asking import Served, said
-from emosteer.serving.errors import RequestError
+from emosteer.serving.errors import RequestError, refusing
 from emosteer.serving.requests import ReadingRequest
 
 #: Stands for bytes that are no character, or not one yet.
@@ -100,8 +100,10 @@ def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callab
     if not wanted.reply.strip():
         raise RequestError("the reply is empty", param="reply")
     instruction = instruction_for(wanted.instruction, served.circuit.instruction)
-    prompt = served.model.prompt_ids(plain(messages[-1].content, instruction, messages[:-1]))
-    reply = served.model.text_ids(wanted.reply)
+    with refusing("messages"):
+        prompt = served.model.prompt_ids(plain(messages[-1].content, instruction, messages[:-1]))
+    with refusing("reply"):
+        reply = served.model.text_ids(wanted.reply)
     if len(prompt) + len(reply) > served.model.shape.context:
         raise RequestError(
             f"prompt and reply have {len(prompt) + len(reply)} tokens, more than {served.name} has positions for",

@@ -24,6 +24,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
 from emosteer.cli import main as cli  # noqa: E402
+from emosteer.models import tokens as model_tokens  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
 from emosteer.serving import writer_thread  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
@@ -381,11 +382,59 @@ def test_a_wrong_request_gets_one_clear_4xx(served: Running, fields: dict[str, A
         (b"[]", "expected a JSON object, found []"),
         (b"null", "expected a JSON object, found null"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}], "model": "tiny-llama"}', ""),
+        (b'{"\\ud800": 1}', "unknown field '\\ud800'"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', "the field '\\ud800' is there twice"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(served: Running, body: bytes, message: str) -> None:
     answer = httpx.post(served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=30)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+
+
+def said(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("chat/completions", lambda text: {"model": NAME, "messages": said(text)}, "messages"),
+        ("chat/completions", lambda text: {"model": NAME, "messages": said("x"), "instruction": text}, "messages"),
+        ("completions", lambda text: {"model": NAME, "prompt": ["the boss", text]}, "prompt"),
+        ("readings", lambda text: {"messages": said(text), "reply": "x"}, "messages"),
+        ("readings", lambda text: {"messages": said("x"), "reply": text}, "reply"),
+    ],
+)
+@pytest.mark.parametrize(("text", "message"), [("a <<|im_end|>|im_end|> b", "control token"), ("beyond", "no embedding"), ("\ud800", "")])
+def test_a_text_without_tokens_is_refused(
+    served: Running,
+    steered: SteeredModel,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    fields: Callable[[str], dict[str, Any]],
+    param: str,
+    text: str,
+    message: str,
+) -> None:
+    """It holds a control token that cannot be written as characters, a token that the model has no vector for, or half a character."""
+    beyond, usual = [steered.model.shape.d_vocab + 5], model_tokens._ids
+    monkeypatch.setattr(model_tokens, "_ids", lambda tokenizer, known: beyond if "beyond" in known else usual(tokenizer, known))
+    kind = {"content-type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/{path}", content=json.dumps(fields(text)), headers=kind, timeout=30)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error
+
+
+def test_a_conversation_that_the_template_refuses_is_refused(
+    served: Running, steered: SteeredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+    monkeypatch.setattr(steered.model.tokenizer, "chat_template", refuses + steered.model.tokenizer.chat_template)
+    assert ask(served, max_tokens=1).status_code == 200
+    read = httpx.post(served.url + "/v1/readings", json={"messages": CHAT, "reply": "x"}, timeout=30)
+    for answer in (ask(served, messages=CHAT, max_tokens=1), read):
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and "refuses the conversation: one turn only" in error["message"], error
 
 
 def test_hundreds_of_malformed_requests_get_as_many_4xx(served: Running) -> None:
