@@ -26,7 +26,7 @@ from emosteer.serving.answers import Answer
 from emosteer.serving.asking import Served, Wanted, chat_asks, completion_asks
 from emosteer.serving.describing import described, models_of
 from emosteer.serving.errors import RequestError
-from emosteer.serving.guard import HEADERS, check_request, read_body
+from emosteer.serving.guard import HEADERS, check_number, check_request, read_body
 from emosteer.serving.metrics import Metrics
 from emosteer.serving.readings import reading_of
 from emosteer.serving.requests import ChatRequest, CompletionRequest, ReadingRequest, Writes, parse
@@ -50,6 +50,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         arrived, wanted = time.monotonic(), parse(ChatRequest, await read_body(request, self.settings))
+        check_number(wanted.n or 1, 1, self.settings)
         asked = await self._prepared(request, arrived, lambda: chat_asks(self.served, wanted), wanted.personality is not None)
         usage = wanted.stream_options is not None and wanted.stream_options.include_usage
         return await self._answer(request, arrived, wanted, asked, usage, chat=True)
@@ -57,6 +58,7 @@ class Server:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions"""
         arrived, wanted = time.monotonic(), parse(CompletionRequest, await read_body(request, self.settings))
+        check_number(wanted.n or 1, 1 if isinstance(wanted.prompt, str) else len(wanted.prompt), self.settings)
         asked = await self._prepared(request, arrived, lambda: completion_asks(self.served, wanted), wanted.personality is not None)
         usage = wanted.stream_options is not None and wanted.stream_options.include_usage
         return await self._answer(request, arrived, wanted, asked, usage, chat=False)

@@ -41,10 +41,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Replies to write. felt: what they feel, as it was weakened where it was too much; strength: of a single emotion; asks: one per
-    choice."""
+    """Replies to write. felt: what they feel, as it was weakened where it was too much, for each prompt where that differs; strength: of a
+    single emotion; asks: one per choice."""
 
-    felt: str
+    felt: str | tuple[str, ...]
     strength: float | None
     asks: tuple[Ask, ...]
 
@@ -144,17 +144,18 @@ def completion_asks(served: Served, wanted: CompletionRequest) -> Wanted:
         raise RequestError("a text that goes on has no guidance; use /v1/chat/completions", param="guidance")
     decoding = decoding_of(served, wanted, 1.0, wanted.max_tokens)
     prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
-    job = _felt(served, wanted, (Message("user", prompts[0]),), decoding.max_new_tokens)
     bos = served.model.tokenizer.bos_token_id
-    asks: list[Ask] = []
+    asks, felt = list[Ask](), list[str]()
     for number, prompt in enumerate(prompts):
         with refusing("prompt"):
             ids = tuple([*([bos] if bos is not None else []), *served.model.text_ids(prompt)])
         if not ids:
             raise RequestError("the prompt is empty", param="prompt")
+        job = _felt(served, wanted, (Message("user", prompt),), decoding.max_new_tokens)  # a personality follows each of them
+        felt.append(job.emotion)
         key = job.id if not number else f"{job.id}/{number}"
         asks += _choices(served, job, Request(key, ids), decoding, wanted.n or 1, wanted.logprobs)
-    return Wanted(job.emotion, job.strength, tuple(asks))
+    return Wanted(felt[0] if len({*felt}) == 1 else tuple(felt), job.strength, tuple(asks))
 
 
 def said(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:

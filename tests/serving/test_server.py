@@ -213,6 +213,17 @@ def test_a_personality_follows_what_the_user_says(served: Running, steered: Stee
     assert made["choices"][0]["message"]["content"] == steered.generate(TEXT, mix=made["emosteer"]["felt"], max_new_tokens=8).text
 
 
+def test_a_personality_follows_each_of_several_texts(served: Running) -> None:
+    def texts(prompt: Any) -> tuple[Any, list[str]]:
+        made = ask(served, "/v1/completions", prompt=prompt, personality="neutral", max_tokens=8).json()
+        return made["emosteer"]["felt"], [choice["text"] for choice in made["choices"]]
+
+    calm, angry = texts("the train was late"), texts(TEXT)
+    assert angry[0].startswith("anger:") and not calm[0].startswith("anger:")
+    assert texts(["the train was late", TEXT]) == ([calm[0], angry[0]], calm[1] + angry[1])
+    assert texts([TEXT, TEXT]) == (angry[0], 2 * angry[1])
+
+
 def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: SteeredModel) -> None:
     """Forty requests of all kinds, more than may run at once; a fifth hangs up on its way."""
     draw = random.Random(0)
@@ -510,7 +521,7 @@ def test_pages_of_others_and_foreign_names_are_kept_out(served: Running) -> None
     assert "access-control-allow-origin" not in answer.headers and answer.status_code == 405
 
 
-def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> None:
+def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = {"max_queue": 0, "max_batch": 1, "max_body": 5000, "max_tokens": 40}
     with running(steered, api_key="secret", cors=("https://page.example",), **bounds) as server:
         url, body = server.url + "/v1/chat/completions", {"model": NAME, "messages": CHAT, "max_tokens": 1}
@@ -528,7 +539,12 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
         assert 'emosteer_requests_total{path="/v1/chat/completions",status="200"} 1.0' in metrics
         assert "emosteer_first_token_seconds_count 1.0" in metrics and "emosteer_tokens_written_total 1.0" in metrics
         # the bounds
-        answer = httpx.post(url, json={**body, "n": 2}, headers=key)
+        usual, held = server.writer.batch.step, threading.Event()
+        monkeypatch.setattr(server.writer.batch, "step", lambda: (held.wait(20), usual())[1])
+        with httpx.stream("POST", url, json={**body, "stream": True}, headers=key) as running_already:
+            next(running_already.iter_lines())
+            answer = httpx.post(url, json=body, headers=key)
+            held.set()
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
         answer = httpx.post(url, json={**body, "user": "x" * 6000}, headers=key)
         assert answer.status_code == 413 and "5000 bytes" in answer.json()["error"]["message"]
@@ -536,6 +552,23 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
         assert answer.status_code == 413, "also where the length is not announced"
         answer = httpx.post(url, json={**body, "max_tokens": 41}, headers=key)
         assert answer.status_code == 400 and "at most 40 (" in answer.json()["error"]["message"]
+
+
+def test_more_replies_than_there_is_ever_room_for_are_no_matter_of_waiting(steered: SteeredModel) -> None:
+    with running(steered, max_batch=2, max_queue=3) as server:
+        assert ask(server, n=5, max_tokens=1).status_code == 200
+        answer = ask(server, n=6, max_tokens=1)
+        error = answer.json()["error"]
+        assert (
+            answer.status_code == 400
+            and error["param"] == "n"
+            and error["message"].startswith("n=6 asks for 6 replies; expected at most 5")
+        )
+        for fields, param in (({"n": 3}, "n"), ({"prompt": ["a"] * 6}, "prompt")):
+            answer = ask(server, "/v1/completions", **{"prompt": ["the boss", "my flat"], "max_tokens": 1, **fields})
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["param"] == param, error
+            assert f"n={fields.get('n', 1)} for each of {len(fields.get('prompt', 'ab'))} prompts asks for 6 replies" in error["message"]
 
 
 def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
