@@ -14,6 +14,13 @@ _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<
 #: Marks where a text is cut. The first private character that nobody used is taken.
 _MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
 
+#: Bytes that stand for themselves in byte-level vocabularies; the others are moved behind the first 256 characters, in their order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_MOVED = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+_BYTE_OF = {**{chr(byte): byte for byte in _PRINTABLE}, **{chr(0x100 + place): byte for place, byte in enumerate(_MOVED)}}
+#: A token that is one byte, in vocabularies that fall back to bytes.
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = False) -> list[int]:
     """Token ids of a conversation, ending where the reply begins. The template's text already holds its BOS.
@@ -109,6 +116,26 @@ def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
 def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of tokens that go on from another text: white space at its ends is part of it."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """What a token stands for, byte by byte: of some characters a token holds a part only. None where the vocabulary does not tell."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    if added is not None:
+        return str(added.content).encode()
+    written = str(tokenizer.convert_ids_to_tokens(token) or "")
+    if _is_byte_level(tokenizer):
+        return bytes(_BYTE_OF[character] for character in written) if all(character in _BYTE_OF for character in written) else None
+    if BYTE.fullmatch(written):
+        return bytes([int(written[3:5], 16)])
+    text = str(tokenizer.decode([token]))
+    return None if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
+
+
+@lru_cache(maxsize=4)
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether the vocabulary writes each byte as a printable character of its own."""
+    return "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
 
 
 def stop_ids(tokenizer: Any, declared: int | Sequence[int] | None) -> frozenset[int]:

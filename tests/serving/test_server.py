@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
 openai = pytest.importorskip("openai", reason="the openai client is not installed; it comes with emosteer[dev]")
@@ -24,9 +26,12 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
 from emosteer.cli import main as cli  # noqa: E402
+from emosteer.generation.running_batch import Written  # noqa: E402
 from emosteer.models import tokens as model_tokens  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
 from emosteer.serving import writer_thread  # noqa: E402
+from emosteer.serving.answers import Answer  # noqa: E402
+from emosteer.serving.asking import Wanted  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
@@ -205,6 +210,18 @@ def test_logprobs_come_token_by_token(client: Any) -> None:
     stream = client.chat.completions.create(model=NAME, messages=messages, max_tokens=5, logprobs=True, stream=True)
     tokens = [token.logprob for chunk in stream if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
     assert tokens == [token.logprob for token in content]
+
+
+def test_the_bytes_of_a_token_are_its_own() -> None:
+    """Not those of the sign for a part of a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    answer = Answer(PreTrainedTokenizerFast(tokenizer_object=core), NAME, Wanted("none", None, ()), chat=True)
+    cat = [alphabet.index(character) for character in core.pre_tokenizer.pre_tokenize_str("🐱")[0][0]]
+    shown = [answer._chat_token(Written(0, token, None, -1.0, ((token, -1.0),))) for token in cat]
+    assert bytes(byte for one in shown for byte in one["bytes"]) == "🐱".encode()
+    assert all(one["top_logprobs"][0]["bytes"] == one["bytes"] for one in shown)
 
 
 def test_a_personality_follows_what_the_user_says(served: Running, steered: SteeredModel) -> None:
@@ -559,11 +576,8 @@ def test_more_replies_than_there_is_ever_room_for_are_no_matter_of_waiting(steer
         assert ask(server, n=5, max_tokens=1).status_code == 200
         answer = ask(server, n=6, max_tokens=1)
         error = answer.json()["error"]
-        assert (
-            answer.status_code == 400
-            and error["param"] == "n"
-            and error["message"].startswith("n=6 asks for 6 replies; expected at most 5")
-        )
+        assert answer.status_code == 400 and error["param"] == "n", error
+        assert "n=6 asks for 6 replies; expected at most 5" in error["message"]
         for fields, param in (({"n": 3}, "n"), ({"prompt": ["a"] * 6}, "prompt")):
             answer = ask(server, "/v1/completions", **{"prompt": ["the boss", "my flat"], "max_tokens": 1, **fields})
             error = answer.json()["error"]
