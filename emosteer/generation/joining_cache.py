@@ -17,9 +17,14 @@ class JoiningCache:
     """Keys and values of every row from the first column on, as many columns as `lengths` [row], on the processor, says. `block` is the
     part of `store` [layer, 2, row, n_kv_heads, pos, d_head] whose rows are there."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        """Empty; memory is taken when rows join, and given back when none is left."""
-        self.shape, self.device, self.dtype = shape, device, dtype
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, bound: int | None = None) -> None:
+        """Empty; memory is taken when rows join, and given back when none is left.
+
+        Args:
+            bound: positions, rows times columns, beyond which no memory is taken to spare; whoever lets rows join sees to it that their
+                own positions stay below.
+        """
+        self.shape, self.device, self.dtype, self.bound = shape, device, dtype, bound
         self._clear()
 
     def _clear(self) -> None:
@@ -61,9 +66,17 @@ class JoiningCache:
         """Room for rows and columns. Memory of a long row that has left is given back once it is most of what there is."""
         have_rows, have_columns = self.store.shape[2], self.store.shape[4]
         if rows > have_rows:  # twice as many as there were, so that a growing batch is copied few times
-            self._move(self._empty(max(rows, min(2 * have_rows, rows + ROOM)), columns + ROOM))
-        elif not columns <= have_columns <= 2 * (columns + ROOM):
-            self._move(self._empty(have_rows, columns + ROOM))
+            self._move(self._empty(*self._roomy(rows, max(rows, min(2 * have_rows, rows + ROOM)), columns)))
+        elif not columns <= have_columns <= 2 * (columns + ROOM):  # of places whose rows have left few are taken along
+            self._move(self._empty(*self._roomy(rows, min(have_rows, 2 * rows), columns)))
+
+    def _roomy(self, rows: int, some_rows: int, columns: int) -> tuple[int, int]:
+        """How many rows and columns a store is given that needs some: more columns, then up to `some_rows` rows, so far as the bound lets
+        it. Near the bound all columns that it leaves are taken at once, as a store that grew column by column would be copied each time."""
+        if self.bound is None:
+            return some_rows, columns + ROOM
+        wide = max(columns, min(columns + ROOM, self.bound // rows))
+        return max(rows, min(some_rows, self.bound // wide)), wide
 
     def _move(self, target: Tensor) -> None:
         """Copies what is there into another store."""

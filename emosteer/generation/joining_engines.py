@@ -42,10 +42,10 @@ class JoiningEngine(Protocol):
         """Adds something else to some rows, which have taken a step, from the next one on. vectors: site -> [row, d_model]."""
 
 
-def joining_engine(model: Model, sites: Sequence[Site]) -> JoiningEngine:
-    """The fastest engine for a model and the sites that are steered."""
+def joining_engine(model: Model, sites: Sequence[Site], bound: int | None = None) -> JoiningEngine:
+    """The fastest engine for a model and the sites that are steered. bound: see `JoiningCache`."""
     lean = lean_of(model) if all(site.kind in STEERED_KINDS for site in sites) else None
-    return LeanJoiningEngine(lean, sites) if lean is not None else CohortEngine(model)
+    return LeanJoiningEngine(lean, sites, bound) if lean is not None else CohortEngine(model)
 
 
 #: A prompt without its last token.
@@ -81,11 +81,11 @@ class _Heads:
 class LeanJoiningEngine:
     """All rows in one cache. A prompt is read without its last token, which is then a step like any other."""
 
-    def __init__(self, lean: Lean, sites: Sequence[Site]) -> None:
-        """sites: all that any row is ever steered at."""
+    def __init__(self, lean: Lean, sites: Sequence[Site], bound: int | None = None) -> None:
+        """sites: all that any row is ever steered at; bound: see `JoiningCache`."""
         self.lean, self.sites = lean, list(sites)
         model, device = lean.model, lean.model.device
-        self.cache = JoiningCache(lean.shape, device, model.dtype)
+        self.cache = JoiningCache(lean.shape, device, model.dtype, bound)
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.vectors = torch.zeros(len(self.sites), 0, lean.shape.d_model, device=device, dtype=model.dtype)
         self.slot: list[int] = []  # of each row: where the cache holds it

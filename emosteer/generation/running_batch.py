@@ -67,9 +67,10 @@ class _Row:
 class RunningBatch:
     """Requests that are being written. Not safe for threads: whoever has it takes its steps."""
 
-    def __init__(self, model: Model, vectors: Mapping[Site, Tensor]) -> None:
-        """vectors: what is added at weight 1, site -> [emotion, d_model]; empty where nothing is ever steered."""
-        self.model, self.vectors = model, dict(vectors)
+    def __init__(self, model: Model, vectors: Mapping[Site, Tensor], bound: int | None = None) -> None:
+        """vectors: what is added at weight 1, site -> [emotion, d_model]; empty where nothing is ever steered. bound: positions of keys and
+        values, rows times the longest, beyond which no memory is taken to spare."""
+        self.model, self.vectors, self.bound = model, dict(vectors), bound
         self.n_emotions = len(next(iter(vectors.values()))) if vectors else 0
         self._tickets = itertools.count()
         self._waiting: list[_Row] = []
@@ -78,7 +79,7 @@ class RunningBatch:
     def clear(self) -> None:
         """Lets everybody go."""
         self._waiting.clear()
-        self._engine = joining_engine(self.model, list(self.vectors))
+        self._engine = joining_engine(self.model, list(self.vectors), self.bound)
         self._places: list[tuple[_Row, bool]] = []  # of each of the engine's rows: whose it is, and whether it is the empty one
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,10 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, steps
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
-from emosteer.models.tokens import reply_text
+from emosteer.models.tokens import BYTE, reply_text
 
 #: Stands for bytes that are no character, or not one yet.
 _INCOMPLETE = "\ufffd"
-#: A token that is one byte, in vocabularies that fall back to bytes.
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class RowText:
         self.ids.append(token)
         text = self.read(self.tokenizer, self.ids)
         # A run of byte tokens is read as a whole: one more byte can make all of it no text.
-        if text.endswith(_INCOMPLETE) or _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
+        if text.endswith(_INCOMPLETE) or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
             return ""
         return self._new(text)
 

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from emosteer.base.errors import DataError
+from emosteer.base.errors import DataError, first_line
 from emosteer.models.chat_templates import Turn, rendered, served, template_of
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 #: Marks where a text is cut. The first private character that nobody used is taken.
 _MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
+
+#: Bytes that stand for themselves in byte-level vocabularies; the others are moved behind the first 256 characters, in their order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_MOVED = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+_BYTE_OF = {**{chr(byte): byte for byte in _PRINTABLE}, **{chr(0x100 + place): byte for place, byte in enumerate(_MOVED)}}
+#: A token that is one byte, in vocabularies that fall back to bytes.
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = False) -> list[int]:
@@ -25,7 +32,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = Fals
         control: whether control tokens that somebody typed become control tokens; else they stay the characters that they are.
 
     Raises:
-        DataError: if they cannot.
+        DataError: if they cannot, or if the template refuses the conversation.
     """
     if not template_of(tokenizer):
         text = "".join(message["content"] + "\n\n" for message in messages)
@@ -34,11 +41,18 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Turn], *, control: bool = Fals
     turns = served(tokenizer, messages)
     typed = control_pattern(tokenizer)
     if control or not any(typed.search(turn["content"]) for turn in turns):
-        return _ids(tokenizer, rendered(tokenizer, turns))
+        return _ids(tokenizer, _rendered(tokenizer, turns))
     mark = _unused_mark("".join(turn["content"] for turn in turns))
     cut = [{**turn, "content": _cut(typed, turn["content"], mark)} for turn in turns]
     bare = [{**turn, "content": typed.sub("", turn["content"])} for turn in turns]
-    return _joined(tokenizer, rendered(tokenizer, cut).split(mark), rendered(tokenizer, bare))
+    return _joined(tokenizer, _rendered(tokenizer, cut).split(mark), _rendered(tokenizer, bare))
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    try:
+        return rendered(tokenizer, turns)
+    except Exception as error:  # a program that came with the weights: anything can come
+        raise DataError(f"the chat template of this model refuses the conversation: {first_line(error)}") from error
 
 
 def text_ids(tokenizer: Any, text: str, *, control: bool = False) -> list[int]:
@@ -87,6 +101,10 @@ def _unused_mark(text: str) -> str:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, control tokens read as such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the tokenizer would call it no text at all
+        raise DataError("the text holds half of a character (a lone surrogate); write the character in full") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -98,6 +116,26 @@ def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
 def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of tokens that go on from another text: white space at its ends is part of it."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """What a token stands for, byte by byte: of some characters a token holds a part only. None where the vocabulary does not tell."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    if added is not None:
+        return str(added.content).encode()
+    written = str(tokenizer.convert_ids_to_tokens(token) or "")
+    if _is_byte_level(tokenizer):
+        return bytes(_BYTE_OF[character] for character in written) if all(character in _BYTE_OF for character in written) else None
+    if BYTE.fullmatch(written):
+        return bytes([int(written[3:5], 16)])
+    text = str(tokenizer.decode([token]))
+    return None if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
+
+
+@lru_cache(maxsize=4)
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether the vocabulary writes each byte as a printable character of its own."""
+    return "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
 
 
 def stop_ids(tokenizer: Any, declared: int | Sequence[int] | None) -> frozenset[int]:

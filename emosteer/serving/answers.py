@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emosteer.generation.running_batch import Written
+from emosteer.models.tokens import token_bytes
 from emosteer.serving.asking import Wanted
 from emosteer.serving.writer_thread import Part
 
@@ -89,11 +90,12 @@ class Answer:
             said = {key: {"role": "assistant", "content": text, "refusal": None} if key == "message" else {"content": text} if text else {}}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": ended}
 
-    def _token(self, token: int | None, logprob: float | None) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        known = token_bytes(self.tokenizer, token)
+        return {"token": self.tokenizer.decode([token]), "logprob": logprob, "bytes": None if known is None else list(known)}
 
     def _chat_token(self, one: Written) -> dict[str, Any]:
+        assert one.token is not None  # the one that ends a reply is no part of it
         return {**self._token(one.token, one.logprob), "top_logprobs": [self._token(*pair) for pair in one.likeliest]}
 
     def _text_tokens(self, tokens: Sequence[Written], offset: int) -> dict[str, Any]:

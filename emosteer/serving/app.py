@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,15 +26,16 @@ from emosteer.serving.answers import Answer
 from emosteer.serving.asking import Served, Wanted, chat_asks, completion_asks
 from emosteer.serving.describing import described, models_of
 from emosteer.serving.errors import RequestError
-from emosteer.serving.guard import HEADERS, check_request, read_body
+from emosteer.serving.guard import HEADERS, check_number, check_request, read_body
 from emosteer.serving.metrics import Metrics
 from emosteer.serving.readings import reading_of
-from emosteer.serving.requests import ChatRequest, CompletionRequest, ReadingRequest, parse
+from emosteer.serving.requests import ChatRequest, CompletionRequest, ReadingRequest, Writes, parse
 from emosteer.serving.settings import ServeSettings
 from emosteer.serving.writer_thread import Part, WriterThread, Writing
 
 PLAYGROUND = Path(__file__).parent / "playground"
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Result = TypeVar("Result")
 
 
 class Server:
@@ -47,43 +49,42 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        wanted = parse(ChatRequest, await read_body(request, self.settings))
-        asked = await self._prepared(lambda: chat_asks(self.served, wanted), wanted.personality is not None)
+        arrived, wanted = time.monotonic(), parse(ChatRequest, await read_body(request, self.settings))
+        check_number(wanted.n or 1, 1, self.settings)
+        asked = await self._prepared(request, arrived, lambda: chat_asks(self.served, wanted), wanted.personality is not None)
         usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-        return await self._answer(request, wanted.model, asked, wanted.stops, bool(wanted.stream), usage, chat=True)
+        return await self._answer(request, arrived, wanted, asked, usage, chat=True)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions"""
-        wanted = parse(CompletionRequest, await read_body(request, self.settings))
-        asked = await self._prepared(lambda: completion_asks(self.served, wanted), wanted.personality is not None)
+        arrived, wanted = time.monotonic(), parse(CompletionRequest, await read_body(request, self.settings))
+        check_number(wanted.n or 1, 1 if isinstance(wanted.prompt, str) else len(wanted.prompt), self.settings)
+        asked = await self._prepared(request, arrived, lambda: completion_asks(self.served, wanted), wanted.personality is not None)
         usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-        return await self._answer(request, wanted.model, asked, wanted.stops, bool(wanted.stream), usage, chat=False)
+        return await self._answer(request, arrived, wanted, asked, usage, chat=False)
 
-    async def _prepared(self, prepare: Callable[[], Wanted], judged: bool) -> Wanted:
+    async def _prepared(self, request: Request, arrived: float, prepare: Callable[[], Wanted], judged: bool) -> Wanted:
         """What a request asks for; where a judge has to read for it, between two steps."""
-        return await asyncio.wrap_future(self.writer.call(prepare)) if judged else prepare()
+        return await self._called(request, arrived, prepare) if judged else prepare()
 
-    async def _answer(
-        self, request: Request, model: str, wanted: Wanted, stops: tuple[str, ...], streams: bool, usage: bool, *, chat: bool
-    ) -> Response:
-        answer = Answer(self.served.model.tokenizer, model, wanted, chat=chat)
+    async def _called(self, request: Request, arrived: float, work: Callable[[], Result]) -> Result:
+        """What the writer's thread does for a request, unless its client leaves before that."""
+        return await _unless_left(request, asyncio.wrap_future(self.writer.call(work, arrived)))
+
+    async def _answer(self, request: Request, arrived: float, wanted: Writes, asked: Wanted, usage: bool, *, chat: bool) -> Response:
+        answer = Answer(self.served.model.tokenizer, wanted.model, asked, chat=chat)
         parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
         self.mailbox = self.mailbox or _Mailbox(asyncio.get_running_loop())
-        deliverers = [self.mailbox.deliverer(parts, index) for index in range(len(wanted.asks))]
-        writings = [Writing(ask, deliver, stops, raw=not chat) for ask, deliver in zip(wanted.asks, deliverers, strict=True)]
+        writings = [
+            Writing(ask, self.mailbox.deliverer(parts, index), wanted.stops, raw=not chat, arrived=arrived)
+            for index, ask in enumerate(asked.asks)
+        ]
         self.writer.submit(*writings)
-        if streams:
+        if wanted.stream:
             return _Stream(self._events(answer, parts, len(writings), usage), lambda: self.writer.cancel(*writings))
-        reading = asyncio.ensure_future(self._collect(answer, parts, writings))
-        leaving = asyncio.ensure_future(_left(request))
         try:
-            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise RequestError("the client left", status=499)
-            return JSONResponse(await reading)
+            return JSONResponse(await _unless_left(request, asyncio.ensure_future(self._collect(answer, parts, writings))))
         finally:
-            reading.cancel()
-            leaving.cancel()
             self.writer.cancel(*writings)
 
     async def _collect(self, answer: Answer, parts: asyncio.Queue[tuple[int, Part]], writings: Sequence[Writing]) -> dict[str, Any]:
@@ -132,9 +133,8 @@ class Server:
 
     async def readings(self, request: Request) -> Response:
         """POST /v1/readings"""
-        wanted = parse(ReadingRequest, await read_body(request, self.settings))
-        work = reading_of(self.served, self.reader, wanted)
-        return JSONResponse(await asyncio.wrap_future(self.writer.call(work)))
+        arrived, wanted = time.monotonic(), parse(ReadingRequest, await read_body(request, self.settings))
+        return JSONResponse(await self._called(request, arrived, reading_of(self.served, self.reader, wanted)))
 
     async def health(self, request: Request) -> Response:
         """GET /healthz"""
@@ -215,6 +215,23 @@ class _Mailbox:
         while self._posted:
             parts, item = self._posted.popleft()
             parts.put_nowait(item)
+
+
+async def _unless_left(request: Request, work: asyncio.Future[Result]) -> Result:
+    """What some work brings. It is cancelled when the client leaves.
+
+    Raises:
+        RequestError: if he did.
+    """
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise RequestError("the client left", status=499)
+        return await work
+    finally:
+        work.cancel()
+        leaving.cancel()
 
 
 async def _left(request: Request) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from emosteer.base.errors import EmosteerError, suggest
+from emosteer.base.errors import DataError, suggest
 from emosteer.circuits.arcs import Arc
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE
@@ -19,7 +19,7 @@ from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.prompts import instruction_for
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
-from emosteer.serving.errors import RequestError
+from emosteer.serving.errors import RequestError, refusing
 from emosteer.serving.requests import ChatRequest, CompletionRequest, Feels, Writes
 from emosteer.writing.feelings import Feeling, Reader
 from emosteer.writing.jobs import Job, asked_request, felt_job, jobs_for, strengths_of
@@ -41,10 +41,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Replies to write. felt: what they feel, as it was weakened where it was too much; strength: of a single emotion; asks: one per
-    choice."""
+    """Replies to write. felt: what they feel, as it was weakened where it was too much, for each prompt where that differs; strength: of a
+    single emotion; asks: one per choice."""
 
-    felt: str
+    felt: str | tuple[str, ...]
     strength: float | None
     asks: tuple[Ask, ...]
 
@@ -132,7 +132,8 @@ def chat_asks(served: Served, wanted: ChatRequest) -> Wanted:
     decoding = decoding_of(served, wanted, GUIDANCE, wanted.max_completion_tokens or wanted.max_tokens)
     job = _felt(served, wanted, messages, decoding.max_new_tokens)
     instruction = instruction_for(wanted.instruction, served.circuit.instruction)
-    request = asked_request(served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides)
+    with refusing("messages"):
+        request = asked_request(served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides)
     likeliest = (wanted.top_logprobs or 0) if wanted.logprobs else None
     return Wanted(job.emotion, job.strength, _choices(served, job, request, decoding, wanted.n or 1, likeliest))
 
@@ -143,16 +144,18 @@ def completion_asks(served: Served, wanted: CompletionRequest) -> Wanted:
         raise RequestError("a text that goes on has no guidance; use /v1/chat/completions", param="guidance")
     decoding = decoding_of(served, wanted, 1.0, wanted.max_tokens)
     prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
-    job = _felt(served, wanted, (Message("user", prompts[0]),), decoding.max_new_tokens)
     bos = served.model.tokenizer.bos_token_id
-    asks: list[Ask] = []
+    asks, felt = list[Ask](), list[str]()
     for number, prompt in enumerate(prompts):
-        ids = tuple([*([bos] if bos is not None else []), *served.model.text_ids(prompt)])
+        with refusing("prompt"):
+            ids = tuple([*([bos] if bos is not None else []), *served.model.text_ids(prompt)])
         if not ids:
             raise RequestError("the prompt is empty", param="prompt")
+        job = _felt(served, wanted, (Message("user", prompt),), decoding.max_new_tokens)  # a personality follows each of them
+        felt.append(job.emotion)
         key = job.id if not number else f"{job.id}/{number}"
         asks += _choices(served, job, Request(key, ids), decoding, wanted.n or 1, wanted.logprobs)
-    return Wanted(job.emotion, job.strength, tuple(asks))
+    return Wanted(felt[0] if len({*felt}) == 1 else tuple(felt), job.strength, tuple(asks))
 
 
 def said(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
@@ -161,10 +164,8 @@ def said(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
     Raises:
         RequestError: naming the message that is out of order.
     """
-    try:
+    with refusing("messages"):
         return parse_messages(list(messages), "messages")
-    except EmosteerError as error:
-        raise RequestError(str(error), param="messages") from None
 
 
 def _said(wanted: ChatRequest) -> tuple[Message, ...]:
@@ -172,17 +173,15 @@ def _said(wanted: ChatRequest) -> tuple[Message, ...]:
 
 
 def _felt(served: Served, wanted: Writes, messages: tuple[Message, ...], longest: int) -> Job:
-    try:
+    with refusing("emotion", "invalid_emotion"):
         return job_for(served, felt_fields(served, wanted, wanted.model), messages, longest)
-    except EmosteerError as error:
-        raise RequestError(str(error), param="emotion", code="invalid_emotion") from None
 
 
 def _choices(served: Served, job: Job, request: Request, decoding: Decoding, n: int, likeliest: int | None) -> tuple[Ask, ...]:
     """The same prompt several times, each choice with a seed of its own."""
     try:
         check_lengths([request], decoding, served.model.shape.context, served.name)
-    except EmosteerError as error:
+    except DataError as error:
         raise RequestError(str(error).replace("--max-new-tokens", "max_tokens"), param="messages", code="context_length_exceeded") from None
     weights = None if job.emotion == NONE else torch.tensor(strengths_of(job, served.circuit))
     keys = [request.key if not number else f"{request.key}#{number}" for number in range(n)]

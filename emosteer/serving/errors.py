@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+from emosteer.base.errors import EmosteerError
 
 
 class RequestError(Exception):
     """A request that is refused. param: the field that is wrong; code: for programs."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(_sendable(message))
+        self.status, self.param, self.code = status, None if param is None else _sendable(param), code
 
     @property
     def kind(self) -> str:
@@ -23,14 +27,28 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def busy(waiting: int) -> RequestError:
-    """The refusal of a request that would have to wait too long."""
-    return RequestError(f"{waiting} replies are waiting already; try again later", status=429, code="queue_full")
+def _sendable(text: str) -> str:
+    """A text that may quote what a client sent: JSON can name halves of surrogate pairs, which UTF-8 has not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def refusing(param: str, code: str | None = None) -> Iterator[None]:
+    """What is wrong with a field is the client's business: within it, errors of ours become refusals that name the field."""
+    try:
+        yield
+    except EmosteerError as error:
+        raise RequestError(str(error), param=param, code=code) from None
+
+
+def busy(waiting: int, what: str = "replies") -> RequestError:
+    """The refusal of a request that would have to wait too long. what: the things that are waiting."""
+    return RequestError(f"{waiting} {what} are waiting already; try again later", status=429, code="queue_full")
 
 
 def too_late(seconds: float) -> RequestError:
-    """What is said of a reply that was not finished in time."""
-    return RequestError(f"the reply was not finished within {seconds:g} seconds (--timeout)", status=503, code="timeout")
+    """What is said of a request whose answer was not finished in time."""
+    return RequestError(f"the answer was not finished within {seconds:g} seconds (--timeout)", status=503, code="timeout")
 
 
 def stopping() -> RequestError:

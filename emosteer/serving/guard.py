@@ -1,4 +1,5 @@
-"""What every request has to pass: the right host and key, a body that is small enough and comes in time. No torch here."""
+"""What every request has to pass: the right host and key, a body that is small enough and comes in time, no more replies than there is
+room for. No torch here."""
 
 from __future__ import annotations
 
@@ -61,6 +62,22 @@ def check_request(request: Request, settings: ServeSettings) -> None:
 def _name_of(host: str) -> str:
     """A host header without its port."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def check_number(n: int, prompts: int, settings: ServeSettings) -> None:
+    """Refuses a request that no waiting would make room for.
+
+    Args:
+        n: replies to each of its prompts.
+
+    Raises:
+        RequestError: if these are more than may run and wait.
+    """
+    most = settings.max_batch + settings.max_queue
+    if n * prompts > most:
+        each = f"n={n} for each of {prompts} prompts" if prompts > 1 else f"n={n}"
+        message = f"{each} asks for {n * prompts} replies; expected at most {most}, which may run and wait (--max-batch, --max-queue)"
+        raise RequestError(message, param="n" if n > 1 else "prompt")
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:

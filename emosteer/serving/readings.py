@@ -15,8 +15,16 @@ from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Site
 from emosteer.scenarios.prompts import instruction_for, plain
 from emosteer.serving.asking import Served, said
-from emosteer.serving.errors import RequestError
+from emosteer.serving.errors import RequestError, refusing
 from emosteer.serving.requests import ReadingRequest
+
+#: Stands for bytes that are no character, or not one yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+#: Positions of a reply whose logits are computed together.
+TOGETHER = 64
+#: Tokens that are decoded together at most while characters stay incomplete; of those, as many as are decoded again. A character has at
+#: most four bytes, so that nothing before these can still be completed.
+MOST_DECODED, DECODED_AGAIN = 32, 16
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,9 @@ def read_tokens(served: Served, prompt: Sequence[int], reply: Sequence[int]) -> 
         return lambda activation: states.__setitem__(site, activation[0, len(prompt) :].float().cpu())
 
     hidden = model.run(ids, {site: keep(site) for site in sites}, bridge=False)
-    logprobs = model.logits(hidden[0, len(prompt) - 1 : -1]).float().log_softmax(-1)
-    surprise = -logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    # a few positions at a time: a table over the vocabulary for all of a long reply would be large
+    parts = zip(hidden[0, len(prompt) - 1 : -1].split(TOGETHER), ids[0, len(prompt) :, None].split(TOGETHER), strict=True)
+    surprise = torch.cat([-model.logits(states).float().log_softmax(-1).gather(1, tokens)[:, 0] for states, tokens in parts])
     along = torch.zeros(len(reply), len(circuit.emotions))
     for site, state in states.items():
         along += state @ circuit.vectors[:, site.layer].float().T / circuit.rms[site.layer].float()
@@ -53,14 +62,32 @@ def read_tokens(served: Served, prompt: Sequence[int], reply: Sequence[int]) -> 
 
 
 def pieces_of(model: Model, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; together they are the whole. A character of several tokens comes with its last."""
-    texts, before = [], ""
+    """The text that each token adds; together they are the whole. A character of several tokens comes with its last.
+
+    Decoded are only the tokens since the last but one behind which all characters were complete: what a token reads as may depend on the
+    one before it, and no further.
+    """
+    pieces, start, complete, told = list[str](), 0, 0, ""  # told: what was said of the text of the tokens from `start` on
     for end in range(1, len(ids) + 1):
-        whole = str(model.tokenizer.decode(ids[:end]))
-        shown = whole if end == len(ids) else whole.rstrip("\N{REPLACEMENT CHARACTER}")
-        texts.append(shown[len(before) :])
-        before = shown if len(shown) > len(before) else before
-    return texts
+        whole = _decoded(model, ids[start:end])
+        shown = whole if end == len(ids) else whole.rstrip(_INCOMPLETE)
+        if shown == whole:
+            pieces.append(shown[len(told) :])
+            start, complete = complete, end
+            told = _decoded(model, ids[start:end])
+        elif end - start >= MOST_DECODED:
+            last = _decoded(model, ids[end - DECODED_AGAIN : end])
+            pieces.append(whole[len(told) : len(whole) - len(last) + len(last.rstrip(_INCOMPLETE))])
+            start = complete = end - DECODED_AGAIN
+            told = last.rstrip(_INCOMPLETE)
+        else:
+            pieces.append(shown[len(told) :])
+            told = max(told, shown, key=len)
+    return pieces
+
+
+def _decoded(model: Model, ids: Sequence[int]) -> str:
+    return str(model.tokenizer.decode(list(ids)))
 
 
 def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callable[[], dict[str, Any]]:
@@ -73,8 +100,10 @@ def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callab
     if not wanted.reply.strip():
         raise RequestError("the reply is empty", param="reply")
     instruction = instruction_for(wanted.instruction, served.circuit.instruction)
-    prompt = served.model.prompt_ids(plain(messages[-1].content, instruction, messages[:-1]))
-    reply = served.model.text_ids(wanted.reply)
+    with refusing("messages"):
+        prompt = served.model.prompt_ids(plain(messages[-1].content, instruction, messages[:-1]))
+    with refusing("reply"):
+        reply = served.model.text_ids(wanted.reply)
     if len(prompt) + len(reply) > served.model.shape.context:
         raise RequestError(
             f"prompt and reply have {len(prompt) + len(reply)} tokens, more than {served.name} has positions for",

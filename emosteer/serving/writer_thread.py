@@ -72,6 +72,29 @@ class Writing:
         return 1 + self.ask.decoding.guides
 
 
+@dataclass(eq=False)
+class _Call:
+    """Something that is to be done with the model between two steps."""
+
+    work: Callable[[], Any]
+    arrived: float
+    future: Future[Any] = field(default_factory=Future)
+
+    def answer(self) -> None:
+        """Does it, unless nobody waits for it any more."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.work())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def refuse(self, error: RequestError) -> None:
+        """Says why it is not done, unless nobody waits for it any more: a future that was cancelled takes no exception."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
 class _Text:
     """A reply's text as it comes: tokens to characters, up to a stop sequence."""
 
@@ -95,11 +118,11 @@ class WriterThread:
     def __init__(self, model: Model, vectors: Mapping[Site, Tensor], settings: ServeSettings, metrics: Metrics) -> None:
         """vectors: site -> [emotion, d_model], at strength 1."""
         self.model, self.settings, self.metrics = model, settings, metrics
-        self.batch = RunningBatch(model, vectors)
         self.cells = int(settings.cache_gb * 2**30 / position_bytes(model.shape, model.dtype))
+        self.batch = RunningBatch(model, vectors, self.cells)
         self._changed = threading.Condition()
         self._waiting: deque[Writing] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._calls: deque[_Call] = deque()
         self._running: dict[int, tuple[Writing, _Text]] = {}
         self._since = 0  # steps since anybody joined
         self._stop = False
@@ -160,15 +183,28 @@ class WriterThread:
                 writing.gone = True
             self._changed.notify()
 
-    def call(self, work: Callable[[], Result]) -> Future[Result]:
-        """Has something done with the model between two steps."""
-        future: Future[Result] = Future()
+    def call(self, work: Callable[[], Result], arrived: float | None = None) -> Future[Result]:
+        """Has something done with the model between two steps, one such call in each, unless the future is cancelled before its turn.
+
+        Args:
+            arrived: when the request came (`time.monotonic`), from which on its time is counted; now, where nothing is said.
+
+        Raises:
+            RequestError: if as many calls are waiting as replies may, or the writer is stopping.
+        """
+        call = _Call(work, time.monotonic() if arrived is None else arrived)
         with self._changed:
             if self._stop or not self.alive:
                 raise stopping()
-            self._calls.append((future, work))
+            self._forget_cancelled()
+            if len(self._calls) > self.settings.max_queue:  # one of them is next, and waits for nobody
+                raise busy(len(self._calls), "calls")
+            self._calls.append(call)
             self._changed.notify()
-        return future
+        return call.future
+
+    def _forget_cancelled(self) -> None:
+        self._calls = deque(call for call in self._calls if not call.future.cancelled())
 
     # ---- the thread ----------------------------------------------------------------------------------------------------------
 
@@ -181,16 +217,18 @@ class WriterThread:
                         self._changed.wait()
                 if self._stop:
                     break
-                calls, self._calls = self._calls, deque()
-            for future, work in calls:
-                _answer(future, work)
             self._let_go()
+            with self._changed:
+                call = self._calls.popleft() if self._calls else None
+            if call is not None:  # one alone: all who are written for wait meanwhile
+                call.answer()
             self._admit()
             self._step()
         for writing in self._all():
             writing.deliver(Part(error=stopping()))
-        for future, _ in self._calls:
-            future.set_exception(stopping())
+        for call in self._calls:
+            call.refuse(stopping())
+        self._calls.clear()
         self._waiting.clear()
         self._running.clear()
         self.batch.clear()
@@ -216,6 +254,12 @@ class WriterThread:
             self.metrics.cancelled.labels("timeout" if late else "client").inc()
             if late and not writing.gone:
                 writing.deliver(Part(error=too_late(limit)))
+        with self._changed:
+            self._forget_cancelled()
+            overdue = [call for call in self._calls if now - call.arrived > limit]
+            self._calls = deque(call for call in self._calls if now - call.arrived <= limit)
+        for call in overdue:
+            call.refuse(too_late(limit))
 
     def _fits(self, writing: Writing) -> bool:
         """Whether there is room for one more, in the order in which they came."""
@@ -277,12 +321,3 @@ class WriterThread:
             writing.deliver(Part(error=RequestError(message, status=503 if lacking else 500, code="step_failed")))
         self._running.clear()
         self.batch.clear()
-
-
-def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)

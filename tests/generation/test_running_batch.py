@@ -206,6 +206,37 @@ def test_a_full_batch_goes_on_in_the_same_memory(tiny: Model) -> None:
     assert cache.n_columns < 60 and cache.store.shape[4] <= cache.n_columns + ROOM and cache.n_rows == 6
 
 
+def test_no_memory_is_kept_for_rows_that_have_left(tiny: Model) -> None:
+    """Neither when somebody much longer joins the few who stayed, nor when these grow."""
+    cache = JoiningCache(tiny.shape, tiny.device, tiny.dtype)
+    cache.join([20] * 128)
+    cache.drop(range(1, 127))
+    cache.join([7000])
+    assert cache.n_rows == 3 and cache.store.shape[2] <= 6
+    cache.drop([2])
+    cache.advance()
+    assert cache.store.shape[4] < 200
+
+
+def test_the_store_stays_within_its_bound(tiny: Model) -> None:
+    """Rows come while theirs times the longest stays below it, as the server books them; near it nobody is copied at every step."""
+    bound = 2000
+    cache = JoiningCache(tiny.shape, tiny.device, tiny.dtype, bound)
+    draw, ends, moves, steps = random.Random(0), list[int](), 0, 0
+    for _ in range(800):
+        length, more = draw.choice([1, 5, 60, 300]), draw.choice([5, 40, 200])
+        while (len(ends) + 1) * max(length + more, *ends, 0) <= bound:
+            ends.append(length + more)
+            cache.join([length])
+        before = cache.store.data_ptr()
+        cache.advance()
+        moves, steps = moves + (cache.store.data_ptr() != before), steps + 1
+        assert cache.n_rows * cache.n_columns <= cache.store.shape[2] * cache.store.shape[4] <= bound
+        gone = [row for row, (length, end) in enumerate(zip(cache.lengths.tolist(), ends, strict=True)) if length == end]
+        ends = [ends[row] for row in cache.drop(gone)] if gone else ends
+    assert moves < steps / 4
+
+
 @pytest.mark.parametrize("runs_already", [True, False])
 def test_a_neighbour_that_overflows_spoils_nobody(monkeypatch: pytest.MonkeyPatch, runs_already: bool) -> None:
     """He leaves states that are not finite; whoever is moved into his slot, or joins it, is written as alone. Without the compiled step,

@@ -6,13 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from emosteer.base.errors import DataError, ModelError
 from emosteer.models.chat_templates import examined, rendered, template_of
 from emosteer.models.model import Model
-from emosteer.models.tokens import control_pattern, prompt_ids, text_ids
+from emosteer.models.tokens import control_pattern, prompt_ids, text_ids, token_bytes
 from tests.conftest import TEMPLATE, build, tiny_tokenizer
 
 SAID = [{"role": "system", "content": "always anger"}, {"role": "user", "content": "the train"}]
@@ -173,3 +173,46 @@ def test_a_template_that_cannot_serve_is_refused_at_load(template: str, message:
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=message):
         Model.from_hf(build("llama").hf, tokenizer, "odd")
+
+
+# ---- bytes of tokens -------------------------------------------------------------------------------------------------------------
+
+ODD = "caf\u00e9 \N{CAT FACE}\N{GRINNING FACE} \u65e5\u672c the the the <|im_end|>"
+
+
+def byte_level(merges: int) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=257 + merges, initial_alphabet=alphabet, special_tokens=special)
+    core.train_from_iterator([ODD] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "\u2581the", "\u2581", *"caf", "\u65e5"]
+    vocab = {word: index for index, word in enumerate([*words, *(f"<0x{value:02X}>" for value in range(256))])}
+    core = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("merges", [0, 5, 60])
+def test_the_bytes_of_a_text_s_tokens_are_the_text_s(merges: int) -> None:
+    tokenizer = byte_level(merges)
+    ids = tokenizer(ODD, add_special_tokens=False)["input_ids"]
+    bytes_of = [token_bytes(tokenizer, token) for token in ids]
+    assert b"".join(known for known in bytes_of if known is not None) == ODD.encode() and None not in bytes_of
+    assert merges == 60 or any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([token]) for token in ids)
+
+
+def test_bytes_that_a_vocabulary_falls_back_to() -> None:
+    tokenizer = byte_fallback()
+    ids = tokenizer("\u00e9\u65e5c", add_special_tokens=False)["input_ids"]
+    assert [token_bytes(tokenizer, token) for token in ids] == ["\u00e9".encode()[:1], "\u00e9".encode()[1:], "\u65e5".encode(), b"c"]
+
+
+def test_bytes_that_no_vocabulary_tells_are_none() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "\N{REPLACEMENT CHARACTER}": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert [token_bytes(tokenizer, token) for token in (1, 2)] == [b"the", None]

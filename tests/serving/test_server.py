@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
 openai = pytest.importorskip("openai", reason="the openai client is not installed; it comes with emosteer[dev]")
@@ -24,8 +26,12 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
 from emosteer.cli import main as cli  # noqa: E402
+from emosteer.generation.running_batch import Written  # noqa: E402
+from emosteer.models import tokens as model_tokens  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
 from emosteer.serving import writer_thread  # noqa: E402
+from emosteer.serving.answers import Answer  # noqa: E402
+from emosteer.serving.asking import Wanted  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
@@ -206,10 +212,33 @@ def test_logprobs_come_token_by_token(client: Any) -> None:
     assert tokens == [token.logprob for token in content]
 
 
+def test_the_bytes_of_a_token_are_its_own() -> None:
+    """Not those of the sign for a part of a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    answer = Answer(PreTrainedTokenizerFast(tokenizer_object=core), NAME, Wanted("none", None, ()), chat=True)
+    cat = [alphabet.index(character) for character in core.pre_tokenizer.pre_tokenize_str("🐱")[0][0]]
+    shown = [answer._chat_token(Written(0, token, None, -1.0, ((token, -1.0),))) for token in cat]
+    assert bytes(byte for one in shown for byte in one["bytes"]) == "🐱".encode()
+    assert all(one["top_logprobs"][0]["bytes"] == one["bytes"] for one in shown)
+
+
 def test_a_personality_follows_what_the_user_says(served: Running, steered: SteeredModel) -> None:
     made = ask(served, personality="neutral", max_tokens=8).json()
     assert made["emosteer"]["felt"].startswith("anger:"), "the judge reads the user's 'stop' as anger"
     assert made["choices"][0]["message"]["content"] == steered.generate(TEXT, mix=made["emosteer"]["felt"], max_new_tokens=8).text
+
+
+def test_a_personality_follows_each_of_several_texts(served: Running) -> None:
+    def texts(prompt: Any) -> tuple[Any, list[str]]:
+        made = ask(served, "/v1/completions", prompt=prompt, personality="neutral", max_tokens=8).json()
+        return made["emosteer"]["felt"], [choice["text"] for choice in made["choices"]]
+
+    calm, angry = texts("the train was late"), texts(TEXT)
+    assert angry[0].startswith("anger:") and not calm[0].startswith("anger:")
+    assert texts(["the train was late", TEXT]) == ([calm[0], angry[0]], calm[1] + angry[1])
+    assert texts([TEXT, TEXT]) == (angry[0], 2 * angry[1])
 
 
 def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: SteeredModel) -> None:
@@ -381,11 +410,59 @@ def test_a_wrong_request_gets_one_clear_4xx(served: Running, fields: dict[str, A
         (b"[]", "expected a JSON object, found []"),
         (b"null", "expected a JSON object, found null"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}], "model": "tiny-llama"}', ""),
+        (b'{"\\ud800": 1}', "unknown field '\\ud800'"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', "the field '\\ud800' is there twice"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(served: Running, body: bytes, message: str) -> None:
     answer = httpx.post(served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=30)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+
+
+def said(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("chat/completions", lambda text: {"model": NAME, "messages": said(text)}, "messages"),
+        ("chat/completions", lambda text: {"model": NAME, "messages": said("x"), "instruction": text}, "messages"),
+        ("completions", lambda text: {"model": NAME, "prompt": ["the boss", text]}, "prompt"),
+        ("readings", lambda text: {"messages": said(text), "reply": "x"}, "messages"),
+        ("readings", lambda text: {"messages": said("x"), "reply": text}, "reply"),
+    ],
+)
+@pytest.mark.parametrize(("text", "message"), [("a <<|im_end|>|im_end|> b", "control token"), ("beyond", "no embedding"), ("\ud800", "")])
+def test_a_text_without_tokens_is_refused(
+    served: Running,
+    steered: SteeredModel,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    fields: Callable[[str], dict[str, Any]],
+    param: str,
+    text: str,
+    message: str,
+) -> None:
+    """It holds a control token that cannot be written as characters, a token that the model has no vector for, or half a character."""
+    beyond, usual = [steered.model.shape.d_vocab + 5], model_tokens._ids
+    monkeypatch.setattr(model_tokens, "_ids", lambda tokenizer, known: beyond if "beyond" in known else usual(tokenizer, known))
+    kind = {"content-type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/{path}", content=json.dumps(fields(text)), headers=kind, timeout=30)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error
+
+
+def test_a_conversation_that_the_template_refuses_is_refused(
+    served: Running, steered: SteeredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+    monkeypatch.setattr(steered.model.tokenizer, "chat_template", refuses + steered.model.tokenizer.chat_template)
+    assert ask(served, max_tokens=1).status_code == 200
+    read = httpx.post(served.url + "/v1/readings", json={"messages": CHAT, "reply": "x"}, timeout=30)
+    for answer in (ask(served, messages=CHAT, max_tokens=1), read):
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and "refuses the conversation: one turn only" in error["message"], error
 
 
 def test_hundreds_of_malformed_requests_get_as_many_4xx(served: Running) -> None:
@@ -461,7 +538,7 @@ def test_pages_of_others_and_foreign_names_are_kept_out(served: Running) -> None
     assert "access-control-allow-origin" not in answer.headers and answer.status_code == 405
 
 
-def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> None:
+def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = {"max_queue": 0, "max_batch": 1, "max_body": 5000, "max_tokens": 40}
     with running(steered, api_key="secret", cors=("https://page.example",), **bounds) as server:
         url, body = server.url + "/v1/chat/completions", {"model": NAME, "messages": CHAT, "max_tokens": 1}
@@ -479,7 +556,12 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
         assert 'emosteer_requests_total{path="/v1/chat/completions",status="200"} 1.0' in metrics
         assert "emosteer_first_token_seconds_count 1.0" in metrics and "emosteer_tokens_written_total 1.0" in metrics
         # the bounds
-        answer = httpx.post(url, json={**body, "n": 2}, headers=key)
+        usual, held = server.writer.batch.step, threading.Event()
+        monkeypatch.setattr(server.writer.batch, "step", lambda: (held.wait(20), usual())[1])
+        with httpx.stream("POST", url, json={**body, "stream": True}, headers=key) as running_already:
+            next(running_already.iter_lines())
+            answer = httpx.post(url, json=body, headers=key)
+            held.set()
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
         answer = httpx.post(url, json={**body, "user": "x" * 6000}, headers=key)
         assert answer.status_code == 413 and "5000 bytes" in answer.json()["error"]["message"]
@@ -487,6 +569,20 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel) -> Non
         assert answer.status_code == 413, "also where the length is not announced"
         answer = httpx.post(url, json={**body, "max_tokens": 41}, headers=key)
         assert answer.status_code == 400 and "at most 40 (" in answer.json()["error"]["message"]
+
+
+def test_more_replies_than_there_is_ever_room_for_are_no_matter_of_waiting(steered: SteeredModel) -> None:
+    with running(steered, max_batch=2, max_queue=3) as server:
+        assert ask(server, n=5, max_tokens=1).status_code == 200
+        answer = ask(server, n=6, max_tokens=1)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == "n", error
+        assert "n=6 asks for 6 replies; expected at most 5" in error["message"]
+        for fields, param in (({"n": 3}, "n"), ({"prompt": ["a"] * 6}, "prompt")):
+            answer = ask(server, "/v1/completions", **{"prompt": ["the boss", "my flat"], "max_tokens": 1, **fields})
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["param"] == param, error
+            assert f"n={fields.get('n', 1)} for each of {len(fields.get('prompt', 'ab'))} prompts asks for 6 replies" in error["message"]
 
 
 def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
