@@ -75,7 +75,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "effects": {
         **{name: EFFECTS[name] for name in ("per_prompt", "item_tokens", "reply_tokens", "followed_intensity", "guidance", "seed")},
         **{"distances": ",".join(f"{value:g}" for value in EFFECTS["distances"]), "max_harm": Limits().text},
-        **{"judge": EMBEDDED, "batch_size": BATCH_SIZE},
+        **{"judge": EMBEDDED, "key_env": KEY_ENV, "batch_size": BATCH_SIZE},
     },
     "validate": {
         **{name: value for name, value in VALIDATE.items() if not isinstance(value, tuple)},
