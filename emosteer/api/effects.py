@@ -69,7 +69,7 @@ def effects(
     battery = battery_of(chosen, path_of(questions))
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
     from emosteer.judges.huggingface import refuse_same_weights
-    from emosteer.judges.registry import judge_of, make_judges
+    from emosteer.judges.registry import close_judges, judge_of, make_judges
 
     judges = make_judges(judge, base_url=base_url, key_env=key_env)  # before hours of writing, not after
     try:
@@ -79,9 +79,7 @@ def effects(
             how: dict[str, Any] = {"judge": judge, "limits": bounds, "batch_size": batch_size, "fresh": fresh}
             return stage.effects(bare, ready, sha256, battery, chosen, place, reader_of(judge_of(judges)), **how)
     finally:
-        for one in judges:
-            if hasattr(one, "close"):
-                one.close()
+        close_judges(judges)
 
 
 def reader_of(judge: EmotionJudge) -> Reader:
@@ -90,16 +88,15 @@ def reader_of(judge: EmotionJudge) -> Reader:
     The reader raises DataError where the judge said nothing of a text: a missing opinion is not one that finds no emotion.
     """
 
-    def read(texts: Sequence[str]) -> list[str]:
-        opinions = list(judge.opinions(list(texts))) if texts else []
-        read_as = [opinion.emotion() for opinion in opinions]
-        missing = [opinion.problem for opinion in opinions if opinion.emotion() is None]
+    def read(texts: Sequence[str]) -> list[str | None]:
+        opinions = judge.opinions(list(texts)) if texts else []
+        missing = [opinion.problem for opinion in opinions if opinion.probabilities is None]
         if missing:
             raise DataError(
                 f"the judge {judge.name} said nothing of {len(missing)} of {len(texts)} replies ({missing[0]}); the replies are kept: "
                 "run the same command again, or with another judge"
             )
-        return [emotion for emotion in read_as if emotion is not None]
+        return [opinion.emotion() for opinion in opinions]
 
     return read
 

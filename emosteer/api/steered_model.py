@@ -182,6 +182,8 @@ class SteeredModel:
         """Everything that is prepared before the first token."""
         rows = conversations(prompts)
         emotions = [emotion] * len(rows) if emotion is None or isinstance(emotion, str) else list(emotion)
+        if len(emotions) != len(rows):
+            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
         names = ["text"] if is_single(prompts) else [f"line-{number}" for number in range(1, len(rows) + 1)]
         writer = self._writer(options)
         felt = self._felt_jobs(names, rows, emotions, options, writer.decoding.max_new_tokens)
@@ -194,8 +196,6 @@ class SteeredModel:
         """One job per conversation: its emotion, and how strongly. The names are those that `generate --input` gives."""
         from emosteer.writing.jobs import jobs_for
 
-        if len(emotions) != len(rows):
-            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
         method = self._method(options)
         strengths = per_row("strength", options.get("strength"), len(rows))
         intensities = per_row("intensity", options.get("intensity"), len(rows))
@@ -239,8 +239,6 @@ class SteeredModel:
         check_amounts(method, [], intensities)
         feeling.tell_weakened()
         feeling.tell_reached(self.emotions)
-        if len(emotions) != len(rows):
-            raise UsageError(f"expected one emotion, or one for each of {len(rows)} prompts, found {len(emotions)}")
         read, jobs = Reader().shares, []
         for name, messages, emotion, intensity in zip(names, rows, emotions, intensities, strict=True):
             felt = feeling.starting(() if emotion is None else (emotion,), intensity)[0]

@@ -102,7 +102,7 @@ def judge(
     lines = _lines(file, field)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise UsageError(f"--out {out} is the input file; name another one")
-    from emosteer.judges.registry import judge_of, make_judges, specs_of
+    from emosteer.judges.registry import close_judges, judge_of, make_judges, specs_of
     from emosteer.judges.soundness import SoundnessCheck
 
     panel = make_judges(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
@@ -126,9 +126,7 @@ def judge(
     finally:
         if log is not None:
             log.close()
-        for one in panel:
-            if hasattr(one, "close"):
-                one.close()
+        close_judges(panel)
     found = [{**known[line.sha256], "id": line.id} for line in lines]
     if out is not None:
         _settle(out, found)

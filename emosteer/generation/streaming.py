@@ -11,10 +11,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, steps
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
-from emosteer.models.tokens import BYTE, reply_text
-
-#: Stands for bytes that are no character, or not one yet.
-_INCOMPLETE = "\ufffd"
+from emosteer.models.tokens import BYTE, INCOMPLETE, reply_text
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class RowText:
         self.ids.append(token)
         text = self.read(self.tokenizer, self.ids)
         # A run of byte tokens is read as a whole: one more byte can make all of it no text.
-        if text.endswith(_INCOMPLETE) or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
+        if text.endswith(INCOMPLETE) or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
             return ""
         return self._new(text)
 

@@ -167,6 +167,13 @@ def judge_of(judges: Sequence[EmotionJudge]) -> EmotionJudge:
     return judges[0] if len(judges) == 1 else Panel(tuple(judges))
 
 
+def close_judges(judges: Sequence[EmotionJudge]) -> None:
+    """Lets go of what judges hold, of those that hold anything: connections and files of answers."""
+    for judge in judges:
+        if hasattr(judge, "close"):
+            judge.close()
+
+
 def make_judge(
     spec: str,
     *,

@@ -18,6 +18,8 @@ _MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _MOVED = [byte for byte in range(0x100) if byte not in _PRINTABLE]
 _BYTE_OF = {**{chr(byte): byte for byte in _PRINTABLE}, **{chr(0x100 + place): byte for place, byte in enumerate(_MOVED)}}
+#: Stands for bytes that are no character, or not one yet.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 #: A token that is one byte, in vocabularies that fall back to bytes.
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -129,7 +131,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     if BYTE.fullmatch(written):
         return bytes([int(written[3:5], 16)])
     text = str(tokenizer.decode([token]))
-    return None if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
+    return None if INCOMPLETE in text else text.encode()
 
 
 @lru_cache(maxsize=4)

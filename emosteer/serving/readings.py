@@ -13,13 +13,12 @@ from emosteer.base.errors import EmosteerError, first_line
 from emosteer.judges.reader import Reader
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Site
+from emosteer.models.tokens import INCOMPLETE
 from emosteer.scenarios.prompts import instruction_for, plain
 from emosteer.serving.asking import Served, said
 from emosteer.serving.errors import RequestError, refusing
 from emosteer.serving.requests import ReadingRequest
 
-#: Stands for bytes that are no character, or not one yet.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 #: Positions of a reply whose logits are computed together.
 TOGETHER = 64
 #: Tokens that are decoded together at most while characters stay incomplete; of those, as many as are decoded again. A character has at
@@ -70,16 +69,16 @@ def pieces_of(model: Model, ids: Sequence[int]) -> list[str]:
     pieces, start, complete, told = list[str](), 0, 0, ""  # told: what was said of the text of the tokens from `start` on
     for end in range(1, len(ids) + 1):
         whole = _decoded(model, ids[start:end])
-        shown = whole if end == len(ids) else whole.rstrip(_INCOMPLETE)
+        shown = whole if end == len(ids) else whole.rstrip(INCOMPLETE)
         if shown == whole:
             pieces.append(shown[len(told) :])
             start, complete = complete, end
             told = _decoded(model, ids[start:end])
         elif end - start >= MOST_DECODED:
             last = _decoded(model, ids[end - DECODED_AGAIN : end])
-            pieces.append(whole[len(told) : len(whole) - len(last) + len(last.rstrip(_INCOMPLETE))])
+            pieces.append(whole[len(told) : len(whole) - len(last) + len(last.rstrip(INCOMPLETE))])
             start = complete = end - DECODED_AGAIN
-            told = last.rstrip(_INCOMPLETE)
+            told = last.rstrip(INCOMPLETE)
         else:
             pieces.append(shown[len(told) :])
             told = max(told, shown, key=len)

@@ -11,16 +11,14 @@ import pytest
 from emosteer.api.chat import COMMANDS, Chat, completions
 from emosteer.api.steered_model import SteeredModel
 from emosteer.base.errors import EmosteerError, UsageError
-from tests.helpers.dialled import dialled_model
+from tests.helpers.dialled import endless_model
 
 SHORT = {"max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredModel:
-    model = dialled_model()
-    model.model.__dict__["stop_ids"] = frozenset()
-    return model
+    return endless_model()
 
 
 @pytest.fixture

@@ -49,6 +49,13 @@ def dialled_circuit(model: Model, emotions: tuple[str, ...] = EMOTIONS) -> Circu
     )
 
 
+def endless_model() -> SteeredModel:
+    """Such a model whose replies no token ends, so that they are long enough to be looked at."""
+    model = dialled_model()
+    model.model.__dict__["stop_ids"] = frozenset()
+    return model
+
+
 def dialled_model(family: str = "llama") -> SteeredModel:
     """A tiny model of a family with such a circuit."""
     model = build(family)

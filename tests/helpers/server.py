@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,3 +69,11 @@ def running(steered: SteeredModel, **settings: Any) -> Iterator[Running]:
         thread.join(30)
         socket.close()
         assert not thread.is_alive() and not writer.alive
+
+
+def settles(done: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Waits until something is so, and fails where it does not come about."""
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -20,8 +20,8 @@ from emosteer.serving import readings  # noqa: E402
 from emosteer.serving.errors import RequestError  # noqa: E402
 from emosteer.serving.readings import MOST_DECODED, pieces_of  # noqa: E402
 from emosteer.serving.writer_thread import WriterThread  # noqa: E402
-from tests.helpers.dialled import dialled_model  # noqa: E402
-from tests.helpers.server import Running, running  # noqa: E402
+from tests.helpers.dialled import endless_model  # noqa: E402
+from tests.helpers.server import Running, running, settles  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "the boss said stop"}]
 READING = {"messages": MESSAGES, "reply": "stop the train"}
@@ -29,22 +29,13 @@ READING = {"messages": MESSAGES, "reply": "stop the train"}
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredModel:
-    model = dialled_model()
-    model.model.__dict__["stop_ids"] = frozenset()
-    return model
+    return endless_model()
 
 
 @pytest.fixture
 def served(steered: SteeredModel) -> Iterator[Running]:
     with running(steered, max_batch=2, max_queue=2) as server:
         yield server
-
-
-def settles(done: Callable[[], bool], seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def held_up(writer: WriterThread) -> threading.Event:

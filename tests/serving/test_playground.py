@@ -18,7 +18,7 @@ from tests.helpers.browser import launched, require_browser
 pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
 playwright = require_browser("the playground")
 
-from tests.helpers.dialled import dialled_model  # noqa: E402
+from tests.helpers.dialled import endless_model  # noqa: E402
 from tests.helpers.server import Running, running  # noqa: E402
 
 Open = Callable[..., Any]
@@ -27,9 +27,7 @@ HOSTILE = "<img src=x onerror=alert(1)> & 'quotes' stop"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
-    model = dialled_model()
-    model.model.__dict__["stop_ids"] = frozenset()
-    with running(model) as server:
+    with running(endless_model()) as server:
         yield server
 
 

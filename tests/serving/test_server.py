@@ -36,8 +36,8 @@ from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
 from emosteer.serving.writer_thread import JOIN_EVERY  # noqa: E402
-from tests.helpers.dialled import dialled_model  # noqa: E402
-from tests.helpers.server import Running, running  # noqa: E402
+from tests.helpers.dialled import endless_model  # noqa: E402
+from tests.helpers.server import Running, running, settles  # noqa: E402
 
 TEXT = "the boss said stop"
 NAME = "tiny-llama"
@@ -50,10 +50,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredModel:
-    model = dialled_model()
-    # no token ends a reply, so that replies are long enough to be looked at
-    model.model.__dict__["stop_ids"] = frozenset()
-    return model
+    return endless_model()
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +263,6 @@ def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: Steer
         assert leaves or reply == steered.generate(text, emotion, max_new_tokens=tokens, **options).text  # type: ignore[arg-type]
     settles(lambda: served.writer.n_running + served.writer.n_waiting == 0)
     assert served.writer.batch.n_rows == 0
-
-
-def settles(done: Callable[[], bool], seconds: float = 120.0) -> None:
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
