@@ -211,10 +211,12 @@ class WriterThread:
     def _run(self) -> None:
         while True:
             with self._changed:
+                patience: float | None = IDLE
+                # Whoever comes between the end of the patience and the next wait notifies nobody: so all is looked at again before each.
                 while not (self._stop or self._waiting or self._calls or self._running):
-                    if not self._changed.wait(IDLE):
+                    if not self._changed.wait(patience):
                         release_memory()
-                        self._changed.wait()
+                        patience = None
                 if self._stop:
                     break
             self._let_go()

@@ -273,13 +273,29 @@ def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatc
     before = metric._value.get()
     body = {"model": NAME, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "n": 4}
     with httpx.stream("POST", served.url + "/v1/chat/completions", json={**body, "stream": True}) as response:
-        next(response.iter_lines())
+        assert response.status_code == 200 and next(response.iter_lines())
         settles(lambda: served.writer.batch.n_rows == 8)
     settles(lambda: served.writer.batch.n_rows == 0)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(served.url + "/v1/chat/completions", json={**body, "n": 20}, timeout=httpx.Timeout(5, read=0.5))
     settles(lambda: metric._value.get() - before == 24)
     assert served.writer.n_running + served.writer.n_waiting == 0
+
+
+def test_whoever_comes_while_an_idle_server_frees_memory_is_not_forgotten(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's first wait is over and its second has not begun: nobody is there to be woken."""
+    came, answers = threading.Event(), list[Any]()
+    monkeypatch.setattr(writer_thread, "IDLE", 0.05)
+    with running(steered) as server:
+
+        def arrives() -> None:  # in the writer's own thread, which holds the lock: exactly between the two waits
+            if not came.is_set():
+                answers.append(server.writer.call(lambda: "done"))
+                came.set()
+
+        monkeypatch.setattr(writer_thread, "release_memory", arrives)
+        ask(server, max_tokens=1)  # idle from here on
+        assert came.wait(20) and answers[0].result(timeout=20) == "done"
 
 
 def test_a_batch_that_is_half_full_lets_others_join_together(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
