@@ -294,7 +294,6 @@ def test_whoever_comes_while_an_idle_server_frees_memory_is_not_forgotten(steere
                 came.set()
 
         monkeypatch.setattr(writer_thread, "release_memory", arrives)
-        ask(server, max_tokens=1)  # idle from here on
         assert came.wait(20) and answers[0].result(timeout=20) == "done"
 
 
