@@ -49,7 +49,7 @@ def describe_heads(
     made, circuit_sha256 = circuit_of(model, circuit, Path(artifacts))
     found, directions_sha256, path = directions_of(bare, directions, Path(artifacts))
     bank = bank_of(replies, found, path)
-    data = read_data(path_of(scenarios), bank)
+    data = read_data(path_of(scenarios), bank, emotions=found.emotions)
     if data.bank is None:
         raise UsageError("expected a bank of replies to read, found none; give one with replies")
     parents = {"circuit": circuit_sha256, "directions": directions_sha256}

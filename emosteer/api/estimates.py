@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emosteer.api.costs.cost import Cost
-from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, path_of
+from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, moving_circuit, path_of
 from emosteer.api.stages import assembly_of
 from emosteer.attribution.settings import AblateSettings
 from emosteer.circuits.heads.settings import HeadSettings
@@ -41,7 +41,7 @@ def ablate(
 
     made, _, path = directions_of(model, directions, Path(artifacts))
     bank = bank_of(replies, made, path)
-    data = read_data(path_of(scenarios), bank, made.elicitation)
+    data = read_data(path_of(scenarios), bank, made.elicitation, emotions=made.emotions)
     return of_ablate(model, made, data.groups, settings, data.bank, path_of(partial))
 
 
@@ -56,12 +56,23 @@ def assemble(model: Model, directions: Directions | PathLike | None, **given: An
     )
 
 
-def probe(model: Model, texts: PathLike | None, *, scenarios: PathLike | None, replies: PathLike | None, **settings: Any) -> Cost:
+def probe(
+    model: Model,
+    texts: PathLike | None,
+    *,
+    circuit: PathLike | None,
+    scenarios: PathLike | None,
+    replies: PathLike | None,
+    artifacts: PathLike,
+    **settings: Any,
+) -> Cost:
     """Of `api.probing.probe` with the same arguments; raises what it raises of its data."""
     from emosteer.api.costs.stages import of_probe
 
     chosen = ProbeSettings(**settings)
-    return of_probe(model, texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen), chosen)
+    data = texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen)
+    moving_circuit(model, circuit, chosen, Path(artifacts))
+    return of_probe(model, data, chosen)
 
 
 def first_reply(model: Model, data: Data, emotions: Sequence[str], checkpoint: Path, extracted: bool) -> tuple[Cost, ...]:
@@ -90,7 +101,7 @@ def heads(
 
     made, _ = circuit_of(model, circuit, Path(artifacts))
     found, _, path = directions_of(model, directions, Path(artifacts))
-    data = read_data(path_of(scenarios), bank_of(replies, found, path))
+    data = read_data(path_of(scenarios), bank_of(replies, found, path), emotions=found.emotions)
     return of_heads(model, made, found, data.groups, data.bank or {}, HeadSettings(**settings))
 
 
@@ -109,7 +120,7 @@ def validate(
     from emosteer.base.jsonl import whole_rows
 
     made, _ = circuit_of(model, circuit, Path(artifacts))
-    data = read_data(path_of(scenarios), path_of(replies))
+    data = read_data(path_of(scenarios), path_of(replies), emotions=made.emotions)
     kept = len(whole_rows(partial)) if partial.is_file() else 0
     return of_validate(model, made, data.groups, data.bank or {}, ValidateSettings(**settings), kept)
 

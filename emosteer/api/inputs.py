@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from emosteer.base.errors import UsageError
 from emosteer.base.files import sha256_file
-from emosteer.circuits.places import Places, own_bank_of, require_circuit, require_directions
+from emosteer.circuits.places import Places, find_circuit, own_bank_of, require_circuit, require_directions
 
 if TYPE_CHECKING:
     from emosteer.api.steered_model import SteeredModel
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from emosteer.judges.jury import Jury
     from emosteer.judges.protocol import EmotionJudge
     from emosteer.models.model import Model
+    from emosteer.probing.settings import ProbeSettings
 
 #: A file as people write it.
 PathLike = str | os.PathLike[str]
@@ -99,6 +100,18 @@ def circuit_of(model: Model | SteeredModel, given: Circuit | PathLike | None, ro
         return wanted, saved_sha256(wanted.save)
     circuit, path = require_circuit(bare, path_of(wanted), root)
     return circuit, sha256_file(path)
+
+
+def moving_circuit(model: Model, given: PathLike | None, settings: ProbeSettings, root: Path) -> tuple[Circuit, Path] | None:
+    """What `probe` moves its readings with, and its file: the given circuit, else the model's own in `root`, else the shipped one, if
+    any; None where no text is moved.
+
+    Raises:
+        UsageError: if a circuit is given, and no text is moved. ArtifactError: if it is missing or another model's.
+    """
+    if given is not None and not settings.moved:
+        raise UsageError("expected texts to be moved where a circuit is given, found moved 0; leave one of them out")
+    return find_circuit(model, path_of(given), root) if settings.moved else None
 
 
 def saved_sha256(save: Callable[[Path], None]) -> str:

@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from emosteer.api.inputs import PathLike, path_of, plain_model
-from emosteer.base.errors import UsageError
-from emosteer.circuits.places import ARTIFACTS, find_circuit
+from emosteer.api.inputs import PathLike, moving_circuit, path_of, plain_model
+from emosteer.circuits.places import ARTIFACTS
 from emosteer.probing.settings import ProbeSettings
 from emosteer.probing.texts import texts_of
 
@@ -51,9 +50,7 @@ def probe(
     lists: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
     chosen = ProbeSettings(**lists)
     data = texts_of(path_of(texts), path_of(scenarios), path_of(replies), chosen)
-    if circuit is not None and not chosen.moved:
-        raise UsageError("expected texts to be moved where a circuit is given, found moved 0; leave one of them out")
-    found = find_circuit(bare, path_of(circuit), Path(artifacts)) if chosen.moved else None
+    found = moving_circuit(bare, circuit, chosen, Path(artifacts))
     steering, parents = None, {}
     if found is not None:
         made, file = found

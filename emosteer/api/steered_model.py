@@ -200,6 +200,8 @@ class SteeredModel:
         strengths = per_row("strength", options.get("strength"), len(rows))
         intensities = per_row("intensity", options.get("intensity"), len(rows))
         check_amounts(method, strengths, intensities)
+        if method != NONE and all(emotion is None for emotion in emotions) and any(a is not None for a in (*strengths, *intensities)):
+            raise UsageError(f"an intensity or a strength is of an emotion, and none is named; expected one of {', '.join(self.emotions)}")
         jobs: list[Job] = []
         for name, messages, emotion, strength, intensity in zip(names, rows, emotions, strengths, intensities, strict=True):
             group, earlier = Group(GroupKey("", ""), "", messages[-1].content), messages[:-1]

@@ -54,7 +54,7 @@ def validate(
     lists: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
     chosen = ValidateSettings(**lists)
     made, sha256 = circuit_of(model, circuit, Path(artifacts))
-    data = read_data(path_of(scenarios), path_of(replies))
+    data = read_data(path_of(scenarios), path_of(replies), emotions=made.emotions)
     file, told = path_of(partial), {"data": data.hashes, "parents": {"circuit": sha256}}
     with contextlib.ExitStack() as stack:
         jury = None

@@ -13,6 +13,7 @@ import typer
 
 from emosteer.base.errors import UsageError
 from emosteer.cli.announce import DryRunOption, announced
+from emosteer.cli.command_line import typed
 from emosteer.judges.registry import KEY_ENV
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ ANSWER_TOKENS = 512
 
 
 def build(
+    context: typer.Context,
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE.jsonl", help="The SEV or prompt file to check, count and split.", show_default=False)
     ] = None,
@@ -75,6 +77,10 @@ def build(
             raise UsageError("--author needs --domain: what to write about, e.g. 'night-shift nursing'")
         if out is None:
             raise UsageError("--author needs --out FILE.jsonl: where the scenarios go")
+        if not model:
+            raise UsageError("who is to write? --model NAME for a local model, or --base-url URL --model NAME for a server")
+        if stray := typed(context, ("emotions", "most_contaminated")):
+            raise UsageError(f"{stray[0]} is of a bank that is checked; leave it out, or leave out --author")
         names = themes.split(",") if themes is not None else None
         _author(domain, count, out, names, base_url, model, api_key_env, seed, attempts, temperature, dry_run, as_json)
         return
@@ -82,8 +88,7 @@ def build(
         raise UsageError("expected a FILE.jsonl to check, or --author to write one; see emosteer build --help")
     if dry_run:
         raise UsageError("--dry-run has a meaning with --author only; a check takes no time")
-    given = {"--domain": domain, "--themes": themes, "--base-url": base_url, "--model": model}
-    if stray := [name for name, value in given.items() if value is not None]:
+    if stray := typed(context, ("domain", "count", "themes", "base_url", "model", "api_key_env", "attempts", "temperature")):
         raise UsageError(f"{stray[0]} has a meaning with --author only; add --author, or leave it out")
     if most_contaminated is not None and replies is None:
         raise UsageError("--most-contaminated is about replies; give the bank with --replies")
@@ -296,7 +301,7 @@ def _author(
     out: Path,
     themes: list[str] | None,
     base_url: str | None,
-    model: str | None,
+    model: str,
     api_key_env: str,
     seed: int,
     attempts: int,
@@ -332,19 +337,17 @@ def _author(
         raise typer.Exit(130)
 
 
-def _writer(base_url: str | None, model: str | None, api_key_env: str, temperature: float) -> ScenarioAuthor:
+def _writer(base_url: str | None, model: str, api_key_env: str, temperature: float) -> ScenarioAuthor:
     """The author at an endpoint, or a local model.
 
     Raises:
-        UsageError: if it is not said who writes, or the named key is not there.
+        UsageError: if the model is an address, or the named key is not there.
     """
     import os
 
     from emosteer.base import progress
     from emosteer.scenarios.authoring import LocalAuthor, OpenAIAuthor
 
-    if not model:
-        raise UsageError("who is to write? --model NAME for a local model, or --base-url URL --model NAME for a server")
     if base_url is None:
         if "://" in model:
             raise UsageError("--model is a URL; give the address as --base-url, and the model's name there as --model")

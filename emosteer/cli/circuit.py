@@ -36,12 +36,15 @@ def circuit(
     directions: DirectionsOption = None,
     scenarios: ScenariosOption = None,
     preset: Annotated[
-        str, typer.Option(help="auto (smallest head circuit that keeps --share of the effect) or paper.")
+        str,
+        typer.Option(help="paper, or auto: learned heads, and with --gain-steps 0 the fewest ranked ones that keep --share of the effect."),
     ] = CircuitSettings.preset,
-    ranking: Annotated[str, typer.Option(help="contrast, raw or effect.")] = CircuitSettings.ranking,
+    ranking: Annotated[str, typer.Option(help="Of heads that are not learned: contrast, raw or effect.")] = CircuitSettings.ranking,
     heads: Annotated[float | None, typer.Option(help="Share of heads; the preset decides if not given.", show_default=False)] = None,
     neurons: Annotated[float | None, typer.Option(help="Share of neurons; the preset decides if not given.", show_default=False)] = None,
-    share: Annotated[float, typer.Option(help="Share of the effect of all heads that 'auto' keeps.")] = CircuitSettings.share,
+    share: Annotated[
+        float, typer.Option(help="With --gain-steps 0: share of the effect of all heads that 'auto' keeps.")
+    ] = CircuitSettings.share,
     replies: RepliesOption = None,
     learn: Annotated[
         str, typer.Option(help="What is learned of each head on the reply bank: its outputs, or gains that scale its contrast.")

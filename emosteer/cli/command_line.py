@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -40,6 +41,12 @@ def command_line(context: typer.Context) -> str:
         else:
             parts += [max(parameter.opts, key=len), str(value)]
     return shlex.join(parts)
+
+
+def typed(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of some parameters that were given on the command line, as they are typed there: with dashes."""
+    given = [name for name in names if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def with_command(made: Made, command: str) -> Made:

@@ -26,7 +26,7 @@ from emosteer.cli.options import (
     numbers,
     words,
 )
-from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV
+from emosteer.judges.registry import EMBEDDED, JUDGE_FORMS, KEY_ENV, require_judges
 from emosteer.side_effects.settings import LIMITS, MAX_DISTANCE, QUICK, TRIED, EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -127,6 +127,7 @@ def effects(
     if intensities is not None:
         given["intensities"] = numbers(intensities, "--intensities", float)
     EffectsSettings.quick(**given) if quick else EffectsSettings(**given)  # what makes no sense is said before the model is loaded
+    require_judges(judge, base_url=base_url, key_env=key_env)
     from emosteer.api.effects import effects as run
     from emosteer.api.estimates import effects as estimate
     from emosteer.circuits.places import Places

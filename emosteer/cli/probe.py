@@ -116,9 +116,9 @@ def probe(
     given: Any = {**vars(settings), "batch_tokens": batch_tokens or batch_tokens_for(loaded)}
     from emosteer.api.estimates import probe as estimate
 
-    inputs: Any = {"circuit": circuit, "scenarios": scenarios, "replies": replies, "partial": partial, "fresh": fresh, "artifacts": root}
-    with announced(lambda: estimate(loaded, texts, scenarios=scenarios, replies=replies, **given), dry_run, as_json):
-        found = run(loaded, texts, **inputs, **given)
+    inputs: Any = {"circuit": circuit, "scenarios": scenarios, "replies": replies, "artifacts": root}
+    with announced(lambda: estimate(loaded, texts, **inputs, **given), dry_run, as_json):
+        found = run(loaded, texts, partial=partial, fresh=fresh, **inputs, **given)
         found = with_command(found, command_line(context))
         found.save(target)
     with contextlib.suppress(EmosteerError), kept_progress(partial):  # whoever has begun in it meanwhile will remove it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from emosteer.base.errors import UsageError
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.validation.settings import ASKING, KINDS, PARTS, QUICK, ValidateSettings
 from emosteer.cli.announce import DryRunOption, announced
-from emosteer.cli.command_line import command_line, with_command
+from emosteer.cli.command_line import command_line, typed, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceMapOption,
@@ -29,7 +31,7 @@ from emosteer.cli.options import (
     numbers,
     words,
 )
-from emosteer.judges.registry import PANEL
+from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL, close_judges, make_judges, require_judges
 
 
 def validate(
@@ -78,6 +80,9 @@ def validate(
         ),
     ] = ValidateSettings.written,
     judge: PanelOption = PANEL,
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible judge.", show_default=False)] = None,
+    key_env: Annotated[str, typer.Option(help="The environment variable that holds its key.")] = KEY_ENV,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests to it at a time.")] = PARALLEL,
     row_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens that are computed at once.")] = ValidateSettings.row_tokens,
     parts: Annotated[str, typer.Option(help=f"What is measured, some of {', '.join(PARTS)}.", metavar="A,B,...")] = listed(PARTS),
     seed: SeedOption = ValidateSettings.seed,
@@ -110,6 +115,9 @@ def validate(
     )
     if quick:
         settings = replace(settings, **_not_given(context, QUICK))
+    if not settings.written and (idle := typed(context, ("judge", "base_url", "key_env", "parallel"))):
+        raise UsageError(f"{', '.join(idle)}: the judges read replies that are written under ablation; add --written N, or leave it out")
+    require_judges(judge, base_url=base_url, key_env=key_env)
     from emosteer.api.estimates import validate as estimate
     from emosteer.api.validating import kept_beside
     from emosteer.api.validating import validate as run
@@ -122,8 +130,12 @@ def validate(
     target = out or Places.of(loaded.name, root).validation
     partial = target.with_name(target.name + ".partial.jsonl")
     given: Any = {"scenarios": scenarios, "replies": replies, "partial": partial, "artifacts": root, **vars(settings)}
-    with announced(lambda: estimate(loaded, circuit, **given), dry_run, as_json):
-        found = run(loaded, circuit, judge=judge, **given)
+    with announced(lambda: estimate(loaded, circuit, **given), dry_run, as_json), contextlib.ExitStack() as stack:
+        judges: Any = PANEL
+        if settings.written:
+            judges = make_judges(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+            stack.callback(close_judges, judges)
+        found = run(loaded, circuit, judge=judges, **given)
         found = with_command(found, command_line(context))
         found.save(target)
     for file in kept_beside(partial):

@@ -62,13 +62,17 @@ def _huggingface(reference: str, options: JudgeOptions) -> EmotionJudge:
     return HfJudge.load(reference, options.device)
 
 
-def _openai(reference: str, options: JudgeOptions) -> EmotionJudge:
-    from emosteer.judges.openai import OpenAIJudge
-
+def _require_endpoint(reference: str, options: JudgeOptions) -> None:
     if options.base_url is None:
         raise UsageError(f"--judge openai:{reference} needs --base-url: the address of the server, e.g. http://127.0.0.1:8000/v1")
     if options.key_env != KEY_ENV and not os.environ.get(options.key_env):
         raise UsageError(f"the environment variable {options.key_env} that --key-env names is not set")
+
+
+def _openai(reference: str, options: JudgeOptions) -> EmotionJudge:
+    from emosteer.judges.openai import OpenAIJudge
+
+    assert options.base_url is not None  # as `_require_endpoint` has seen to
     file = options.cache if options.cache is not None else cache_dir() / "judges" / f"{slug(reference).replace(':', '-')}.jsonl"
     return OpenAIJudge(options.base_url, reference, key_env=options.key_env, cache=file, parallel=options.parallel)
 
@@ -77,11 +81,12 @@ def _openai(reference: str, options: JudgeOptions) -> EmotionJudge:
 class JudgeKind:
     """One row of the table of judges. form: how --judge names it, with a colon where a reference follows; make: (reference, options) ->
     judge; remote: it answers from an endpoint, which has an address, keeps its answers in a file, and costs money or time for each
-    opinion, whatever the texts beside it."""
+    opinion, whatever the texts beside it; require: (reference, options) -> raises what is wrong with them."""
 
     form: str
     make: Callable[[str, JudgeOptions], EmotionJudge]
     remote: bool = False
+    require: Callable[[str, JudgeOptions], None] = lambda reference, options: None
 
     @property
     def takes_reference(self) -> bool:
@@ -96,7 +101,7 @@ KINDS = {
     "linear": JudgeKind("linear", _linear),
     "lm": JudgeKind("lm:MODEL", _language_model),
     "hf": JudgeKind("hf:ID_OR_FOLDER", _huggingface),
-    "openai": JudgeKind("openai:MODEL", _openai, remote=True),
+    "openai": JudgeKind("openai:MODEL", _openai, remote=True, require=_require_endpoint),
 }
 
 
@@ -160,6 +165,28 @@ def make_judges(panel: str, **options: Any) -> list[EmotionJudge]:
     return judges
 
 
+def require_judges(panel: str, *, base_url: str | None = None, key_env: str = KEY_ENV) -> None:
+    """Raises what `make_judges` raises of the specifications alone, and makes none: for commands that load a model first."""
+    specs = specs_of(panel)
+    remote = [JudgeSpec.parse(spec).remote for spec in specs]
+    for spec, far in zip(specs, remote, strict=True):
+        _require(spec, JudgeOptions(base_url if far or not any(remote) else None, key_env))
+
+
+def _require(spec: str, options: JudgeOptions) -> JudgeSpec:
+    """A specification that makes sense with its options, taken apart."""
+    wanted = JudgeSpec.parse(spec)
+    if not wanted.remote and (options.base_url is not None or options.cache is not None):
+        remote = _listed([kind.form for kind in KINDS.values() if kind.remote])
+        raise UsageError(f"--base-url and --cache have a meaning with --judge {remote} only, found --judge {spec}")
+    if not wanted.known:
+        bare_id = "/" in spec and wanted.reference is None
+        hint = f" (did you mean 'hf:{spec}'?)" if bare_id else suggest(wanted.kind, tuple(KINDS))
+        raise UsageError(f"unknown judge '{spec}'{hint}; expected {JUDGE_FORMS}")
+    KINDS[wanted.kind].require(wanted.reference or "", options)
+    return wanted
+
+
 def judge_of(judges: Sequence[EmotionJudge]) -> EmotionJudge:
     """Several judges as one panel; a single one as it is."""
     from emosteer.judges.panel import Panel
@@ -193,12 +220,6 @@ def make_judge(
     Raises:
         UsageError: if the specification or an option makes no sense. EmosteerError: if the judge cannot be had.
     """
-    wanted = JudgeSpec.parse(spec)
-    if not wanted.remote and (base_url is not None or cache is not None):
-        remote = _listed([kind.form for kind in KINDS.values() if kind.remote])
-        raise UsageError(f"--base-url and --cache have a meaning with --judge {remote} only, found --judge {spec}")
-    if wanted.known:
-        return KINDS[wanted.kind].make(wanted.reference or "", JudgeOptions(base_url, key_env, cache, parallel, device))
-    bare_id = "/" in spec and wanted.reference is None
-    hint = f" (did you mean 'hf:{spec}'?)" if bare_id else suggest(wanted.kind, tuple(KINDS))
-    raise UsageError(f"unknown judge '{spec}'{hint}; expected {JUDGE_FORMS}")
+    options = JudgeOptions(base_url, key_env, cache, parallel, device)
+    wanted = _require(spec, options)
+    return KINDS[wanted.kind].make(wanted.reference or "", options)

@@ -132,6 +132,8 @@ def test_strengths_per_prompt(steered: SteeredModel) -> None:
         (lambda m: m.generate("the boss", "anger", strength=float("nan")), UsageError, "finite"),
         (lambda m: m.generate("the boss", "anger", strength=1, intensity=2), UsageError, "found both"),
         (lambda m: m.generate("the boss", "anger", intensity=50), ArtifactError, "dial|calibrate"),
+        (lambda m: m.generate("the boss", intensity=50), UsageError, "none is named"),
+        (lambda m: m.generate(["the boss", "the train"], strength=[1, 2]), UsageError, "none is named"),
         (lambda m: m.generate([{"role": "user", "content": ""}]), (UsageError, DataError), "conversation 1"),
         (lambda m: m.generate("the " * 400), DataError, "256"),
         (lambda m: m.steering("anger", method="prompt").__enter__(), UsageError, "steers nothing"),

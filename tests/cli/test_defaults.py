@@ -79,7 +79,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "validate": {
         **{name: value for name, value in VALIDATE.items() if not isinstance(value, tuple)},
-        "judge": PANEL,
+        **{"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL},
         **{name: ",".join(VALIDATE[name]) for name in ("kinds", "held", "elicitations", "parts")},
         **{name: ",".join(f"{value:g}" for value in VALIDATE[name]) for name in ("sizes", "doses")},
     },

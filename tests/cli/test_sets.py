@@ -84,3 +84,18 @@ def test_a_tree_needs_no_bank_where_the_prompt_asks(run: Callable[..., Any]) -> 
     tree = json.loads(run("geometry", "tree.safetensors", "--json")[1])["tree"]
     assert {family["parent"] for family in tree["families"]} == {"love", "happiness", "anger", "sadness", "fear"}
     assert "children nearest to their own parent" in run("geometry", "tree.safetensors")[1]
+
+
+def test_every_stage_reads_both_shipped_banks_where_an_emotion_needs_them(folder: Path, run: Callable[..., Any]) -> None:
+    """Trust and anticipation are in the second bank alone: whoever read the first one only would find no reply in them."""
+    shipped = ("-m", "./tiny", "--artifacts", "more")
+    code, out, _ = run("extract", *shipped, "--emotions", "plutchik8", "--limit", "16", "--holdout", "0.3")
+    assert code == 0 and "valences" not in out, "no prompt has one: nothing was compared"
+    small = ("--prompts", "1", "--randoms", "1", "--kinds", "zero", "--shares", "0.5", "--neuron-shares", "", "--verify-prompts", "0")
+    for dry in ((), ("--dry-run",)):
+        code, _, err = run("ablate", *shipped, *small, "--patch-groups", "8", *dry)
+        assert code == 0, err
+    assert run("circuit", *shipped, "--gain-steps", "0", "--heads", "0.5", "--no-tune", "--strength", "1")[0] == 0
+    for command in (("heads", "--groups", "8"), ("validate", "--quick", "--prompts", "2", "--randoms", "2", "--bank-groups", "16")):
+        code, out, err = run(*command, *shipped, "--dry-run")
+        assert code == 0 and "nothing" not in err, err
