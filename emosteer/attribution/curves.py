@@ -109,6 +109,12 @@ def units_of(model: Model, scores: UnitScores, emotion: int, point: Condition, s
     return [make(index // table.shape[1], index % table.shape[1]) for index in picked]
 
 
+def require_prompts(groups: Sequence[Group], settings: CurveSettings) -> None:
+    """Raises a DataError if there are fewer prompts than the curves want."""
+    if len(groups) < settings.n_prompts:
+        raise DataError(f"the curves need {settings.n_prompts} scenario-events, found {len(groups)}; lower --prompts")
+
+
 def curves(
     model: Model,
     directions: Directions,
@@ -132,13 +138,10 @@ def curves(
     Raises:
         DataError: if there are fewer groups than prompts wanted.
     """
-    if len(groups) < settings.n_prompts:
-        raise DataError(f"the curves need {settings.n_prompts} scenario-events, found {len(groups)}; lower --prompts")
+    require_prompts(groups, settings)
     chosen = spread(groups, settings.n_prompts, settings.seed)
     points = list(points or conditions(settings))
-    origin = directions.provenance.origin()
-    shaping = [model.sha256, model.precision, asdict(settings), [g.said for g in chosen], directions.emotions, origin]
-    key = sha256_text(json.dumps(shaping, sort_keys=True, default=str))
+    key = _run_key(model, directions, chosen, settings)
     log = JsonlLog(part(partial, crew.rank)) if partial is not None else None
 
     def finished() -> dict[str, dict[str, float]]:
@@ -163,9 +166,17 @@ def curves(
     return [{**asdict(p), "emotion": e, "score": s, "n": len(chosen)} for p in points for e, s in done[names[p]].items()]
 
 
-def kept_points(partial: Path) -> int:
-    """How many points earlier runs left on disk, whatever their settings."""
-    return len({row["point"] for path in parts(partial).values() for row in whole_rows(path)})
+def kept_points(partial: Path, model: Model, directions: Directions, groups: Sequence[Group], settings: CurveSettings) -> int:
+    """How many points earlier runs of the same settings left on disk."""
+    key = _run_key(model, directions, spread(groups, settings.n_prompts, settings.seed), settings)
+    return len({row["point"] for path in parts(partial).values() for row in whole_rows(path) if row.get("key") == key})
+
+
+def _run_key(model: Model, directions: Directions, chosen: Sequence[Group], settings: CurveSettings) -> str:
+    """What a point depends on beside itself. chosen: the prompts that are written to."""
+    origin = directions.provenance.origin()
+    shaping = [model.sha256, model.precision, asdict(settings), [g.said for g in chosen], directions.emotions, origin]
+    return sha256_text(json.dumps(shaping, sort_keys=True, default=str))
 
 
 class Runner:

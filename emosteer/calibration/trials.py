@@ -74,6 +74,26 @@ def circuit_key(circuit: Circuit) -> str:
     return hashlib.sha256(json.dumps(circuit.emotions).encode() + content).hexdigest()
 
 
+def require_labels(emotions: Sequence[str]) -> None:
+    """Raises a UsageError if no judge has a label for one of the emotions."""
+    unknown = [emotion for emotion in emotions if emotion not in LABELS]
+    if unknown:
+        raise UsageError(f"no judge knows the emotion '{unknown[0]}'; judges tell {', '.join(LABELS)} apart")
+
+
+def written_before(model: Model, circuit: Circuit, groups: Sequence[Group], kept: KeyedLog, decoding: Decoding) -> int:
+    """How many replies of such trials a log holds; 0 where its unsteered replies are to other prompts or of other settings."""
+    contest = _contest_of(model, circuit, kept, decoding)
+    if not any(contest.key(cell) in kept.rows for cell in cells_of(NONE, groups, {})):
+        return 0
+    return sum("nll" in row for row in kept.rows.values())
+
+
+def _contest_of(model: Model, circuit: Circuit, kept: KeyedLog, decoding: Decoding, batch_size: int = BATCH_SIZE) -> ContestWriter:
+    vectors, added = {CIRCUIT: circuit.steering(model)}, {CIRCUIT: circuit_key(circuit)}
+    return ContestWriter(model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size)
+
+
 class Trials:
     """A circuit that answers the same prompts at any strength. Replies and opinions that are kept on disk are not made again."""
 
@@ -97,12 +117,9 @@ class Trials:
         """
         if not groups:
             raise DataError("no scenario-event to write to; check the scenario file")
-        unknown = [emotion for emotion in circuit.emotions if emotion not in LABELS]
-        if unknown:
-            raise UsageError(f"no judge knows the emotion '{unknown[0]}'; judges tell {', '.join(LABELS)} apart")
+        require_labels(circuit.emotions)
         self.model, self.circuit, self.jury, self.groups, self.decoding = model, circuit, jury, list(groups), decoding
-        vectors, added = {CIRCUIT: circuit.steering(model)}, {CIRCUIT: circuit_key(circuit)}
-        self._contest = ContestWriter(model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size)
+        self._contest = _contest_of(model, circuit, kept, decoding, batch_size)
         self._plain = self._contest.write(cells_of(NONE, self.groups, {}), "unsteered")
 
     def at(self, wanted: Sequence[tuple[str, float]], what: str = "trials") -> list[StrengthPoint]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -14,7 +16,7 @@ from emosteer.calibration.settings import GROUPS, MAX_HALVINGS, MAX_POINTS, Cali
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.announce import DryRunOption, announced
-from emosteer.cli.command_line import command_line, followed_by, with_command
+from emosteer.cli.command_line import command_line, followed_by, typed, with_command
 from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceOption,
@@ -99,11 +101,10 @@ def calibrate(
     check_intensity(default_intensity, "--default-intensity")
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
-    fitting = [name for name in FITTING if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    fitting = typed(context, FITTING)
     if check and fitting:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in fitting)
-        raise UsageError(f"{named} would shape a dial, and --check only tries the one that is there; leave out either")
-    if most_good and "default_intensity" in fitting:
+        raise UsageError(f"{', '.join(fitting)} would shape a dial, and --check only tries the one that is there; leave out either")
+    if most_good and "--default-intensity" in fitting:
         raise UsageError("expected --most-good or --default-intensity, found both")
     if check and instruction is not None:
         raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
@@ -132,7 +133,9 @@ def calibrate(
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:
         log.unlink(missing_ok=True)
-    kept = KeyedLog(log)
+    stack = contextlib.ExitStack()
+    # a dry run with --fresh leaves the file as it is, and counts nothing in it as kept
+    kept = KeyedLog(Path(stack.enter_context(tempfile.TemporaryDirectory())) / log.name if fresh and dry_run else log)
     readers = jury(kept)
     refuse_same_weights(readers.judges, loaded.sha256)
     from emosteer.api.costs.stages import of_calibrate
@@ -148,6 +151,7 @@ def calibrate(
                 _fit(trials, settings, path, prompts, target, command_line(context), as_json)
     finally:
         kept.close()
+        stack.close()
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:

@@ -286,6 +286,12 @@ def test_too_few_scenario_events_are_refused(case: Case) -> None:
         curves(case.model, case.directions, case.scores, case.groups, case.band, replace(CURVES, n_prompts=20))
 
 
+def test_and_before_anything_else_is_measured(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emosteer.attribution.ablate.contrast_scores", lambda *_: pytest.fail("measured"))
+    with pytest.raises(DataError, match="need 20 scenario-events, found 9"):
+        ablate(case.model, case.directions, case.groups, AblateSettings(curves=replace(CURVES, n_prompts=20)))
+
+
 # ---- the one-pass check ----------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,13 @@ from emosteer.api.costs.cost import REPLY_BYTES, Cost, Part
 from emosteer.api.costs.memory import WRITING, needed
 from emosteer.api.costs.trials import plus, times
 from emosteer.attribution.ablate import compared_groups
-from emosteer.attribution.curves import Runner, TextScore, conditions, kept_points
+from emosteer.attribution.curves import Runner, TextScore, conditions, kept_points, require_prompts
 from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.attribution.unit_scores import contrast_scores, top_units
 from emosteer.calibration.calibrate import INTENSITIES
 from emosteer.calibration.settings import CalibrateSettings, TuneSettings
+from emosteer.calibration.trials import require_labels, written_before
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
 from emosteer.circuits.settings import CircuitSettings, GainSettings
@@ -91,9 +92,10 @@ def of_ablate(
 def _points(model: Model, directions: Directions, groups: Sequence[Group], settings: CurveSettings, partial: Path | None) -> Part:
     if not model.family.has_neurons:
         settings = replace(settings, neuron_shares=())
+    require_prompts(groups, settings)
     band, scores = stable_band(directions), contrast_scores(model, directions)
     points = conditions(settings)
-    count = max(0, len(points) - (kept_points(partial) if partial is not None else 0))
+    count = max(0, len(points) - (kept_points(partial, model, directions, groups, settings) if partial is not None else 0))
     chosen = list(groups[: settings.n_prompts])
     run = Runner(model, directions, scores, chosen, TextScore(model, directions, band, directions.instruction), settings)
     replies = len(chosen) * len(directions.emotions)
@@ -125,8 +127,7 @@ def of_circuit(
     if gains is not None and bank is not None and gains.steps:
         one = trials.learning(model, groups, bank, emotions, instruction, gains)
         steps = gains.steps * (2 if residual else 1)
-        again = 2 if gains.content else 1
-        parts.insert(0, Part(f"steps of learning on {gains.groups} prompts each", steps, 0, times(steps * gains.groups * again, one)))
+        parts.insert(0, Part(f"steps of learning on {gains.groups} prompts each", steps, 0, times(steps * gains.groups, one)))
     if tuned:
         tune = TuneSettings()
         grid = len(tune.residual_strengths) + (0 if gains is not None else len(tune.strengths))
@@ -151,9 +152,10 @@ def of_calibrate(
     check: bool = False,
 ) -> Cost:
     """At most: emotions whose text has broken are not tried any stronger. check: other prompts at the dial's steps instead."""
+    require_labels(circuit.emotions)
     strengths = len(INTENSITIES) - 1 if check else settings.points - 1 + settings.refine
     wanted = len(groups) * (1 + len(circuit.emotions) * strengths)
-    kept = sum("nll" in row for row in jury.kept.rows.values())
+    kept = written_before(model, circuit, groups, jury.kept, decoding)
     requests = [_request(model, group, circuit.instruction, decoding) for group in groups]
     return _written("calibrate", model, circuit, jury, requests, decoding, batch_size, wanted, min(kept, wanted), groups)
 
@@ -181,7 +183,8 @@ def of_evaluate(
     keys = {contest.key(cell) for cell in cells}
     reading = sum(len(cells_of(method, test, dict.fromkeys(contest.emotions))) for method in settings.methods)
     wanted, there = len(keys) + reading, set(contest.replies.rows)
-    kept = min(len(there), wanted)
+    mine = len(keys & there)  # of other settings nothing can be used; which strengths the test split gets is not known yet
+    kept = mine + min(len(there - keys), reading) if mine else 0
     requests = [_request(contest.model, group, contest.instruction, contest.decoding) for group in test]
     return _written("evaluate", contest.model, circuit, jury, requests, contest.decoding, contest.batch_size, wanted, kept, test)
 

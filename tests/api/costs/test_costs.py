@@ -221,6 +221,24 @@ def test_writing_commands_count_replies_and_readings_and_leave_no_file(run: Call
     assert sorted(folder.rglob("*.json*")) == before
 
 
+def test_what_an_earlier_run_kept_counts_where_its_settings_were_the_same(
+    run: Callable[..., Any], folder: Path, small_circuit: Path
+) -> None:
+    judged = ("-m", "./tiny", "--judge", "linear", "--max-new-tokens", "4", "--json")
+    dial = ("calibrate", *judged, "--groups", "2", "--points", "2", "--refine", "0", "--circuit", "dialled.safetensors")
+    contest = ("evaluate", *judged, "--groups", "2", "--dev-groups", "2", "--doses", "1", "--methods", "none,circuit", "--out", "contest")
+    (folder / "dialled.safetensors").write_bytes(small_circuit.read_bytes())
+    for command in (dial, contest):
+        assert run(*command)[0] == 0
+        left = {
+            name: json.loads(run(*command, *more, "--dry-run")[1])["parts"][0]["count"]
+            for name, more in {"same": (), "other": ("--guidance", "3"), **({"fresh": ("--fresh",)} if command is dial else {})}.items()
+        }
+        assert left["same"] == 0 and left["other"] > 2, command
+        assert left.get("fresh", left["other"]) == left["other"], "what is to be written again is not kept"
+    assert any(folder.glob("dialled.calibration.jsonl")), "a dry run removes nothing"
+
+
 def test_the_first_reply_of_a_new_model_is_promised(folder: Path, tiny: Model) -> None:
     from emosteer.api.estimates import first_reply
     from emosteer.scenarios.shipped import read_data
@@ -279,8 +297,8 @@ def test_the_studies_of_a_circuit_count_their_work_and_write_nothing(run: Callab
     counts = {part["what"]: part["count"] for part in json.loads(out)["parts"]}
     assert code == 0 and counts["pages"] == 2 * len(THREE) and counts["edges patched"] <= 6
     assert next(count for what, count in counts.items() if what.startswith("prompts with")) == 5
-    validate = ("validate", *DATA, "--quick", "--prompts", "2", "--randoms", "2", "--judge", "linear")
-    code, out, _ = run(*validate, "--written", "1", "--dry-run", "--json")
+    validate = ("validate", *DATA, "--quick", "--prompts", "2", "--randoms", "2")
+    code, out, _ = run(*validate, "--written", "1", "--judge", "linear", "--dry-run", "--json")
     parts = json.loads(out)["parts"]
     assert code == 0 and all(part["count"] > 0 and part["seconds"] > 0 for part in parts) and len(parts) == 3
     assert sorted(folder.rglob("*")) == before
