@@ -230,7 +230,7 @@ class Frontier:
                 "steps": TRUNK + EACH * (SIZES.index(size) + 1) + PART * int(selection.partition("+")[2] or 0),
             }
         }
-        settings = CircuitSettings(spare_names=False, seed=self.settings.seed)
+        settings = CircuitSettings(seed=self.settings.seed)
         circuit = circuit_of(self.model, learned, sets, self.importance, settings, metrics, d.provenance.data, {})
         circuit.save(self.path(selection, size))
         margin, heads = self.margin(circuit), sum(isinstance(unit, Head) for unit in sets[0])

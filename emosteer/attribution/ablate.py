@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emosteer.attribution.curves import curves
+from emosteer.attribution.curves import curves, require_prompts
 from emosteer.attribution.gradients import attribution_patching, held_by, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.scores import Scores
 from emosteer.attribution.settings import AblateSettings, CurveSettings
@@ -61,6 +61,9 @@ def ablate(
         ArtifactError: if the directions are another model's. DataError: if an emotion has no reply beside one in another.
     """
     artifacts.require_model(directions.provenance, model.sha256, model.name, "the directions")
+    wanted = _curves_of(model, settings.curves)
+    if wanted is not None:
+        require_prompts(groups, wanted)
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     forms = {"contrast": contrast_scores(model, directions), "raw": raw_scores(model, directions)}
@@ -77,7 +80,6 @@ def ablate(
         advance(1)
         checked = _verify(model, directions, groups, settings) if crew.lead else {}
         advance(1)
-    wanted = _curves_of(model, settings.curves)
     rows = curves(model, directions, forms["contrast"], groups, band, wanted, partial=partial, crew=crew) if wanted else []
     crew.finish()
     provenance = Provenance(
@@ -85,7 +87,10 @@ def ablate(
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
         method="one-pass contributions, attribution patching, ablation and enhancement curves",
-        params={**vars(replace(settings, curves=None)), "curves": vars(settings.curves) if settings.curves else None},
+        params={
+            **{**vars(replace(settings, curves=None)), "curves": vars(wanted) if wanted else None},
+            **{"dtype": model.precision, "device": model.device.type},
+        },
         seed=settings.seed,
         data=dict(data or {}),
         parents=dict(parents or {}),

@@ -128,7 +128,7 @@ def _heads_of(model: Model) -> tuple[int, int]:
 
 def _with_gains(
     model: Model, directions: Directions, groups: Sequence[Group], bank: Bank, gain_settings: GainSettings, settings: CircuitSettings
-) -> tuple[Directions, CircuitSettings, dict[str, Any]]:
+) -> tuple[Directions, dict[str, Any]]:
     """Directions whose contrasts of heads, and of neurons where there is a budget for them, are what was learned (zero for what is left
     out), so that everything after reads them.
 
@@ -148,7 +148,7 @@ def _with_gains(
         mean = (contrast.unflatten(-1, _heads_of(model)) * found.values[..., None]).flatten(-2)
     record = {"gains": {**vars(gain_settings), **found.trace}}
     learned = replace(directions, z=replace(directions.z, mean=mean), mlp=neurons)
-    return learned, replace(settings, spare_names=False), record
+    return learned, record
 
 
 def _residual(
@@ -200,10 +200,11 @@ def assemble(
     plain_contrast, residual = (directions, settings.spare_names), None
     if bank is not None and gain_settings is not None and gain_settings.steps:
         gain_settings = replace(gain_settings, dtype=chosen_dtype(model, gain_settings.dtype))  # once, so that both are learned alike
-        directions, settings, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
+        directions, learned = _with_gains(model, directions, groups, bank, gain_settings, settings)
         if vector_settings is not None:
             residual, record = _residual(model, *plain_contrast, groups, bank, gain_settings, vector_settings)
             learned |= record
+    spare = settings.spare_names and not learned  # what was learned has been kept from the names all along
     band = stable_band(directions)
     v_ref = reference_directions(directions, band)
     samples = prompt_samples(model, groups, settings.n_prompts, n, directions.instruction)
@@ -226,7 +227,7 @@ def assemble(
         units.sort(key=lambda unit: -scores.of(e, unit))
         sets.append(units)
         metrics["emotions"][emotion] = faithfulness(
-            model, directions, e, units, samples, v_ref[e], settings, plain_contrast if learned else None
+            model, directions, e, units, samples, v_ref[e], replace(settings, spare_names=spare), plain_contrast if learned else None
         )
     hashes = directions.provenance.data if data is None else data
     circuit = replace(circuit_of(model, directions, sets, importance, settings, metrics, hashes, parents or {}), learned_residual=residual)
@@ -268,22 +269,24 @@ def circuit_of(
     data: Mapping[str, str],
     parents: Mapping[str, str],
 ) -> Circuit:
-    """Makes the value: units of every emotion, which add their contrast in `directions`. metrics: say what was learned, if anything."""
+    """Makes the value: units of every emotion, which add their contrast in `directions`. metrics: say what was learned, if anything; what
+    was learned was kept from writing the names while it was (`settings.spare_names`)."""
     masks = [unit_mask(model, units) for units in sets]
     z_mask, mlp_mask = torch.stack([m[0] for m in masks]), torch.stack([m[1] for m in masks])
-    added = [contrasts_of(model, directions, e, mask, settings.spare_names) for e, mask in enumerate(masks)]
+    what = learned_of(metrics)
+    spare = settings.spare_names and what is None
+    added = [contrasts_of(model, directions, e, mask, spare) for e, mask in enumerate(masks)]
     z_delta, mlp_delta = torch.stack([z for z, _ in added]), torch.stack([mlp for _, mlp in added])
     index = mlp_mask.nonzero()
     heads = z_mask.unflatten(-1, (model.shape.n_heads, model.shape.d_head))[..., 0].bool()
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
-    what = learned_of(metrics)
     strengths = {"outputs": OUTPUT_STRENGTH, "gains": 1.0, None: DEFAULT_STRENGTH}
     provenance = Provenance(
         model=model.name,
         model_sha256=model.sha256,
         template_sha256=model.template_sha256,
         method=f"{how_made(metrics, settings)}, {directions.elicitation} directions",
-        params={**vars(settings), "extract": directions.provenance.params},
+        params={**vars(settings), "dtype": model.precision, "device": model.device.type, "extract": directions.provenance.params},
         seed=settings.seed,
         data=dict(data),
         parents=dict(parents),

@@ -50,14 +50,20 @@ def random_heads(model: Model, circuit: Circuit, directions: Directions | None, 
         raise ArtifactError(
             "random-heads needs the directions that the circuit was made from; run `emosteer extract`, or name --directions"
         )
-    spare = bool(circuit.provenance.params.get("spare_names", True))
-    added = []
+    spare, added = spares_names(circuit), []
     for emotion in circuit.emotions:
         units = circuit.units(emotion)
         n_heads = sum(isinstance(unit, Head) for unit in units)
         drawn = random_units(model, n_heads, len(units) - n_heads, f"random-heads/{seed}/{emotion}")
         added.append(contrasts_of(model, directions, directions.index(emotion), unit_mask(model, drawn), spare))
     return _on_cpu(compile_units(model, torch.stack([z for z, _ in added]), torch.stack([mlp for _, mlp in added])))
+
+
+def spares_names(circuit: Circuit) -> bool:
+    """Whether the circuit was kept from writing its emotions' names. Files of learned heads that do not tell their precision say False of
+    it, whatever was done: nothing had to be taken out afterwards."""
+    told = circuit.provenance.params
+    return bool(told.get("spare_names", True)) or (circuit.learned_gains and "dtype" not in told)
 
 
 def random_circuit(model: Model, circuit: Circuit, seed: int) -> Vectors:
@@ -108,7 +114,7 @@ def added_key(circuit: Circuit, directions: Directions | None, method: str, seed
     if row.vectors is Part.LEARNED_STREAM:
         parts += [_hash(list(circuit.learned_stream().values())), circuit.residual_layers]
     if row.needs_directions and directions is not None:
-        parts += [_hash([directions.z.mean, directions.mlp.mean]), circuit.provenance.params.get("spare_names", True)]
+        parts += [_hash([directions.z.mean, directions.mlp.mean]), spares_names(circuit)]
     if row.built:
         parts += [method, seed]
     return sha256_text(json.dumps([parts, circuit.emotions])) if parts else ""

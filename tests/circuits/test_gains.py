@@ -27,6 +27,7 @@ from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSett
 from emosteer.directions.directions import Directions, reference_directions, stable_band
 from emosteer.directions.extract import extract
 from emosteer.directions.settings import Settings
+from emosteer.evaluation.controls import random_heads, spares_names
 from emosteer.models.model import Model
 from emosteer.models.sites import ATTN_OUT, Head
 from emosteer.scenarios.prompts import plain
@@ -527,6 +528,20 @@ def test_the_circuit_adds_its_gains_times_the_contrast(tiny: Model, directions: 
     assert len(circuit.neuron_index) == 0 and torch.equal(directions.z.mean, before)
     assert circuit.strength.tolist() == [1.0, 1.0, 1.0], "what was learned"
     assert circuit.metrics["gains"]["steps"] == 4 and len(circuit.metrics["gains"]["curve"]) == 4
+    assert circuit.provenance.params["spare_names"] is spare and spares_names(circuit) is spare, "the artefact tells the one from the other"
+    told = circuit.provenance.params
+
+    def drawn(**params: Any) -> Tensor:  # what the control's heads write along the names
+        found = random_heads(tiny, replace(circuit, provenance=replace(circuit.provenance, params={**told, **params})), directions, seed=0)
+        return torch.stack([torch.stack([v[e] for v in found.values()]) @ direction_by_hand(tiny, name) for e, name in enumerate(EMOTIONS)])
+
+    plain = drawn(spare_names=False)
+    assert plain.abs().max() > 0.02
+    torch.testing.assert_close(drawn(), -plain if spare else plain, atol=1e-4, rtol=1e-4)
+    earlier = {name: value for name, value in told.items() if name not in ("dtype", "device")} | {"spare_names": False}
+    assert spares_names(replace(circuit, provenance=replace(circuit.provenance, params=earlier))), (
+        "files of before said so of all that was learned"
+    )
 
 
 def test_steering_with_the_circuit_costs_what_was_learned(tiny: Model, directions: Directions) -> None:
