@@ -85,12 +85,13 @@ def effects(
 def reader_of(judge: EmotionJudge) -> Reader:
     """Texts -> what each is read as.
 
-    The reader raises DataError where the judge said nothing of a text: a missing opinion is not one that finds no emotion.
+    The reader raises DataError where the judge, or one of several, said nothing of a text: a missing opinion is not one that finds no
+    emotion.
     """
 
     def read(texts: Sequence[str]) -> list[str | None]:
         opinions = judge.opinions(list(texts)) if texts else []
-        missing = [opinion.problem for opinion in opinions if opinion.probabilities is None]
+        missing = [opinion.problem for opinion in opinions if opinion.probabilities is None or opinion.problem]
         if missing:
             raise DataError(
                 f"the judge {judge.name} said nothing of {len(missing)} of {len(texts)} replies ({missing[0]}); the replies are kept: "

@@ -16,6 +16,7 @@ import typer
 from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.by_hand import HandOptions, read_by_hand
+from emosteer.cli.command_line import typed
 from emosteer.cli.options import DeviceOption, PanelOption
 from emosteer.judges.registry import KEY_ENV, PANEL, PARALLEL, JudgeSpec
 
@@ -44,6 +45,7 @@ class Line:
 
 
 def judge(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One object with a text a line; '-' reads stdin.")],
     spec: PanelOption = PANEL,
     base_url: Annotated[
@@ -86,7 +88,8 @@ def judge(
 ) -> None:
     """Judge texts: which emotion each voices, and whether it is sound text. Judges see the text alone; of several, their mean decides.
 
-    A judge that failed leaves the emotion null, with the problem beside it. A label of the input (emotion or label) is only compared.
+    A judge that failed leaves the emotion null, or to the other judges, with the problem beside it; the same command asks it again.
+    A label of the input (emotion or label) is only compared.
     With --by-hand a person judges the same way, and the judges are scored against them.
     """
     hand = HandOptions(out, score, against, count, seed, show_prompt, answers, reader, as_json)
@@ -99,6 +102,10 @@ def judge(
         make = _maker(spec, base_url=base_url, key_env=key_env, cache=cache, parallel=parallel, device=device)
         return read_by_hand(file, _rows(file, field), spec, make, hand)
     hand.refuse()
+    if typed(context, ("seed",)):
+        raise UsageError("--seed has a meaning with --by-hand only; add --by-hand or leave it out")
+    if fresh and out is None:
+        raise UsageError("--fresh replaces --out FILE.jsonl, and none is named; add it, or leave --fresh out")
     lines = _lines(file, field)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise UsageError(f"--out {out} is the input file; name another one")
@@ -112,7 +119,7 @@ def judge(
     log = _opened(out, run, fresh) if out is not None and not dry_run else None
     rows = log.rows if log is not None else _rows_there(out, run, fresh)
     # what was missing is judged again
-    known = {row["text_sha256"]: row for row in rows if row["emotion"] is not None}
+    known = {row["text_sha256"]: row for row in rows if not row["problem"]}
     paid = [one for one, name in zip(panel, specs_of(spec), strict=True) if JudgeSpec.parse(name).remote]
     show = _printer(lines) if as_json and not dry_run else lambda known: None
     try:
@@ -132,13 +139,13 @@ def judge(
         _settle(out, found)
     if not as_json:
         _summary(chosen.name, lines, found, out)
-    problems = [row["problem"] for row in found if row["emotion"] is None]
-    if len(problems) == len(found):
+    problems = [row["problem"] for row in found if row["problem"]]
+    if all(row["emotion"] is None for row in found):
         raise EmosteerError(f"no text could be judged: {problems[-1]}")
     if problems and as_json:
         from emosteer.base.progress import note
 
-        note(f"{len(problems)} of {len(found)} are missing (last problem: {problems[-1]})")
+        note(f"{len(problems)} of {len(found)} opinions are missing or lack a judge (last problem: {problems[-1]})")
 
 
 # ---- input ---------------------------------------------------------------------------------------------------------
@@ -347,9 +354,11 @@ def _summary(name: str, lines: Sequence[Line], found: Sequence[JudgedRow], out: 
     reasons = Counter(reason for row in found for reason in row["reasons"])
     if reasons:
         typer.echo("reasons and remarks: " + ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()))
-    problems = Counter(row["problem"] for row in found if row["emotion"] is None)
-    for problem, n in problems.most_common(3):
-        typer.echo(f"{n} missing: {problem}")
+    problems = Counter(
+        ("missing" if row["emotion"] is None else "without one of the judges", row["problem"]) for row in found if row["problem"]
+    )
+    for (what, problem), n in problems.most_common(3):
+        typer.echo(f"{n} {what}: {problem}")
     _agreement(lines, found)
 
 

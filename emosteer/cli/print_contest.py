@@ -54,7 +54,7 @@ def _print_results(results: Sequence[Fields]) -> None:
             (
                 r["method"],
                 _share(r["good"], interval=True),
-                f"{_share(r['by_kind'][worst]['good'])} {worst}",
+                f"{_share(r['by_kind'][worst]['good'])} {worst}" if worst else "-",
                 _share(r["emotion"], interval=True),
                 *(_share(r[name]) for name in plain),
                 f"{_number(ratio['value'])} [{_number(ratio['low'])}, {_number(ratio['high'])}]",
@@ -84,7 +84,7 @@ def _print_parts(found: Fields) -> None:
 def _print_judges(found: Fields) -> None:
     """Each judge alone, how far they agree, and how far the words of the subject give the emotion away."""
     agreement, names = found["agreement"], found["agreement"]["judges"]
-    rows = [(r["method"], _share(r["emotion"]), *(f"{100 * r['judges'][name]:.1f}" for name in names)) for r in found["results"]]
+    rows = [(r["method"], _share(r["emotion"]), *(_share({"value": r["judges"].get(name)}) for name in names)) for r in found["results"]]
     print_table(("emotion read by", "the panel", *names), rows)
     alpha = "-" if agreement["alpha"] is None else f"{agreement['alpha']:.2f}"
     pairs = ", ".join(f"{pair} {share:.0%}" for pair, share in agreement["pairs"].items())
@@ -120,7 +120,7 @@ def equal_sentence(line: Fields) -> str:
     against = " against ".join(_share(line[name], interval=True) for name in ("good_a", "good_b"))
     return (
         f"at the ratio of {line['b']} ({line['ratio_b']:.3f}; {own}): good {against}, "
-        f"difference {_points(line)} (development split, {line['n']} replies each)"
+        f"difference {_difference(line)} (development split, which chose the strengths of {line['b']}; {line['n']} replies each)"
     )
 
 
@@ -132,10 +132,15 @@ def _share(value: Fields, interval: bool = False) -> str:
 
 
 def _points(row: Fields) -> str:
+    found = _difference(row)
+    return found if found == "-" else f"{found} p {row['p']:.2g}"
+
+
+def _difference(row: Fields) -> str:
     d = row["difference"]
     if d["value"] is None or d["low"] is None:
         return "-"
-    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] p {row['p']:.2g}"
+    return f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
 
 
 def _plain(row: Fields) -> str:

@@ -91,8 +91,10 @@ def choose(points: Mapping[str, Mapping[float, DosePoint]], unsteered: Mapping[s
     possible = excess <= excess.min() + TINY
     names = pooled(lambda p: p.names).masked_fill(~possible, math.inf)
     possible &= names <= max(budget.names, names.min().item()) + TINY
-    gain = pooled(lambda p: (p.good or 0.0) + TIE * (p.probability or 0.0)).masked_fill(~possible, -math.inf)
-    best = (gain >= gain.max() - TINY).flatten().nonzero()[:, 0]
+    for figure in (lambda p: p.good or 0.0, lambda p: p.probability or 0.0):  # the second where the first is as high
+        gain = pooled(figure).masked_fill(~possible, -math.inf)
+        possible &= gain >= gain.max() - TINY
+    best = possible.flatten().nonzero()[:, 0]
     place = [torch.unravel_index(index, sizes) for index in best]
     found = [{e: usable[e][0][int(i)] for e, i in zip(usable, indices, strict=True)} for indices in place]
     return Choice(min(found, key=lambda doses: sum(doses.values())), fits, tuple(e for e, (_, sound) in usable.items() if not sound))
@@ -100,8 +102,6 @@ def choose(points: Mapping[str, Mapping[float, DosePoint]], unsteered: Mapping[s
 
 #: Sums of rounded shares differ in their last bits.
 TINY = 1e-6
-#: Weight of the mean P(target) where shares of good replies are as high: less than one reply among thousands.
-TIE = 1e-4
 
 
 def _usable(points: Mapping[float, DosePoint], unsteered: DosePoint, budget: Budget) -> tuple[list[float], bool]:

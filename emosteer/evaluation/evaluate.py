@@ -111,7 +111,8 @@ def equal_ratio(
 ) -> list[Row]:
     """Two methods at the same fluency: `b` as chosen, `a` at the dose whose perplexity ratio is nearest to it. Development split.
 
-    The ratios can stay apart, because no dose comes near: they are given beside the difference.
+    The ratios can stay apart, because no dose comes near: they are given beside the difference. `b`'s strengths were chosen on these very
+    prompts, which flatters it: there is an interval of the difference, and no p.
     """
     base, found = trials[NONE, None], []
     for a, b in rivals:
@@ -119,6 +120,7 @@ def equal_ratio(
         target = DosePoint.of(table, base)
         dose = min(settings.doses, key=lambda d: abs(math.log(DosePoint.of(trials[a, d], base).ratio / target.ratio)))
         own, draws = trials[a, dose], Draws.make(len(table["nll"]), seed=settings.seed)
+        compared = compare(own, table, base, "good", draws, settings.seed)
         found.append(
             {
                 "a": a,
@@ -128,7 +130,7 @@ def equal_ratio(
                 "ratio_b": target.ratio,
                 "good_a": estimate(mean(own["good"], draws)),
                 "good_b": estimate(mean(table["good"], draws)),
-                **compare(own, table, base, "good", draws, settings.seed),
+                **{name: compared[name] for name in ("difference", "n")},
             }
         )
     return found
@@ -180,6 +182,7 @@ def result_of(
     valences = {v: [g for g, group in enumerate(groups) if group.key.valence == v] for v in VALENCES}
     kinds = {kind: [g for g, group in enumerate(groups) if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)}
     by_kind = {kind: part(slice(None), lines) for kind, lines in kinds.items()}
+    judged = {kind: value for kind, found in by_kind.items() if (value := found["good"]["value"]) is not None}
     return {
         "method": method,
         "n": table["nll"].numel(),
@@ -191,7 +194,7 @@ def result_of(
         "confusion": confusion(rows, emotions),
         "judges": judge_shares(rows, emotions),
         "contamination": contamination_of(rows),
-        "worst_kind": min(by_kind, key=lambda kind: by_kind[kind]["good"]["value"] or 0.0),
+        "worst_kind": min(judged, key=lambda kind: float(judged[kind]), default=None),
         "by_kind": by_kind,
         "by_emotion": {emotion: part(slice(e, e + 1), everything) for e, emotion in enumerate(emotions)},
         "by_valence": {valence: part(slice(None), lines) for valence, lines in valences.items() if lines},

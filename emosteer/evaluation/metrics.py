@@ -126,10 +126,10 @@ def _group(row: Row) -> tuple[str, str]:
     return row["skeleton_id"], row["valence"]
 
 
-def judge_shares(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, float]:
+def judge_shares(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, float | None]:
     """Judge's name -> share of the replies in which it alone reads the target, neutral allowed. An unsteered reply counts for every
-    emotion."""
-    shares: dict[str, float] = {}
+    emotion. None where the judge said nothing of any."""
+    shares: dict[str, float | None] = {}
     for name in dict.fromkeys(name for row in rows for name in row["opinions"]):
         hits = []
         for row in rows:
@@ -137,7 +137,7 @@ def judge_shares(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, floa
             if given is not None:
                 label = max(given, key=lambda one: given[one])
                 hits.append(label == row["emotion"] if row["emotion"] != NONE else (label in emotions) / len(emotions))
-        shares[name] = round(sum(hits) / len(hits), 6) if hits else 0.0
+        shares[name] = round(sum(hits) / len(hits), 6) if hits else None
     return shares
 
 
@@ -174,9 +174,11 @@ def agreement_of(rows: Sequence[Row]) -> Row:
 
 
 def confusion(rows: Sequence[Row], emotions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Target -> judged label, neutral included -> share of the judged replies. An unsteered reply stands in every target's row."""
+    """Target -> judged label, neutral included -> share of the judged replies. An unsteered reply stands in every target's row; a target
+    of which nothing was judged has none."""
     labels, found = (*emotions, *(label for label in (*LABELS, UNDECIDED) if label not in emotions)), {}
     for target in emotions:
         judged = [row["judged"] for row in rows if row["emotion"] in (target, NONE) and row["judged"] is not None]
-        found[target] = {label: round(judged.count(label) / len(judged), 6) if judged else 0.0 for label in labels}
+        if judged:
+            found[target] = {label: round(judged.count(label) / len(judged), 6) for label in labels}
     return found

@@ -93,11 +93,12 @@ class Panel:
         return [Reading({name: opinions[i] for name, opinions in by_judge.items()}) for i in range(len(texts))]
 
     def opinions(self, texts: Sequence[str], done: Callable[[int, Opinion], None] | None = None) -> list[Opinion]:
-        """One opinion per text; missing only where every judge's is."""
+        """One opinion per text; missing only where every judge's is, and with a problem where any is: what the others say is not yet the
+        panel's opinion."""
         opinions = []
         for index, reading in enumerate(self.readings(texts)):
             shares = reading.probabilities
-            opinions.append(Opinion(shares, reading.problem if shares is None else "", reading.label))
+            opinions.append(Opinion(shares, reading.problem, reading.label))
             if done is not None:
                 done(index, opinions[-1])
         return opinions

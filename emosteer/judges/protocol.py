@@ -24,8 +24,8 @@ ANSWERED = 0.5
 
 @dataclass(frozen=True)
 class Opinion:
-    """One text, judged blind. probabilities: label -> share, summing to 1, or None if the call failed; problem: why it failed; label: what
-    is said where that is not simply the likeliest one (a panel that is undecided)."""
+    """One text, judged blind. probabilities: label -> share, summing to 1, or None if the call failed; problem: why it failed (of a panel:
+    why one of its judges did); label: what is said where that is not simply the likeliest one (a panel that is undecided)."""
 
     probabilities: Mapping[str, float] | None
     problem: str = ""

@@ -122,7 +122,7 @@ def test_one_object_a_line_in_the_order_of_the_input(run: Run, tmp_path: Path, f
     assert [row["problem"] for row in found] == ["", "", "out of order", "", ""]
     assert found[2]["probabilities"] is None and list(found[0]["probabilities"]) == list(LABELS)
     assert sum(found[0]["probabilities"].values()) == pytest.approx(1) and found[0]["probabilities"]["fear"] == 0.64
-    assert "1 of 5 are missing (last problem: out of order)" in err
+    assert "1 of 5 opinions are missing or lack a judge (last problem: out of order)" in err
     # blind: the judge has seen each text once and nothing else
     assert fake.calls == [["fear.", "neutral again again.", "broken.", "anger"]]
 
@@ -232,6 +232,31 @@ def test_a_rerun_judges_only_what_is_missing(run: Run, tmp_path: Path, fake: Fak
     code, out, err = run("f.jsonl", "--out", "o.jsonl", "--json")
     assert fake.calls == [["joyless sadness."]] and "going on: 2 of 3 texts are judged" in err
     assert lines(out) == lines((tmp_path / "o.jsonl").read_text()) and [row["id"] for row in lines(out)] == ["line-1", "line-2", "a"]
+
+
+def test_a_judge_of_several_that_failed_is_asked_again(run: Run, tmp_path: Path, fake: FakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other said is in the row, and does not pass for the panel's opinion."""
+    other = FakeJudge("k2")
+    other.name = "public"
+    monkeypatch.setitem(registry.KINDS, "public", JudgeKind("public", lambda reference, options: other))
+    write(tmp_path / "f.jsonl", {"text": "fear."}, {"text": "anger."})
+    other.sees = {"fear.": "broken"}
+    code, out, err = run("f.jsonl", "--out", "o.jsonl", "--judge", "embedded,public")
+    assert code == 0 and "1 without one of the judges: out of order" in out
+    rows = lines((tmp_path / "o.jsonl").read_text())
+    assert [row["problem"] for row in rows] == ["out of order", ""] and rows[0]["emotion"] == "undecided"
+    other.sees = {}
+    other.calls.clear()
+    assert run("f.jsonl", "--out", "o.jsonl", "--judge", "embedded,public")[0] == 0
+    rows = lines((tmp_path / "o.jsonl").read_text())
+    assert other.calls == [["fear."]] and [(row["emotion"], row["problem"]) for row in rows] == [("fear", ""), ("anger", "")]
+
+
+@pytest.mark.parametrize(("options", "message"), [(("--fresh",), "--fresh replaces --out"), (("--seed", "3"), "--seed has a meaning")])
+def test_options_that_would_do_nothing_are_refused(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    write(tmp_path / "f.jsonl", {"text": "fear."})
+    code, out, err = run("f.jsonl", *options)
+    assert code == 2 and message in err and not out
 
 
 def test_an_interruption_keeps_the_chunks_before_it(run: Run, tmp_path: Path, fake: FakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_judge_alone_is_counted_by_its_own_label_where_it_spoke() -> None:
     assert judge_shares(rows, EMOTIONS) == {"a": 0.5, "b": 0.0}
     plain = [{"emotion": NONE, "opinions": {"a": sad}}, {"emotion": NONE, "opinions": {"a": none}}]
     assert judge_shares(plain, EMOTIONS) == {"a": round(1 / 6, 6)}, "an unsteered reply stands for three targets, and hits one of them"
-    assert judge_shares([{"emotion": "anger", "opinions": {"a": None}}], EMOTIONS) == {"a": 0.0}
+    assert judge_shares([{"emotion": "anger", "opinions": {"a": None}}], EMOTIONS) == {"a": None}, "not that it read none"
 
 
 def test_agreement_by_hand() -> None:
@@ -191,7 +191,7 @@ def test_confusion_is_of_judged_replies_and_its_rows_sum_to_one() -> None:
     found = confusion(rows, EMOTIONS)
     assert list(found["anger"]) == ["anger", "sadness", "happiness", "fear", "surprise", "disgust", "neutral", UNDECIDED]
     assert found["anger"]["anger"] == pytest.approx(2 / 3, abs=1e-6) and found["sadness"]["fear"] == found["sadness"][UNDECIDED] == 0.5
-    assert [round(sum(row.values()), 5) for row in found.values()] == [1.0, 1.0, 0.0]
+    assert {target: round(sum(row.values()), 5) for target, row in found.items()} == {"anger": 1.0, "sadness": 1.0}, "none of happiness"
     plain = confusion([{"emotion": NONE, "judged": "neutral"}, {"emotion": NONE, "judged": "fear"}], EMOTIONS)
     assert all(row["neutral"] == row["fear"] == 0.5 for row in plain.values())
 
@@ -274,6 +274,10 @@ def test_good_decides_and_of_as_many_good_replies_the_likelier_target() -> None:
         TIGHT,
     )
     assert both.doses == {"fear": 2.0, "anger": 2.0}
+    # the difference of one emotion, shared by six, is small: it decides all the same
+    others = {emotion: {1.0: made(0.5, 0.5)} for emotion in SIX if emotion != "anger"}
+    close = choose({"anger": {0.5: made(0.5, 0.4), 1.0: made(0.5, 0.41)}, **others}, dict.fromkeys(SIX, PLAIN), TIGHT)
+    assert close.doses["anger"] == 1.0
 
 
 def test_nothing_is_asked_to_be_sounder_than_the_unsteered_replies() -> None:
@@ -417,7 +421,10 @@ def test_results_by_kind_and_the_worst_kind_by_hand() -> None:
     assert [*found["by_valence"]] == ["positive", "neutral", "negative"] and found["by_valence"]["neutral"]["n"] == 3
     table["good"][[5, 8]] = float("nan")
     silent = result_of("circuit", table, base, [judged_row("anger", "anger")], some, Draws.make(9, 400), EMOTIONS)
-    assert silent["by_kind"]["one-liner"]["good"]["value"] is None and silent["worst_kind"] == "one-liner", "no opinion is no good reply"
+    assert silent["by_kind"]["one-liner"]["good"]["value"] is None and silent["worst_kind"] == "question", "of those that were judged"
+    table["good"][:] = float("nan")
+    unheard = result_of("circuit", table, base, [judged_row("anger", "anger")], some, Draws.make(9, 400), EMOTIONS)
+    assert unheard["worst_kind"] is None
 
 
 def test_the_interval_of_a_ratio_is_paired_with_the_unsteered_replies() -> None:
