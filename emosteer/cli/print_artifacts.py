@@ -47,8 +47,7 @@ def directions_summary(found: Directions) -> Summary:
                 "accuracy_shuffled": _mean(e.accuracy_shuffled[index]),
                 "halves": _mean(e.halves[:, index]),
                 "halves_shuffled": _mean(e.halves_shuffled[:, index]),
-                "themes": _mean(e.themes[:, index]),
-                "valences": _mean(e.valences[:, index]),
+                **{name: _mean(e.across[name][:, index]) if name in e.across else None for name in ("themes", "valences")},
                 "by_emotion": dict(zip(found.emotions, _rounded(e.accuracy[index]), strict=True)),
             }
         layers.append(row)
@@ -79,11 +78,12 @@ def print_directions(summary: Summary) -> None:
     print(
         f"held-out groups: {summary['heldout']}; naming the emotion from the projections of its contrast (chance {summary['chance']:.3f});"
     )
-    print("cosines between directions of disjoint halves, of pairs of themes and of valences")
-    names = ("layer", "accuracy", "accuracy_shuffled", "halves", "halves_shuffled", "themes", "valences")
+    parts = [name for name in ("themes", "valences") if layers[0][name] is not None]
+    print(" and ".join(["cosines between directions of disjoint halves", *(f"of pairs of {name}" for name in parts)]))
+    names = ("layer", "accuracy", "accuracy_shuffled", "halves", "halves_shuffled", *parts)
     step = max(1, len(layers) // 10)
     shown = [row for row in layers if row["layer"] % step == 0 or row is layers[-1]]
-    heads = ("layer", "accuracy", "(shuffled)", "halves", "(shuffled)", "themes", "valences", "by emotion")
+    heads = ("layer", "accuracy", "(shuffled)", "halves", "(shuffled)", *parts, "by emotion")
     print_table(heads, [[*(row[name] for name in names), _pairs(row["by_emotion"])] for row in shown])
 
 

@@ -38,7 +38,8 @@ class Evidence:
 
     accuracy, accuracy_shuffled: [site, emotion], share of held-out groups whose emotion is named right by the largest
     projection (chance 1 / emotions). halves, halves_shuffled, themes, valences: [emotion, site], cosine between the
-    directions of disjoint halves, and the mean cosine over pairs of themes and of valences.
+    directions of disjoint halves, and the mean cosine over pairs of themes and of valences; 1 throughout where there was no pair, which
+    `across` knows.
     """
 
     accuracy: Tensor
@@ -47,6 +48,11 @@ class Evidence:
     halves_shuffled: Tensor
     themes: Tensor
     valences: Tensor
+
+    @property
+    def across(self) -> dict[str, Tensor]:
+        """Themes and valences, where there were two of them to compare. Shape [emotion, site] each."""
+        return {name: values for name in ("themes", "valences") if not bool(((values := getattr(self, name)) == 1).all())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +227,7 @@ def _evidence(contrasts: Contrasts, counts: Mapping[str, float]) -> Evidence:
     right = contrasts.sums["correct"] / contrasts.sums["held"][contrasts.plan.strata.index(HELDOUT)]
 
     def pairwise(prefix: str) -> Tensor:
-        """Mean cosine over pairs of the strata with this prefix whose groups compare all emotions; NaN-free: one stratum alone gives 1."""
+        """Mean cosine over pairs of the strata with this prefix whose groups compare all emotions; 1 where there is no pair."""
         names = [name for name in contrasts.plan.strata if name.startswith(prefix) and counts[name] and not contrasts.apart(name)]
         vectors = [unit_vectors(contrasts.mean(name)) for name in names]
         cosines = [(a * b).sum(-1) for a, b in itertools.combinations(vectors, 2)]

@@ -207,7 +207,7 @@ def by_part(contest: Measured, by: str, title: str) -> Figure:
         interval_panel(name.capitalize(), {m: contest.part(m, by, name, "good") for m in methods}, True, None, (0.0, 1.0)) for name in names
     ]
     tables = [_part_table(contest, by, title, names, metric) for metric in ("good", "emotion", "answers", "names", "ratio", "accuracy")]
-    what = "the emotion asked for" if by == "by_emotion" else "how the prompt's event turned out, for prompts that tell of one"
+    what = "the emotion asked for" if by == "by_emotion" else "how the prompt's event turned out, for vivid events, which say how"
     caption = f"Share of good replies to the test prompts, split by {what}, with 95 % intervals."
     return Figure(by.replace("_", "-"), f"Good replies by {title}", caption, panels, tables, SOURCES)
 

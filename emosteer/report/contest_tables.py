@@ -105,9 +105,10 @@ def equal_table(contest: Measured) -> FigureTable | None:
         ratios = " and ".join(number(finite(row.get(name))) for name in ("ratio_a", "ratio_b"))
         shares = [percent_range(Interval.of(row.get(name))) for name in ("good_a", "good_b")]
         name = f"{label(row['a'])} against {label(row['b'])}"
-        rows.append([name, ratios, *shares, points_range(Interval.of(row.get("difference"))), p_value(finite(row.get("p")))])
-    head = ("Pair", "Ratios", "Good replies", "of the other", "Difference", "p")
-    return FigureTable("At the nearest perplexity ratios that the doses allow; development split", head, rows) if rows else None
+        rows.append([name, ratios, *shares, points_range(Interval.of(row.get("difference")))])
+    head = ("Pair", "Ratios", "Good replies", "of the other", "Difference")
+    title = "At the nearest perplexity ratios that the doses allow; development split, which chose the other's strengths and so favours it"
+    return FigureTable(title, head, rows) if rows else None
 
 
 def pair(row: Mapping[str, Any]) -> list[CellValue]:

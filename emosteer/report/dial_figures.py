@@ -144,9 +144,7 @@ def checked(check: Mapping[str, Any]) -> Figure:
             cells.append([f"{emotion} {number(s.at, 0)}", *numbers])
     head = ("Emotion and intensity", "Judged P(target)", "Standard error", "Perplexity ratio", "Sound", "Names")
     size = (check.get("test") or {}).get("n_groups")
-    caption = (
-        f"Replies to {size or '?'} other scenario-events at several positions of the dial, judged blind; the band is the 95 % interval."
-    )
+    caption = f"Replies to {size or '?'} other prompts at several positions of the dial, judged blind; the band is the 95 % interval."
     tables = [FigureTable("The dial on other prompts", head, cells)]
     return Figure("dial-check", "The dial on prompts that it was not fitted on", caption, panels, tables, ("check",))
 

@@ -12,7 +12,7 @@ from emosteer.report import plots
 from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys, square
 from emosteer.report.plots import PANEL, WIDE, Steps, Style
-from emosteer.report.wording import number, percent
+from emosteer.report.wording import number, percent, words
 
 SOURCES = ("directions",)
 SHUFFLED = "labels shuffled"
@@ -33,7 +33,7 @@ def evidence(directions: Directions) -> list[Figure]:
     post = [i for i, site in enumerate(directions.sites) if site.kind == RESID_POST]
     e = directions.evidence
     naming = {"held-out": e.accuracy[post].mean(1).tolist(), SHUFFLED: e.accuracy_shuffled[post].mean(1).tolist()}
-    parts = {"halves of the data": e.halves, "valences": e.valences, "themes": e.themes, SHUFFLED: e.halves_shuffled}
+    parts = {"halves of the data": e.halves, **e.across, SHUFFLED: e.halves_shuffled}
     return [
         _naming(directions, naming, e.accuracy[post]),
         _holding({name: values[:, post].mean(0).tolist() for name, values in parts.items()}),
@@ -81,11 +81,13 @@ def _holding(series: Series) -> Figure:
     n_layers = len(next(iter(series.values())))
     rows: list[list[CellValue]] = [[layer, *(number(values[layer], 3) for values in series.values())] for layer in range(n_layers)]
     table = FigureTable("Cosines per layer, mean over emotions", ("Layer", *(name.capitalize() for name in series)), rows)
+    over = [name for name in ("themes", "valences") if name in series]
     caption = (
-        "A direction that carries the emotion and not the context stays the same when it is taken from other scenarios, themes or "
-        "valences. With shuffled labels nothing is left to agree on."
+        "A direction that carries the emotion and not the context stays the same when it is taken from other "
+        f"{words(['prompts', *over], 'or')}. With shuffled labels nothing is left to agree on."
     )
-    return Figure("holding", "Do they hold across themes and valences?", caption, [panel], [table], SOURCES, keys(HOLDING))
+    title = f"Do they hold across {words(over or ['halves of the data'])}?"
+    return Figure("holding", title, caption, [panel], [table], SOURCES, keys({name: HOLDING[name] for name in series}))
 
 
 def layer_similarity(directions: Directions) -> Figure:

@@ -25,9 +25,9 @@ def judges(contest: Measured) -> Figure | None:
     panels = [interval_panel(who, intervals, True, None, (0.0, 1.0)) for who, intervals in shares.items()]
     rows = [[label(method), *(percent_range(intervals[method]) for intervals in shares.values())] for method in contest.results]
     caption = (
-        "Share of replies in which the emotion asked for is read, neutral allowed: by the panel (more than half of the judges give that "
-        "label; with its 95 % interval), and by each judge alone. A judge that stands apart knows something that the others do not, or "
-        "takes something else for emotion."
+        "Share of replies in which the emotion asked for is read, neutral allowed: by the panel (the likeliest label by the "
+        "mean of the judges' probabilities; with its 95 % interval), and by each judge alone. A judge that stands apart knows something "
+        "that the others do not, or takes something else for emotion."
     )
     table = FigureTable("The emotion asked for is read by", ("Method", *shares), rows)
     return Figure("judges", "Each judge beside the panel", caption, panels, [table], SOURCES)

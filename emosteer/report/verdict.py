@@ -269,7 +269,8 @@ def _at_equal_ratio(contest: Measured, other: str) -> str:
     if row is None:
         return ""
     ratios = f"{number(finite(row.get('ratio_a')))} and {number(finite(row.get('ratio_b')))}"
-    return f" At the nearest perplexity ratios ({ratios}, development split): {points_range(Interval.of(row.get('difference')))}."
+    found = points_range(Interval.of(row.get("difference")))
+    return f" At the nearest perplexity ratios ({ratios}; development split, which chose the other's strengths and so favours it): {found}."
 
 
 def _content(contest: Measured) -> list[Finding]:

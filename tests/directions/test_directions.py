@@ -14,11 +14,13 @@ from torch import Tensor
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError, DegenerateDirection, UsageError
+from emosteer.cli.print_artifacts import directions_summary
 from emosteer.directions.activations import Sample, read_states, rows_of, tokenize_group
 from emosteer.directions.contrast import HALVES, Contrasts, make_plan
 from emosteer.directions.directions import Directions, Evidence, from_contrasts
 from emosteer.models.model import Model
 from emosteer.models.sites import MLP_POST, RESID_MID, RESID_POST, Site, Z, residual_sites
+from emosteer.report import direction_figures
 from emosteer.scenarios.scenarios import EMOTIONS, VALENCES, GroupKey
 from tests.conftest import small_data
 from tests.directions.test_contrast import all_sites, constant, made, stream
@@ -96,6 +98,19 @@ def test_evidence_equals_the_naive_one(kept: tuple[Contrasts, list[Sample], dict
         for source, found in ((delta, evidence.accuracy), (shuffled, evidence.accuracy_shuffled)):
             guesses = (delta[held] @ unit(source[~held].mean(0)).T).argmax(-1)
             np.testing.assert_allclose(found[index], (guesses == np.arange(6)).mean(0), atol=1e-7)
+    assert set(evidence.across) == {"themes", "valences"}
+
+
+def test_what_there_were_no_two_of_is_not_told_as_perfect_agreement(kept: tuple[Contrasts, list[Sample], dict[Site, np.ndarray]]) -> None:
+    made = finish(kept[0])
+    assert made.evidence is not None
+    alone = replace(made, evidence=replace(made.evidence, valences=torch.ones_like(made.evidence.valences)))
+    assert set(alone.evidence.across) == {"themes"}  # type: ignore[union-attr]
+    row = directions_summary(alone)["layers"][0]
+    assert row["valences"] is None and isinstance(row["themes"], float)
+    for found, told in ((made, True), (alone, False)):
+        figure = next(figure for figure in direction_figures.evidence(found) if figure.id == "holding")
+        assert ("valences" in figure.title) is told and ("Valences" in str(figure.tables[0].head)) is told
 
 
 def test_a_direction_planted_in_the_model_is_recovered(tiny: Model) -> None:
