@@ -26,9 +26,9 @@ PART = ".part"
 class Entry:
     """A file or folder of the cache.
 
-    kind: "model", "download", "encoder", "compiled step", "judge", "leftover" or "other"; name: how a command calls it; size: bytes;
-    waste: why nothing needs it, empty for what is needed; used: who has it in hand now, empty for nobody. `beside` are small files that go
-    with it.
+    kind: "model", "download", "encoder", "compiled step", "judge", "export", "leftover" or "other"; name: how a command calls it; size:
+    bytes; waste: why nothing needs it, empty for what is needed; used: who has it in hand now, empty for nobody. `beside` are small files
+    that go with it.
     """
 
     kind: str
@@ -48,7 +48,7 @@ def entries() -> list[Entry]:
     """Everything in the cache, largest first. Small bookkeeping (locks, `hashes.json`) is left out."""
     root = cache_dir()
     held = _in_hand(root)
-    found = [*_converted(root), *_downloads(root), *_encoders(root), *_native(root), *_judges(root), *_leftovers(root)]
+    found = [*_converted(root), *_downloads(root), *_encoders(root), *_native(root), *_judges(root), *_exports(root), *_leftovers(root)]
     marked = [_marked(entry, held) for entry in found]
     return sorted(marked, key=lambda entry: (-entry.size, str(entry.path)))
 
@@ -160,6 +160,12 @@ def _judges(root: Path) -> Iterator[Entry]:
     """Opinions of remote judges: they have cost money."""
     for file in sorted((root / "judges").glob("[!.]*.jsonl")):
         yield Entry("judge", file.stem, file, size_of(file))
+
+
+def _exports(root: Path) -> Iterator[Entry]:
+    """Checkpoints for engines that steer by themselves, each as large as its model; made again when they are asked for."""
+    for folder in sorted((root / "exports").glob("[!.]*")):
+        yield Entry("export", folder.name, folder, size_of(folder))
 
 
 def _leftovers(root: Path) -> Iterator[Entry]:

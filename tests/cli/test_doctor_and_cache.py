@@ -156,10 +156,12 @@ def test_what_is_named_goes_too_and_what_is_not_there_is_refused(run: Run, tmp_p
 
 def test_all_of_it_goes_when_all_is_asked_for_and_hashes_of_lost_files_are_forgotten(run: Run, tmp_path: Path) -> None:
     opinions, here = file(tmp_path / "cache" / "judges" / "gpt.jsonl", 500), file(tmp_path / "here")
+    export = file(tmp_path / "cache" / "exports" / "m-anger-0" / "model.safetensors", 3000).parent
+    assert listed(run)[export.name]["kind"] == "export" and not listed(run)[export.name]["waste"]
     memory = tmp_path / "cache" / "hashes.json"
     memory.write_text(json.dumps({str(here): [10, 1, "a"], str(tmp_path / "lost"): [10, 1, "b"]}))
     assert run("cache", "clean", "--all", "--yes")[0] == 0
-    assert not opinions.exists() and json.loads(memory.read_text()) == {str(here): [10, 1, "a"]}
+    assert not opinions.exists() and not export.exists() and json.loads(memory.read_text()) == {str(here): [10, 1, "a"]}
 
 
 def test_what_is_being_written_or_prepared_stays(run: Run, tmp_path: Path) -> None:
