@@ -7,7 +7,7 @@ MODEL ?= smollm2-135m
 PUBLIC ?=
 # Options for every stage that loads the model, for example OPTIONS="--dtype bfloat16".
 OPTIONS ?=
-# How large the dial, its check and the contest are: as in docs/RESULTS.md, which leaves two controls out of the contest and computes in bfloat16. DIAL= CHECK= CONTEST= leave it to the commands (hours).
+# How large the dial, its check and the contest are: as in docs/RESULTS.md, whose contest leaves the controls out. DIAL= CHECK= CONTEST= leave it to the commands (hours).
 DIAL ?= --groups 32 --points 6 --refine 1 --max-new-tokens 48 --batch-size 96
 CHECK ?= --groups 24 --skip 6 --max-new-tokens 48 --batch-size 96
 CONTEST ?= --groups 48 --dev-groups 16 --doses 0.7,1,1.3 --max-new-tokens 48 --batch-size 96
@@ -37,7 +37,7 @@ help:
 	@echo "make showcase     the pictures and the gallery of the documents again, from the model (a minute)"
 	@echo "make docs         the documents as a site in build/site/; a dead link stops it"
 	@echo "make cuda         on a CUDA machine: every stage against the CPU, tokens/s beside the bandwidth bound, into bench/gpu/; no network"
-	@echo "make reproduce    everything above for MODEL=$(MODEL), from scenarios to the report; goes on where it stopped"
+	@echo "make reproduce    circuits, heads, the dial's check, evaluate and report for MODEL=$(MODEL), with time and memory of each; goes on where it stopped"
 
 $(VENV)/.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -124,14 +124,9 @@ cuda:
 	$(CUDA_PYTHON) -m pytest -m gpu tests/test_cuda.py
 	$(CUDA_PYTHON) -m bench.cuda $(OPTIONS)
 
-# The recipe runs its stages in this order; each is skipped or continued by what it finds in artifacts/.
-START := $(shell date +%s)
-reproduce: circuits
-	$(BIN)/emosteer heads --model $(MODEL) $(OPTIONS)
-	$(BIN)/emosteer calibrate --check --model $(MODEL) $(CHECK) $(OPTIONS)
-	$(BIN)/emosteer evaluate --model $(MODEL) $(CONTEST) $(OPTIONS)
-	$(BIN)/emosteer report --model $(MODEL)
-	@echo "make reproduce took $$(( ($$(date +%s) - $(START) + 59) / 60 )) minutes" >&2
+# Stages that are finished are not run again while code, data and options are the same (bench/reproduce.py).
+reproduce: setup
+	$(BIN)/python -m bench.reproduce --model '$(MODEL)' --each='$(OPTIONS)' --dial='$(DIAL)' --check='$(CHECK)' --contest='$(CONTEST)'
 
 clean:
 	rm -rf $(VENV) artifacts .pytest_cache .ruff_cache .mypy_cache
