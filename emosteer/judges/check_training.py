@@ -105,7 +105,8 @@ def as_strict(head: LinearHead, label: str, margins: Tensor, readers: Tensor, le
 def left_out_margins(
     fit: Callable[[Tensor], LinearHead], features: Tensor, label: str, folds: Sequence[int], read: int
 ) -> tuple[LinearHead, Tensor]:
-    """A head of all examples, and the log odds of a label for the read ones, each seen by a head that was fitted on other prompts.
+    """A head of all examples, and the log odds of a label for the read ones, each seen by a head that was fitted on no read reply to its
+    prompt. Examples that were made are fitted on in every fold, whatever their prompt.
 
     Args:
         fit: of a mask over the examples; features: [example, feature], the read ones last; folds: of the read ones.

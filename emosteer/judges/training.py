@@ -106,7 +106,8 @@ def read_own(name: str, file: str) -> Source:
 
 
 def read_source_of_replies() -> Source:
-    """Replies that models wrote and readers labelled, as a source whose held-out texts answer other prompts than those fitted on."""
+    """Replies that models wrote and readers labelled, as a source whose held-out texts answer other prompts than those of it that are
+    fitted on. (`model_replies.jsonl`, which is held out by text, has replies to some of the same prompts.)"""
     files = (*CHECKED, STRICTLY)
     read, seen = read_replies(*map(data_path, files)), set[str]()
     parts: dict[bool, list[Labelled]] = {True: [], False: []}
