@@ -58,7 +58,8 @@ def _print_points(rows: Sequence[Row], title: str) -> None:
         if row["emotion"] != ALL and "others" not in row and len({one["emotion"] for one in rows}) > 1:
             continue
         place = f"{row['figure']}, {row['elicitation']} {row['size']} {row['kind']}" + (f" x{row['dose']:g}" if row["dose"] != 1 else "")
-        matched = [_interval(row["random"]), f"{row['ratio']:.1f}", f"{row['p']:.3f}"] if "random" in row else ["", "", ""]
+        ratio = f"{row['ratio']:.1f}" if "ratio" in row else "-"  # random sets do nothing, or the opposite
+        matched = [_interval(row["random"]), ratio, f"{row['p']:.3f}"] if "random" in row else ["", "", ""]
         extra = [f"{row[name][0]:.2f}" if name in row else "" for name in ("sized", "others")]
         size = f"{row['taken']:.1f} / {row['random_taken']:.1f}" if "random_taken" in row else ""
         share = f"{100 * row['share'][0]:.0f} %"

@@ -3,7 +3,8 @@
 Memory is O(sites x d_model), independent of the number of groups. Sums are kept in float64 with the rounding error of every
 addition beside them (twice the precision): neither the order of batches shows, nor how they were divided among processes, not even in
 the last bit. A stratum is a set of groups whose mean is wanted by itself: each half, each theme, each valence, the held-out groups,
-and both halves again with the emotions' labels shuffled inside each group (the control for every claim).
+and both halves again with the emotions' labels shuffled inside each group (the control for the agreement of the halves and for what is
+read from held-out groups; themes and valences have none).
 
 A group may lack emotions. Its own mean is then not the mean of all emotions, and a plain average of contrasts would depend on what is
 missing. What is averaged instead are the parts of `h[g,e] = b[g] + m[e]` (docs/METHOD.md section 2): each group is centred on the emotions

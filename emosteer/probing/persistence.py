@@ -64,24 +64,23 @@ def persistence(
     """Accuracy by distance, every text read by probes that were fitted to other groups' texts.
 
     Args:
-        chosen: the texts that are followed; site: where they are read; decay: the penalty.
+        chosen: the texts that are followed, of two groups at least; site: where they are read; decay: the penalty.
 
     Returns:
         distances, texts, window, and per distance with intervals: "fitted" (a probe fitted at the distance), "transferred" (the one fitted
         at distance 0), "shuffled" (fitted at the distance to shuffled labels), "lexical" (naive Bayes on the words that the window holds).
+        Distance 0 is there whether it was asked for or not.
     """
     room = model.shape.context - len(frame(model)) - settings.longest
-    distances = tuple(sorted(distance for distance in settings.distances if distance <= room)) or (0,)
+    distances = tuple(sorted({0, *(distance for distance in settings.distances if distance <= room)}))
     some = [texts.texts[i] for i in chosen]
     groups = [text.group for text in some]
     rows = rows_after(model, [text.text for text in some], settings.longest, distances, settings.seed)
     names = [f"after {distance}" for distance in distances]
-    states = read_shards(model, rows, [site], folder, budget=settings.batch_tokens, names=names, described="follow (texts)")
+    place = folder / "-".join(map(str, distances))  # states at other distances are others
+    states = read_shards(model, rows, [site], place, budget=settings.batch_tokens, names=names, described="follow (texts)")
     labels = torch.tensor([texts.labels.index(text.label) for text in some])
-    n_folds = settings.folds + 1  # the more is fitted to, the better; no text is set aside here
-    folds = torch.tensor([min(int(stable_share(f"follow/{group}", settings.seed) * n_folds), n_folds - 1) for group in groups])
-    held = torch.stack([folds == fold for fold in range(n_folds)])
-    held = held[held.any(1)]
+    held = held_out(groups, settings.folds + 1, settings.seed)  # the more is fitted to, the better; no text is set aside here
     n_folds = len(held)
     dealt = torch.stack([labels, training.shuffled(labels, torch.ones(len(labels), dtype=torch.bool), settings.seed)])
     runs = training.Runs(dealt.repeat_interleave(n_folds, 0), (~held).float().repeat(2, 1), torch.full((1, 2 * n_folds), decay))
@@ -93,10 +92,24 @@ def persistence(
         curves.append({"fitted": own[0] == labels, "shuffled": own[1] == labels, "transferred": first[0] == labels})
     lexical = _lexical(model, rows, labels, held, len(texts.labels))
     points = []
-    for place, (distance, hits) in enumerate(zip(distances, curves, strict=True)):
+    for distance, hits, words_alone in zip(distances, curves, lexical, strict=True):
         told = {name: share(hit.double().tolist(), groups) for name, hit in hits.items()}
-        points.append({"distance": distance, **told, "lexical": share(lexical[place], groups)})
+        points.append({"distance": distance, **told, "lexical": share(words_alone, groups)})
     return {"texts": len(some), "window": WINDOW, "site": str(site), "longest": room, "points": points}
+
+
+def held_out(groups: Sequence[str], n_folds: int, seed: int) -> Tensor:
+    """Which texts each fold holds out: whole groups, drawn, or dealt by turns where the draw would hold out all of them at once and leave
+    nothing to fit to. Shape [fold, text], folds without a text left out.
+
+    Args:
+        groups: by text, two different ones at least.
+    """
+    drawn = {group: stable_share(f"follow/{group}", seed) for group in groups}
+    folds = {group: min(int(place * n_folds), n_folds - 1) for group, place in drawn.items()}
+    if len(set(folds.values())) == 1:
+        folds = {group: place % n_folds for place, group in enumerate(sorted(drawn, key=lambda group: drawn[group]))}
+    return torch.tensor([[folds[group] == fold for group in groups] for fold in sorted(set(folds.values()))])
 
 
 def _of(states: Any, name: str) -> training.Shards:

@@ -238,6 +238,10 @@ def _persistence(
     if not settings.followed:
         return {}
     chosen = texts.some(range(len(texts.texts)), max(1, settings.followed // len(texts.labels)))
+    if len({texts.texts[i].group for i in chosen}) < 2:
+        notes.append("persistence was not measured: the texts to be followed are all replies to one prompt; raise --followed")
+        note(notes[-1])
+        return {}
     found = persistence(model, texts, chosen, site, decay, place / "followed", settings)
     if beyond := [distance for distance in settings.distances if distance > found["longest"]]:
         notes.append(f"distances {', '.join(map(str, beyond))} do not fit the context of {model.name} ({model.shape.context} tokens)")

@@ -2,7 +2,8 @@
 
 A run is one way of fitting: which texts count, with which labels. All runs see the same states, so that one matrix product serves them
 all. The linear probe is multinomial logistic regression with an L2 penalty, the non-linear one a layer of GELUs before it. States are
-standardised by the mean and the spread over the texts that are fitted on.
+standardised by one mean and one spread for all runs, over the texts that any of them is fitted on: where runs take turns in holding out,
+what one of them holds out has its share in these, though its labels have none.
 """
 
 from __future__ import annotations

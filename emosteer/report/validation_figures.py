@@ -43,7 +43,7 @@ def _points(rows: Sequence[Row], caption: str, figure: str) -> FigureTable | Non
     """The mean over emotions at every point."""
     cells: list[list[CellValue]] = []
     for row in (row for row in rows if row["emotion"] == ALL and row["dose"] == 1 and row["figure"] == figure):
-        random = [_range(row["random"]), number(row["ratio"], 1), p_value(row["p"])] if "random" in row else ["", "", ""]
+        random = [_range(row["random"]), number(row.get("ratio"), 1), p_value(row["p"])] if "random" in row else ["", "", ""]
         others = _range(row["others"]) if "others" in row else ""
         place = f"{row['size']}, by {KINDS.get(row['kind'], row['kind'])} ({row['elicitation']})"
         cells.append([place, _range(row["moved"]), percent(row["share"][0], 0), *random, others])

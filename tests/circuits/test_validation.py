@@ -17,19 +17,39 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.learning import reply_costs
 from emosteer.circuits.places import Places
 from emosteer.circuits.validation import validate as stage
-from emosteer.circuits.validation.bench import FOLLOWED, passage_of
+from emosteer.circuits.validation.bank_rankings import BankContrasts, Parting
+from emosteer.circuits.validation.bench import FOLLOWED, Bench, passage_of
 from emosteer.circuits.validation.overlaps import common_by_chance, overlap_of, shared_by_chance
 from emosteer.circuits.validation.replays import Intervention, Passage, Readout, capture, replay, sites_of
 from emosteer.circuits.validation.settings import MEAN, NEUTRALLY, RESAMPLE, ValidateSettings
-from emosteer.circuits.validation.trials import ABLATE, KEEP, NEUTRAL_ASKED, OWN, WHOLE, Sets, Trial, core_of, plan
+from emosteer.circuits.validation.trials import (
+    ABLATE,
+    HALVES,
+    KEEP,
+    NEUTRAL_ASKED,
+    NOTHING,
+    OTHER_HALF,
+    OWN,
+    SAME_HALF,
+    WHOLE,
+    Sets,
+    Trial,
+    core_of,
+    plan,
+    sets_of,
+)
 from emosteer.circuits.validation.unit_sets import UnitSet, matched, matched_in_size, taken
 from emosteer.circuits.validation.validation import Validation
 from emosteer.cli import main as cli
+from emosteer.cli.print_validation import print_validation, validation_summary
 from emosteer.models.interventions import replace_units
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
+from emosteer.report import validation_figures
 from emosteer.report.inputs import read_inputs
 from emosteer.report.sections import sections
+from emosteer.report.wording import DASH
+from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.prompts import elicit
 from emosteer.scenarios.scenarios import NEUTRAL, Bank, Group, GroupKey
 from tests.conftest import build
@@ -128,7 +148,7 @@ def test_with_every_head_taken_from_another_prompt_the_run_is_that_prompt_s(exac
     every = UnitSet(torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 0, dtype=torch.bool))
     source = capture(exact, neutral, sites_of(exact, False))
     nothing = every.without(every)
-    found = replay(exact, asked, [Intervention(every), Intervention(nothing.outside()), Intervention(nothing)], source, readout(exact))
+    found = replay(exact, asked, [Intervention(every), Intervention(nothing.outside(False)), Intervention(nothing)], source, readout(exact))
     wanted = replay(exact, neutral, [None], {}, readout(exact))
     for place in (0, 1):
         assert torch.allclose(found.costs[place], wanted.costs[0], atol=1e-12)
@@ -223,8 +243,8 @@ def test_every_point_has_its_baselines_and_no_trial_is_there_twice() -> None:
     assert len(set(trials)) == len(trials)
     for trial in trials:
         assert Trial("anger", trial.asked, trial.elicitation) in trials
-        if trial.action == KEEP:
-            assert replace(trial, size=WHOLE, who="nothing", dose=1.0) in trials
+        if trial.action == KEEP or (trial.action == ABLATE and trial.kind != MEAN and trial.asked == trial.emotion):
+            assert replace(trial, size=WHOLE, who=NOTHING, action=KEEP, dose=1.0) in trials, "however the emotion is asked for"
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------------------
@@ -333,6 +353,89 @@ def test_neurons_are_ablated_with_the_heads_and_held_without_them(planted: Plant
     assert both["share"][0] > heads["share"][0] - 0.05 and both["random_share"][0] < 0.4
     assert row(made, "necessary", RESAMPLE, emotion="anger")["units"] == 5
     assert row(made, "sufficient", NEUTRALLY)["share"][0] > 0.3, "with every other neuron held as well"
+
+
+def benched(
+    planted: Planted, circuit: Circuit, prompts: tuple[list[Group], Bank], settings: ValidateSettings
+) -> tuple[Bench, BankContrasts]:
+    """The bench of a run, and what its rankings are made from."""
+    groups, bank = prompts
+    usable, tried, references = stage.drawn_prompts(circuit, groups, bank, settings)
+    contrasts, kept = stage._read(planted.model, circuit, bank, usable, references, settings)
+    return stage.bench_of(planted.model, circuit, bank, tried, contrasts, kept, settings), contrasts
+
+
+def test_with_nothing_kept_everything_is_held_neurons_too(planted: Planted) -> None:
+    """What sufficiency is measured from, where the circuit has neurons: the empty set of the very intervention."""
+    units = [[e, unit.layer, unit.index] for e, members in enumerate(planted.neurons) for unit in sorted(members, key=str)]
+    circuit = replace(circuit_of(planted, planted.heads), neuron_index=torch.tensor(units), neuron_delta=torch.ones(len(units)))
+    bench, _ = benched(planted, circuit, data(), SMALL)
+    whole = bench.sets[0].own[WHOLE]
+    every = UnitSet(torch.ones_like(whole.heads), torch.ones_like(whole.neurons))
+    heads = UnitSet(every.heads, torch.zeros_like(whole.neurons))
+    bench = replace(bench, sets=[replace(one, own={**one.own, "every": every, "heads": heads}) for one in bench.sets])
+    asked = Trial("anger", "anger", "tone", WHOLE, NOTHING, KEEP, MEAN)
+    ablated = [replace(asked, size=size, who=OWN, action=ABLATE) for size in ("every", "heads")]
+    nothing, all_units, all_heads = bench.run(0, "tone", "anger", [asked, *ablated])
+    assert nothing == pytest.approx(all_units, abs=1e-5)
+    assert all_units != pytest.approx(all_heads, abs=1e-3), "else it makes no difference here"
+
+
+def test_a_kind_of_prompts_is_in_one_half_of_the_ranked_and_of_the_tried(planted: Planted) -> None:
+    """The tried prompts are of fewer kinds than there are; which of them are held out was decided by all."""
+    words = iter(OTHERS * 3)
+    groups = [Group(GroupKey(f"{kind}{i}", ""), kind, f"{next(words)} {next(words)}", kind) for i in range(2) for kind in KINDS]
+    bank = {group.key: dict(WORDS) for group in groups}
+    bench, contrasts = benched(planted, circuit_of(planted, planted.heads), (groups, bank), replace(SMALL, prompts=4, bank_groups=16))
+    ranked = {group.kind: half for group, half in zip(stage.drawn(groups, 16), contrasts.halves.tolist(), strict=True)}
+    assert len({group.kind for group in bench.groups}) == 4 < len(ranked) and set(ranked.values()) == {0, 1}
+    assert list(bench.halves) == [ranked[group.kind] for group in bench.groups]
+    few, read = benched(planted, circuit_of(planted, planted.heads), (groups, bank), replace(SMALL, prompts=4, bank_groups=3))
+    assert read.parting == contrasts.parting == Parting.of(groups) and few.halves == bench.halves, "nor do the ranked decide"
+
+
+def test_where_a_half_has_no_prompt_nothing_is_tried_with_its_ranking(planted: Planted) -> None:
+    """Three drawn prompts of one theme while there are two: there is no ranking of the other half, and all else is tried."""
+    groups = [replace(group, kind="question", theme=("home", "work")[i > 2]) for i, group in enumerate(data()[0])]
+    circuit = circuit_of(planted, planted.heads)
+    sets = sets_of(planted.model, circuit, torch.ones(circuit.heads.shape), [], SMALL)
+    assert {Parting.of(groups).half(group) for group in groups[:3]} == {0}
+    for one in sets:
+        assert WHOLE in one.own and not set(HALVES) & set(one.own)
+        assert not {SAME_HALF, OTHER_HALF} & {trial.size for trial in plan(one, EMOTIONS, SMALL)}
+
+
+def test_circuits_of_different_sizes_lend_and_write_with_the_focus_of_each(planted: Planted, tmp_path: Path) -> None:
+    """Sadness has more heads than the focus, the others fewer: its focus is a share of the heads, theirs the whole circuit."""
+    groups, bank = data()
+    e = EMOTIONS.index("sadness")
+    heads = [set(members) for members in planted.heads]
+    heads[e] |= {Head(2, h) for h in range(8)}
+    circuit = circuit_of(planted, heads)
+    deltas = circuit.z_delta.clone()
+    deltas[e, 2] *= 0.01  # the others are the largest
+    circuit, settings = replace(circuit, z_delta=deltas), replace(SMALL, written=1, parts=("swaps",))
+    made = stage.validate(planted.model, circuit, groups, bank, settings, jury=jury(tmp_path))
+    assert {one["emotion"]: one["size"] for one in made.tables["swaps"]} == {f: "5%" if f == "sadness" else WHOLE for f in EMOTIONS}
+    equal = stage.validate(planted.model, circuit_of(planted, planted.heads), groups, bank, replace(settings, written=0))
+    lent, wanted = ({one["emotion"]: one["lent"] for one in some.tables["swaps"]} for some in (made, equal))
+    assert lent["anger"]["sadness"] == pytest.approx(wanted["anger"]["sadness"], abs=1e-5), "with its focus, not with all its heads"
+    assert [(one["who"], one["size"]) for one in made.tables["written"]] == [
+        ("clean", WHOLE), *(((who, size)) for size in ("5%", WHOLE) for who in (OWN, "random"))
+    ]  # fmt: skip
+    assert {one["size"] for one in made.tables["overlaps"]} == {"5%", WHOLE}
+    at_focus = [one for one in made.tables["overlaps"] if one["size"] == "5%"]
+    assert len(at_focus) == 15 and not any(one["common"] for one in at_focus)
+
+
+def test_a_ratio_that_says_nothing_is_not_shown(found: Validation, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{name: value for name, value in one.items() if name != "ratio"} for one in found.tables["necessary"] if one["size"] == WHOLE]
+    without = replace(found, tables={**dict.fromkeys(found.tables, ()), "necessary": rows})
+    print_validation({**validation_summary(without), "file": "v.safetensors"})
+    (head, line) = [text for text in capsys.readouterr().out.splitlines() if "ratio" in text or f"{WHOLE} {MEAN}" in text][:2]
+    assert "ratio" in head and " - " in line
+    table = validation_figures.tables(without)[0]
+    assert {cells[table.head.index("Ratio")] for cells in table.rows} == {DASH}
 
 
 def test_what_asking_brings_is_what_all_heads_carry(found: Validation) -> None:

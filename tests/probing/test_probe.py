@@ -17,10 +17,10 @@ from emosteer.base.errors import ArtifactError, DataError, ModelError
 from emosteer.base.files import kept_progress, write_jsonl
 from emosteer.cli import main as cli
 from emosteer.models.model import Model
-from emosteer.models.sites import MLP_OUT, RESID_POST, Site, Z
+from emosteer.models.sites import MLP_OUT, RESID_POST, Site, Z, parse_site
 from emosteer.probing import probe as stage
 from emosteer.probing.malleability import CIRCUIT, RANDOM, SYSTEM, Steering, adding, as_long, readings
-from emosteer.probing.persistence import WINDOW, neutral_tokens, rows_after
+from emosteer.probing.persistence import WINDOW, held_out, neutral_tokens, persistence, rows_after
 from emosteer.probing.probes import LINEAR, NONLINEAR, Probes
 from emosteer.probing.prompting import FEW, ZERO, asked, conversation, examples
 from emosteer.probing.reading import SHARD, frame, read_shards, text_row
@@ -173,6 +173,37 @@ def test_persistence_compares_with_words_and_shuffled_labels(whole: tuple[Probes
     assert points[0]["fitted"] == points[0]["transferred"] and points[0]["fitted"]["value"] > 0.7
     assert points[0]["lexical"]["value"] > 0.8 and all(point["lexical"]["value"] < 0.5 for point in points[1:])
     assert abs(sum(point["shuffled"]["value"] for point in points) / 3 - 1 / 3) < 0.15
+
+
+def test_what_is_transferred_was_fitted_at_the_passage_whatever_distances_are_asked_for(
+    tiny: Model, whole: tuple[Probes, Path], tmp_path: Path
+) -> None:
+    found, texts = whole[0], small_texts()
+    decay = found.point(found.chosen)["decay"]
+    chosen = texts.some(range(len(texts.texts)), SETTINGS.followed // len(texts.labels))
+    asked_for = replace(SETTINGS, distances=(12, 40))
+    read = persistence(tiny, texts, chosen, parse_site(found.persistence["site"]), decay, tmp_path, asked_for)
+    assert read == found.persistence
+    assert any(point["transferred"] != point["fitted"] for point in read["points"][1:])
+
+
+def test_no_fold_holds_out_everything_that_is_followed() -> None:
+    """Two prompts fall into the same of four folds one time in four."""
+    groups = ["a", "b", "a", "b", "b"]
+    for seed in range(20):
+        held = held_out(groups, 4, seed)
+        assert len(held) == 2 and torch.equal(held.sum(0), torch.ones(5, dtype=torch.int64))
+        assert {tuple(row) for row in held.tolist()} == {(True, False, True, False, False), (False, True, False, True, True)}
+    many = held_out([f"{i}" for i in range(100)], 4, 0)
+    assert len(many) == 4 and many.any(1).all() and torch.equal(many.sum(0), torch.ones(100, dtype=torch.int64))
+
+
+def test_texts_of_one_prompt_alone_are_not_followed_and_the_notes_say_so(tiny: Model, tmp_path: Path) -> None:
+    """There would be nothing to fit to."""
+    texts, notes = small_texts(), list[str]()
+    one = replace(texts, texts=tuple(replace(text, group="the same") for text in texts.texts))
+    assert stage._persistence(tiny, one, replace(SETTINGS, followed=3), Site(0, RESID_POST), 0.1, tmp_path, notes) == {}
+    assert len(notes) == 1 and "all replies to one prompt" in notes[0] and not list(tmp_path.iterdir())
 
 
 def test_the_model_is_asked_by_the_likelihood_of_its_answers(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,14 +23,43 @@ from emosteer.scenarios.splits import stable_share
 AT_ONCE = 10
 
 
+@dataclass(frozen=True)
+class Parting:
+    """Which half of the prompts each one belongs to: whole kinds of prompts, whole themes where there is one kind, drawn where there is
+    one of both. Made once from all prompts that can be used, so that a kind is in the same half wherever some of them are looked at.
+
+    by: "kind", "theme", or "" where all are drawn; names: of kinds or themes, which belong to the two halves by turns.
+    """
+
+    by: str
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Parting:
+        """groups: all that can be used."""
+        for by in ("kind", "theme"):
+            names = sorted({getattr(group, by) for group in groups})
+            if len(names) > 1:
+                return cls(by, tuple(names))
+        return cls("", ())
+
+    def half(self, group: Group) -> int:
+        """0 or 1. A prompt whose kind or theme was not among those of all prompts is drawn."""
+        name = getattr(group, self.by) if self.by else None
+        if name in self.names:
+            return self.names.index(name) % 2
+        return int(stable_share(f"half/{group.key}", 0) < 0.5)
+
+
 @dataclass(frozen=True, eq=False)
 class BankContrasts:
     """Contrasts of single prompts. z: [group, emotion, layer, n_heads * d_head]; mid: [group, emotion, layer, d_model], of the stream
-    behind attention; halves: [group], 0 or 1."""
+    behind attention; halves: [group], 0 or 1, as `parting` has it."""
 
     z: Tensor
     mid: Tensor
     halves: Tensor
+    parting: Parting
 
     def scores(self, model: Model, weights: Tensor) -> Tensor:
         """Mean contrastive contribution of every head to the direction of its layer, both from the weighted prompts.
@@ -48,9 +77,20 @@ class BankContrasts:
 
 
 def read_contrasts(
-    model: Model, groups: Sequence[Group], bank: Bank, emotions: Sequence[str], instruction: str, batch_tokens: int
+    model: Model,
+    groups: Sequence[Group],
+    bank: Bank,
+    emotions: Sequence[str],
+    instruction: str,
+    batch_tokens: int,
+    parting: Parting | None = None,
 ) -> BankContrasts:
-    """Reads prompts that have a reply in every emotion, as `extract` does (the `reply` elicitation)."""
+    """Reads prompts that have a reply in every emotion, as `extract` does (the `reply` elicitation).
+
+    Args:
+        parting: of all prompts that can be used, where these are not all.
+    """
+    parting = parting or Parting.of(groups)
     samples = {
         index: tokenize_group(model, group, "reply", emotions, {e: bank[group.key][e] for e in emotions}, instruction)
         for index, group in enumerate(groups)
@@ -69,16 +109,7 @@ def read_contrasts(
                     state = states[Site(layer, kind)].float()
                     into[places, :, layer] = (state - state.mean(1, keepdim=True)).cpu()
             advance(len(batch))
-    return BankContrasts(z, mid, torch.tensor(halves_of(groups)))
-
-
-def halves_of(groups: Sequence[Group]) -> list[int]:
-    """Which half each prompt belongs to: whole kinds of prompts, whole themes where there is one kind, drawn where there is one of both."""
-    for name in (lambda group: group.kind, lambda group: group.theme):
-        values = sorted({name(group) for group in groups})
-        if len(values) > 1:
-            return [values.index(name(group)) % 2 for group in groups]
-    return [int(stable_share(f"half/{group.key}", 0) < 0.5) for group in groups]
+    return BankContrasts(z, mid, torch.tensor([parting.half(group) for group in groups]), parting)
 
 
 def best(scores: Tensor, counts: Sequence[int]) -> Tensor:

@@ -17,10 +17,12 @@ from emosteer.circuits.validation.trials import (
     CLEAN,
     KEEP,
     NEUTRAL_ASKED,
+    OWN,
     READING,
     SWAPPED,
     Sets,
     Trial,
+    focus_of,
 )
 from emosteer.circuits.validation.unit_sets import UnitSet, written_lengths
 from emosteer.models.model import Model
@@ -175,11 +177,14 @@ class Bench:
         sets = self.sets[self.circuit.emotions.index(trial.emotion)]
         if action != ADD:
             units = sets.of(trial.size, trial.who, self.halves[place])
-            return Intervention(units.outside() if action == KEEP else units, trial.dose)
+            return Intervention(units.outside(sets.holds_neurons) if action == KEEP else units, trial.dose)
         lender = trial.who.removeprefix("heads of ")
-        borrowed = lender in self.circuit.emotions
-        units = self.sets[self.circuit.emotions.index(lender)].of(trial.size, "circuit") if borrowed else sets.of(trial.size, trial.who)
-        wanted = self._added(sets.of(trial.size, "circuit"), trial.emotion)
+        if lender in self.circuit.emotions:
+            theirs = self.sets[self.circuit.emotions.index(lender)]
+            units = theirs.of(focus_of(theirs, self.settings), OWN)  # whose circuit may be smaller or larger than the focus
+        else:
+            units = sets.of(trial.size, trial.who)
+        wanted = self._added(sets.of(trial.size, OWN), trial.emotion)
         heads = UnitSet(units.heads, units.neurons[:, :0])
         return Intervention(heads, DEFAULT_STRENGTH * wanted / max(self._added(units, trial.emotion), 1e-12))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emosteer.circuits.validation.bench import FOLLOWED, READ
-from emosteer.circuits.validation.intervals import Resampled, chance, effect_size, estimate, share
+from emosteer.circuits.validation.intervals import Resampled, chance, effect_size, estimate, quotient, share
 from emosteer.circuits.validation.settings import ENOUGH, MEAN, RATIO, SPECIFIC
 from emosteer.circuits.validation.trials import (
     ABLATE,
@@ -55,18 +55,18 @@ class Figures:
         return Trial(trial.emotion, trial.asked, trial.elicitation, who=who)
 
 
-def findings(values: Mapping[Trial, Tensor], sets: Sequence[Sets], seed: int) -> dict[str, list[Row]]:
-    """All tables. values: trial -> [figure, prompt]; sets: by emotion."""
+def findings(values: Mapping[Trial, Tensor], sets: Sequence[Sets], halves: Sequence[int], seed: int) -> dict[str, list[Row]]:
+    """All tables. values: trial -> [figure, prompt]; sets: by emotion; halves: which half each prompt belongs to."""
     n = next(iter(values.values())).shape[-1]
     figures = Figures(values, Resampled.of(n, seed))
     by_emotion = {one.emotion: one for one in sets}
-    necessary = _grouped(figures, by_emotion, ABLATE)
+    necessary = _grouped(figures, by_emotion, halves, ABLATE)
     return {
         "necessary": necessary,
-        "sufficient": _grouped(figures, by_emotion, KEEP),
+        "sufficient": _grouped(figures, by_emotion, halves, KEEP),
         "reading": _reading(figures),
         "swaps": _swaps(figures),
-        "claims": _claims(necessary),
+        "claims": _claims(necessary, len(sets)),
     }
 
 
@@ -79,14 +79,14 @@ def _points(figures: Figures, action: str) -> dict[tuple[str, str, str, float], 
     return found
 
 
-def _grouped(figures: Figures, sets: Mapping[str, Sets], action: str) -> list[Row]:
+def _grouped(figures: Figures, sets: Mapping[str, Sets], halves: Sequence[int], action: str) -> list[Row]:
     rows: list[Row] = []
     for (elicitation, size, kind, dose), trials in _points(figures, action).items():
         for figure in FOLLOWED:
             told = {"figure": figure, "elicitation": elicitation, "size": size, "kind": kind, "dose": dose}
             measured = [_measured(figures, trial, figure) for trial in trials]
             for trial, one in zip(trials, measured, strict=True):
-                rows.append({"emotion": trial.emotion, **told, **one.row(), **_taken(figures, sets[trial.emotion], trial)})
+                rows.append({"emotion": trial.emotion, **told, **one.row(), **_taken(figures, sets[trial.emotion], halves, trial)})
             if len(trials) > 1:
                 rows.append({"emotion": ALL, **told, **_Measured.mean(measured).row()})
     return rows
@@ -114,7 +114,8 @@ class _Measured:
             own = self.own[0].item()
             row["random"] = estimate(self.random).record()
             row["random_share"] = estimate(share(self.random, self.whole)).record()
-            row["ratio"] = share(self.own, self.random)[0].item()
+            if (ratio := quotient(own, self.random[0].item())) is not None:
+                row["ratio"] = ratio
             row["above"] = estimate(self.own - self.random).record()
             row["effect_size"], row["p"] = effect_size(own, self.sets), chance(own, self.sets)
         if self.sized is not None:
@@ -146,8 +147,7 @@ def _floor(figures: Figures, trial: Trial) -> Trial:
 
 
 def _measured(figures: Figures, trial: Trial, figure: str) -> _Measured:
-    draws, clean = figures.draws, figures.of(figures.clean(trial), figure)
-    floor = figures.values.get(_floor(figures, trial), figures.values[figures.clean(trial, NEUTRAL_ASKED)])[FOLLOWED.index(figure)]
+    draws, clean, floor = figures.draws, figures.of(figures.clean(trial), figure), figures.of(_floor(figures, trial), figure)
 
     def moved(values: Tensor) -> Tensor:
         """By how much the figure fell, or by how much it came through."""
@@ -169,12 +169,12 @@ def _measured(figures: Figures, trial: Trial, figure: str) -> _Measured:
     )
 
 
-def _taken(figures: Figures, sets: Sets, trial: Trial) -> Row:
+def _taken(figures: Figures, sets: Sets, halves: Sequence[int], trial: Trial) -> Row:
     """What the set and its random ones take out of the stream, in the stream's units."""
     n = len(figures.sets(trial, "random", "margin"))
-    own = sets.taken(trial.size, OWN)
+    own = sets.taken(trial.size, OWN, halves)
     row: Row = {"units": sets.count(trial.size), "taken": own}
-    return {**row, "random_taken": sum(sets.taken(trial.size, f"random:{i}") for i in range(n)) / n} if n else row
+    return {**row, "random_taken": sum(sets.taken(trial.size, f"random:{i}", halves) for i in range(n)) / n} if n else row
 
 
 def _reading(figures: Figures) -> list[Row]:
@@ -221,15 +221,20 @@ def _swaps(figures: Figures) -> list[Row]:
     return rows
 
 
-def _claims(necessary: Sequence[Row]) -> list[Row]:
-    """Whether the drop is what the claim asks for, by emotion, at every point that has what is needed to say so."""
+def _claims(necessary: Sequence[Row], n_emotions: int) -> list[Row]:
+    """Whether the drop is what the claim asks for, by emotion, at every point that has what is needed to say so.
+
+    Args:
+        n_emotions: of the circuit; a point may have fewer, where circuits are of different sizes.
+    """
+    enough = min(ENOUGH, n_emotions)
     rows: list[Row] = []
     points: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in necessary:
         if row["emotion"] != ALL and row["dose"] == 1 and "random" in row and "others" in row:
             points.setdefault((row["figure"], row["elicitation"], row["size"], row["kind"]), []).append(row)
     for (figure, elicitation, size, kind), found in points.items():
-        larger = [row["emotion"] for row in found if row["ratio"] >= RATIO and row["moved"][0] > 0]
+        larger = [row["emotion"] for row in found if 0 < row["moved"][0] >= RATIO * row["random"][0]]
         apart = [row["emotion"] for row in found if row["moved"][1] > row["random"][2]]
         specific = [row["emotion"] for row in found if row["moved"][0] > 0 and row["others"][0] < SPECIFIC * row["moved"][0]]
         told = {
@@ -242,6 +247,6 @@ def _claims(necessary: Sequence[Row]) -> list[Row]:
             "specific": specific,
         }
         both = [emotion for emotion in larger if emotion in apart]
-        holds = len(both) >= min(ENOUGH, len(found)) and len([e for e in both if e in specific]) >= min(ENOUGH, len(found))
+        holds = len([emotion for emotion in both if emotion in specific]) >= enough
         rows.append({**told, "emotions": len(found), "holds": holds})
     return rows

@@ -11,6 +11,8 @@ from emosteer.base.seeds import torch_seed
 
 #: Resamples, and what an interval covers.
 RESAMPLES, COVERED = 2000, 0.95
+#: Means of the same figures differ by less, whichever way they are added up: relative, from 1 on.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,21 @@ def share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole.abs() > 1e-9, part / torch.where(whole.abs() > 1e-9, whole, 1.0), 0.0)
 
 
+def quotient(own: float, random: float) -> float | None:
+    """How many times what random sets do; None where they do nothing, or the opposite."""
+    return own / random if random > 1e-9 else None
+
+
 def effect_size(own: float, sets: Tensor) -> float:
-    """By how many standard deviations of the random sets the circuit differs from their mean. sets: [set]."""
+    """By how many standard deviations of the random sets the circuit differs from their mean; 0 where they do not differ. sets: [set]."""
     spread = sets.std().item() if len(sets) > 1 else 0.0
-    return (own - sets.mean().item()) / spread if spread > 1e-12 else 0.0
+    return (own - sets.mean().item()) / spread if spread > _rounding(own) else 0.0
 
 
 def chance(own: float, sets: Tensor) -> float:
     """How likely a random set is to reach the circuit's figure, itself counted among them. sets: [set]."""
-    return (1 + int((sets >= own).sum())) / (1 + len(sets))
+    return (1 + int((sets >= own - _rounding(own)).sum())) / (1 + len(sets))
+
+
+def _rounding(value: float) -> float:
+    return ROUNDING * max(1.0, abs(value))

@@ -15,7 +15,7 @@ from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import sha256_text
-from emosteer.circuits.validation.bank_rankings import BankContrasts
+from emosteer.circuits.validation.bank_rankings import BankContrasts, Parting
 from emosteer.circuits.validation.bench import References
 from emosteer.models.sites import parse_site
 
@@ -35,18 +35,20 @@ def prepared(
         with contextlib.suppress(ArtifactError):  # damaged: read again
             kept = artifacts.load(path, KIND)
             if kept.fields.get("key") == key:
-                return _unpacked(kept.tensors)
+                return _unpacked(kept.tensors, kept.fields["parting"])
     contrasts, references = read()
     if path is not None:
-        artifacts.save(path, KIND, {"key": key}, _packed(contrasts, references), provenance)
+        fields = {"key": key, "parting": {"by": contrasts.parting.by, "names": list(contrasts.parting.names)}}
+        artifacts.save(path, KIND, fields, _packed(contrasts, references), provenance)
     return contrasts, references
 
 
 def _packed(contrasts: BankContrasts, references: References) -> dict[str, Tensor]:
-    return {**vars(contrasts), "removed": references.removed, **{f"mean.{site}": value for site, value in references.means.items()}}
+    read = {"z": contrasts.z, "mid": contrasts.mid, "halves": contrasts.halves, "removed": references.removed}
+    return {**read, **{f"mean.{site}": value for site, value in references.means.items()}}
 
 
-def _unpacked(tensors: Mapping[str, Tensor]) -> tuple[BankContrasts, References]:
-    contrasts = BankContrasts(tensors["z"], tensors["mid"], tensors["halves"])
+def _unpacked(tensors: Mapping[str, Tensor], parting: Mapping[str, Any]) -> tuple[BankContrasts, References]:
+    contrasts = BankContrasts(tensors["z"], tensors["mid"], tensors["halves"], Parting(parting["by"], tuple(parting["names"])))
     means = {parse_site(name.removeprefix("mean.")): value for name, value in tensors.items() if name.startswith("mean.")}
     return contrasts, References(means, tensors["removed"], contrasts.z.mean(0))

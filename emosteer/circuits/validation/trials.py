@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,9 +70,20 @@ class Sets:
         seed = f"{self.seed}/{self.emotion}/{size}/{who}"
         return matched(mine, seed) if who.startswith("random") else matched_in_size(mine, self.removed, seed)
 
-    def taken(self, size: str, who: str) -> float:
-        """What the ablation of a set's heads takes out of the stream."""
-        return taken(self.of(size, who), self.removed)
+    def size_here(self, size: str) -> str:
+        """A size as this emotion has it: the whole circuit where that is no larger."""
+        return size if size in self.own else WHOLE
+
+    def taken(self, size: str, who: str, halves: Sequence[int]) -> float:
+        """What the ablation of a set's heads takes out of the stream, in the mean over prompts. halves: that the prompts belong to."""
+        counts = Counter(halves if size in (SAME_HALF, OTHER_HALF) else [0])
+        return sum(n * taken(self.of(size, who, half), self.removed) for half, n in counts.items()) / counts.total()
+
+    @property
+    def holds_neurons(self) -> bool:
+        """Whether neurons are held where a set alone is to carry the emotion. Decided by the whole circuit, so that every set, and none
+        at all, is tried against the same background."""
+        return bool(self.own[WHOLE].neurons.any())
 
     def count(self, size: str) -> int:
         """Units of a set."""
@@ -94,7 +106,7 @@ def sets_of(
 
     Args:
         removed: [emotion, layer, head], what a head's ablation takes away; ranked: by half of the prompt kinds, the best
-            heads by its ranking, by emotion.
+            heads by its ranking, by emotion; empty where a half has no prompt.
     """
     wholes = [circuit_sets(circuit, e) for e in range(len(circuit.emotions))]
     sizes = [lengths(model, circuit, e) for e in range(len(circuit.emotions))]
@@ -107,7 +119,7 @@ def sets_of(
             if round(share * wholes[e].heads.numel()) < wholes[e].heads.sum():
                 own[label(share)] = largest(wholes[e], sizes[e], share)
         own |= {CORE: focus[e].both(core), REST: focus[e].without(core)}
-        own |= {size: sets[e] for size, sets in zip(HALVES, ranked, strict=True)}
+        own |= {size: sets[e] for size, sets in zip(HALVES, ranked, strict=bool(ranked))}
         made.append(Sets(emotion, {size: units for size, units in own.items() if len(units)}, removed[e], settings.seed))
     return made
 
@@ -120,7 +132,12 @@ def core_of(sets: Sequence[UnitSet]) -> UnitSet:
 
 def focus_of(sets: Sets, settings: ValidateSettings) -> str:
     """The size at which everything is measured: the focus, or the whole circuit where it is no larger."""
-    return label(settings.focus) if label(settings.focus) in sets.own else WHOLE
+    return sets.size_here(label(settings.focus))
+
+
+def focus_label(sets: Sequence[Sets], settings: ValidateSettings) -> str:
+    """What the focus of all emotions together is called: whole where no emotion's circuit is larger."""
+    return label(settings.focus) if any(focus_of(one, settings) != WHOLE for one in sets) else WHOLE
 
 
 def plan(sets: Sets, emotions: Sequence[str], settings: ValidateSettings) -> list[Trial]:
@@ -155,7 +172,8 @@ def _ablated(sets: Sets, settings: ValidateSettings) -> list[Trial]:
     """Under prompts for the emotion: every size, the kinds and doses of the focus, core and rest, the rankings of halves."""
     e, (tone, *more), (kind, *_) = sets.emotion, settings.elicitations, settings.kinds
     focus, few = focus_of(sets, settings), _everybody(settings, FEW)
-    trials = [one for replaced in settings.kinds if replaced != MEAN for one in _tried(sets, e, tone, WHOLE, [NOTHING], KEEP, replaced)]
+    replaced = [(tone, one) for one in settings.kinds] + [(how, kind) for how in more]
+    trials = [one for how, by in replaced if by != MEAN for one in _tried(sets, e, how, WHOLE, [NOTHING], KEEP, by)]
     for size in (size for size in sets.own if size not in (CORE, REST, *HALVES)):
         for one in settings.kinds if size in (focus, WHOLE) else [kind]:
             trials += _tried(sets, e, tone, size, _everybody(settings), ABLATE, one)

@@ -33,10 +33,10 @@ class UnitSet:
         """The units of this set that are not in the other."""
         return UnitSet(self.heads & ~other.heads, self.neurons & ~other.neurons)
 
-    def outside(self) -> UnitSet:
-        """All other heads, and all other neurons where the set has neurons; MLPs are left free otherwise, since what they do follows from
-        what the heads write."""
-        return UnitSet(~self.heads, ~self.neurons if self.neurons.any() else self.neurons)
+    def outside(self, hold_neurons: bool) -> UnitSet:
+        """All other heads, and all other neurons if they are held; MLPs are left free otherwise, since what they do follows from what the
+        heads write."""
+        return UnitSet(~self.heads, ~self.neurons if hold_neurons else torch.zeros_like(self.neurons))
 
 
 def circuit_sets(circuit: Circuit, emotion: int) -> UnitSet:

@@ -18,13 +18,13 @@ from emosteer.base.files import sha256_text
 from emosteer.base.jsonl import JsonlLog, whole_rows
 from emosteer.base.progress import bar
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.validation.bank_rankings import BankContrasts, best, half_rankings, halves_of, inclusion, read_contrasts
+from emosteer.circuits.validation.bank_rankings import BankContrasts, Parting, best, half_rankings, inclusion, read_contrasts
 from emosteer.circuits.validation.bench import FOLLOWED, READ, Bench, References, neutral_means, readout_of, removed_by_heads
 from emosteer.circuits.validation.findings import Row, findings
 from emosteer.circuits.validation.overlaps import overlap_of, overlaps, shared_by_chance
 from emosteer.circuits.validation.prepared import prepared
 from emosteer.circuits.validation.settings import ValidateSettings
-from emosteer.circuits.validation.trials import READING, WHOLE, Sets, Trial, focus_of, plan, sets_of
+from emosteer.circuits.validation.trials import HALVES, READING, WHOLE, Sets, Trial, focus_label, focus_of, plan, sets_of
 from emosteer.circuits.validation.unit_sets import circuit_sets
 from emosteer.circuits.validation.validation import Validation
 from emosteer.circuits.validation.written_replies import written_replies
@@ -68,7 +68,8 @@ def validate(
     artifacts.require_model(circuit.provenance, model.sha256, model.name, "the circuit")
     usable, tried, references = drawn_prompts(circuit, groups, bank, settings)
     provenance = _provenance(model, settings, data or {}, parents or {})
-    told = {"bank": [[str(group.key), group.said, bank[group.key]] for group in usable], "emotions": circuit.emotions}
+    parted = [[str(group.key), group.kind, group.theme] for group in usable]
+    told = {"bank": [[str(group.key), group.said, bank[group.key]] for group in usable], "emotions": circuit.emotions, "parted": parted}
     beside = partial.with_name(partial.name + ".prepared") if partial is not None else None
     contrasts, kept = prepared(beside, provenance, told, lambda: _read(model, circuit, bank, usable, references, settings))
     bench = bench_of(model, circuit, bank, tried, contrasts, kept, settings)
@@ -77,7 +78,7 @@ def validate(
     always = _counts(bench.sets, settings)
     included = inclusion(model, contrasts, always, settings.bootstraps, settings.seed)
     tables = {
-        **findings(values, bench.sets, settings.seed),
+        **findings(values, bench.sets, bench.halves, settings.seed),
         **_sharing(bench.sets, settings),
         "stable": _stable(model, contrasts, bench.sets, included, settings),
         "written": written_replies(bench, jury) if jury is not None and settings.written else [],
@@ -142,7 +143,8 @@ def _read(
 ) -> tuple[BankContrasts, References]:
     """Everything that is read before the trials."""
     among = drawn(usable, settings.bank_groups)
-    contrasts = read_contrasts(model, among, bank, circuit.emotions, circuit.instruction, batch_tokens_for(model))
+    parting = Parting.of(usable)
+    contrasts = read_contrasts(model, among, bank, circuit.emotions, circuit.instruction, batch_tokens_for(model), parting)
     neurons, longest = bool(len(circuit.neuron_index)), settings.reply_tokens
     means = neutral_means(model, references, bank, circuit.instruction, neurons, longest)
     removed = removed_by_heads(model, references[:REMOVED_ON], bank, circuit, means, settings.elicitations[0], longest)
@@ -163,7 +165,8 @@ def bench_of(
     counts = [_focus_count(whole.heads, settings) for whole in wholes]
     halves = half_rankings(model, contrasts, counts, torch.zeros_like(wholes[0].neurons))
     sets = sets_of(model, circuit, kept.removed, halves, settings)
-    return Bench(model, circuit, bank, tried, halves_of(tried), sets, kept, readout_of(circuit, model.device), settings)
+    parted = [contrasts.parting.half(group) for group in tried]
+    return Bench(model, circuit, bank, tried, parted, sets, kept, readout_of(circuit, model.device), settings)
 
 
 def _focus_count(heads: Tensor, settings: ValidateSettings) -> int:
@@ -189,7 +192,8 @@ def _run(bench: Bench, plans: Sequence[Sequence[Trial]], partial: Path | None, t
     cells = cells_of(plans, len(bench.groups))
     model, circuit = bench.model, bench.circuit
     texts = [[group.said, bench.bank[group.key]] for group in bench.groups]
-    shaping = [model.sha256, model.precision, circuit.emotions, circuit.provenance.origin(), asdict(bench.settings), texts, told]
+    origin, chosen = circuit.provenance.origin(), asdict(bench.settings)
+    shaping = [model.sha256, model.precision, circuit.emotions, origin, chosen, texts, list(bench.halves), told]
     key = sha256_text(json.dumps([*shaping, [vars(t) for trials in plans for t in trials]], sort_keys=True, default=str))
     log = JsonlLog(partial) if partial is not None else None
     rows = whole_rows(partial) if partial is not None and partial.is_file() else []
@@ -212,9 +216,8 @@ def _run(bench: Bench, plans: Sequence[Sequence[Trial]], partial: Path | None, t
 def _sharing(sets: Sequence[Sets], settings: ValidateSettings) -> dict[str, list[Row]]:
     """Overlaps of pairs of emotions, and heads that several share, against chance."""
     pairs, shared = list[Row](), list[Row]()
-    for sizes in dict.fromkeys((tuple(focus_of(one, settings) for one in sets), (WHOLE,) * len(sets))):
-        heads = {one.emotion: one.own[size].heads for one, size in zip(sets, sizes, strict=True)}
-        size = sizes[0]
+    for size in dict.fromkeys((focus_label(sets, settings), WHOLE)):
+        heads = {one.emotion: one.own[one.size_here(size)].heads for one in sets}
         pairs += [{"size": size, **row} for row in overlaps(heads)]
         total = torch.stack(list(heads.values())).sum(0)
         for least in range(2, len(sets) + 1):
@@ -255,6 +258,6 @@ def _notes(bench: Bench, usable: Sequence[Group], bank: Bank) -> list[str]:
     notes = []
     if not all(NEUTRAL in bank[group.key] for group in usable):
         notes.append("the bank lacks neutral replies: another emotion's stand in for them where neutral text is read")
-    if not all({"half 0", "half 1"} <= one.own.keys() for one in bench.sets):
+    if not all(set(HALVES) <= one.own.keys() for one in bench.sets):
         notes.append("the prompts have no two halves of kinds: no ranking was tried on the other half")
     return notes

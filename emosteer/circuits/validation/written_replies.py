@@ -18,7 +18,7 @@ from emosteer.base.progress import bar
 from emosteer.circuits.validation.bench import Bench
 from emosteer.circuits.validation.intervals import Resampled, estimate
 from emosteer.circuits.validation.settings import FEW
-from emosteer.circuits.validation.trials import CLEAN, OWN, WHOLE, Sets, focus_of
+from emosteer.circuits.validation.trials import CLEAN, OWN, WHOLE, Sets, focus_label
 from emosteer.circuits.validation.unit_sets import UnitSet
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
@@ -63,9 +63,9 @@ def written_replies(bench: Bench, jury: Jury) -> list[Row]:
 
 
 def points_of(bench: Bench) -> list[tuple[str, str]]:
-    """(whose units are ablated, size) of all that is written."""
+    """(whose units are ablated, size) of all that is written; emotions whose circuit is no larger than the focus have it whole there."""
     points = [(CLEAN, WHOLE)]
-    for size in dict.fromkeys((focus_of(bench.sets[0], bench.settings), WHOLE)):
+    for size in dict.fromkeys((focus_label(bench.sets, bench.settings), WHOLE)):
         points += [(OWN, size), *((f"random:{i}", size) for i in range(min(FEW, bench.settings.randoms)))]
     return points
 
@@ -83,7 +83,7 @@ def _row(bench: Bench, who: str, size: str, figures: Tensor) -> Row:
 def _texts(bench: Bench, who: str, size: str, kept: KeyedLog) -> list[str]:
     """Replies of one kind of set: by emotion, then by prompt."""
     model, rows, requests = bench.model, rows_of(bench), requests_of(bench)
-    units = [sets.of(size, who) if who != CLEAN else None for sets, _ in rows]
+    units = [sets.of(sets.size_here(size), who) if who != CLEAN else None for sets, _ in rows]
     members = [one and [one.heads.nonzero().tolist(), one.neurons.nonzero().tolist()] for one in units]
     means = hashlib.sha256()  # what replaces the units, whatever it was made from
     for site in sorted(bench.references.means, key=str):
