@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -68,6 +69,59 @@ def test_an_error_that_a_signal_led_to_is_told_as_the_signal(stop: Stop) -> None
         + "\n    except BaseException:\n        raise ValueError('of the shape of something')"
     )
     assert stop(GUARDED.format(program), signal.SIGTERM)[:2] == (143, "emosteer: stopped; all is kept\n")
+
+
+def test_a_signal_that_is_forgiven_ends_nothing_and_the_next_one_does(stop: Stop) -> None:
+    """Also where it is swallowed: the command is still watched."""
+    program = (
+        "    import signal\n    for _ in range(2):\n        try:\n            signal.raise_signal(signal.SIGINT)\n"
+        "        except KeyboardInterrupt:\n            stopping.forgiven()\n        time.sleep(0.5)\n"
+        "    try:\n    " + SLEEP.replace("\n", "\n    ") + "\n    except BaseException:\n        time.sleep(30)"
+    )
+    ended, said, seconds = stop(GUARDED.format(program), signal.SIGTERM)
+    assert (ended, said) == (143, "emosteer: stopped; all is kept\n") and seconds < 5
+
+
+def test_ctrl_c_ends_a_reply_of_the_chat_and_no_more(tmp_path: Path) -> None:
+    """In a terminal, where the prompt takes the wake-up of signals for itself between two replies: a reply that swallows its end is ended
+    all the same."""
+    pytest.importorskip("prompt_toolkit", reason="prompt-toolkit is not installed; it comes with emosteer[chat]")
+    program = GUARDED.format(
+        "    from types import SimpleNamespace\n    from emosteer.cli import chat\n"
+        "    def swallowing():\n        try:\n            time.sleep(30)\n        except BaseException:\n            time.sleep(30)\n"
+        "    def reply(text):\n        for number in range(50):\n            yield f'<{text} {number}>'\n"
+        "            if text == 'stuck' and number == 1:\n                swallowing()\n            time.sleep(0.1)\n"
+        "    talk = SimpleNamespace(turns=[], label='neutral', model=SimpleNamespace(emotions=()), reply=reply)\n"
+        "    reader = chat._Reader(chat.NOBODY)\n    chat._talk(talk, reader, chat._typed(talk, reader), True)"
+    )
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}", "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        for text in ("one", "two", "stuck"):
+            os.write(ours, f"{text}\r".encode())
+            while f"<{text} 1>".encode() not in shown:
+                assert select.select([ours], [], [], 20)[0], shown
+                shown += os.read(ours, 4096)
+            if text == "stuck":
+                break
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.8)  # longer than the time after which an end is forced
+            assert process.poll() is None, shown
+        process.terminate()
+        assert process.wait(10) == 143, shown
+    finally:
+        process.kill()
+        os.close(ours)
 
 
 def test_before_and_after_the_command_it_ends_at_once(stop: Stop) -> None:

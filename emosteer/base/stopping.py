@@ -3,8 +3,8 @@
 What runs is told by an exception, so that blocks end as they do after any error. Some cases end the process at once instead: a command
 that has not begun, or is over; an import in progress, since libraries catch the exception there and import what was half imported a second
 time; a second signal; and work that has not ended after `GRACE` seconds, because it computes outside Python or waits for a server. What is
-unfinished then (temporary files and folders, processes that were started) is cleared away first. Imports as little as can be: before this
-module nothing guards the process.
+unfinished then (temporary files and folders, processes that were started) is cleared away first. A part of a command can take the signals
+for itself (`handed_over`), or end alone (`forgiven`). Imports as little as can be: before this module nothing guards the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 
 TYPE_CHECKING = False  # typing itself takes longer to import than everything here
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
     from pathlib import Path
     from types import FrameType
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 GRACE = 1.5
 #: Exit codes, as shells give them.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+#: Goes to the watcher where signals do: no signal that came before it ends the process.
+_PARDON = 0
 #: What a stopped command says of its work until `promise` says better.
 _NOTHING = "nothing was begun"
 #: Temporary files and folders that exist now, and the leaders of process groups that run for us.
@@ -40,8 +43,10 @@ class _State:
     told = False
     received: int | None = None
     caught = False
-    watched = False
     silent = False
+    wakeup: int | None = None
+    pardons = 0
+    pardoned: threading.Condition
 
 
 def install(*numbers: signal.Signals) -> None:
@@ -53,10 +58,10 @@ def install(*numbers: signal.Signals) -> None:
     for number in numbers or CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _received)
-    if _State.watched:
+    if _State.wakeup is not None:
         return
-    _State.watched = True
     reading, writing = os.pipe()
+    _State.wakeup, _State.pardoned = writing, threading.Condition()
     with contextlib.suppress(AttributeError, OSError):  # Windows before Python 3.12
         os.set_blocking(writing, False)
     with contextlib.suppress(ValueError):
@@ -99,6 +104,16 @@ def told() -> None:
     _State.told = True
 
 
+def forgiven() -> None:
+    """The signal that came was meant for a part of the work, which has ended: the command goes on as if none had come."""
+    if _State.wakeup is not None:
+        os.write(_State.wakeup, bytes([_PARDON]))
+        with _State.pardoned:
+            _State.pardons += 1
+            _State.pardoned.notify()
+    _State.received = None  # last: until here one more signal is a second one
+
+
 def quiet(silent: bool) -> None:
     """Of several processes only one says that the command was stopped."""
     _State.silent = silent
@@ -121,13 +136,20 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _watch(reading: int) -> None:
-    """Waits for a signal, gives the main thread its time, and then ends the process. Runs while the main thread computes."""
-    import time
+    """Waits for a signal, gives the main thread its time, and then ends the process. Runs while the main thread computes.
 
-    while (number := os.read(reading, 1)[0]) not in CODES:
-        pass
-    time.sleep(GRACE)
-    _end(number)
+    Signals and pardons come in their order through the same pipe: where more pardons were given than came out of it so far, the next one
+    lies behind the signal."""
+    seen = 0
+    while True:
+        number = os.read(reading, 1)[0]
+        if number == _PARDON:
+            seen += 1
+        elif number in CODES:
+            with _State.pardoned:
+                pardoned = _State.pardoned.wait_for(lambda: _State.pardons > seen, GRACE)  # noqa: B023
+            if not pardoned:
+                _end(number)
 
 
 def _end(number: int) -> None:
@@ -161,6 +183,17 @@ class caught:
 
     def __exit__(self, *_: object) -> None:
         _State.caught = False
+
+
+class handed_over:
+    """A block in which somebody else takes the signals (a server, a prompt): none of them ends the process by force. Whatever he does with
+    the wake-up of signals is undone at the end."""
+
+    def __enter__(self) -> None:
+        self._wakeup = signal.set_wakeup_fd(-1)
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
 
 
 class temporary:

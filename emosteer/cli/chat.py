@@ -12,6 +12,7 @@ import typer
 
 from emosteer.api.chat import Chat, completions
 from emosteer.api.options import WritingOptions
+from emosteer.base import stopping
 from emosteer.base.errors import EmosteerError, UsageError
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
@@ -154,6 +155,7 @@ def _say(talk: Chat, reader: _Reader, text: str, interactive: bool) -> None:
     except KeyboardInterrupt:
         if not interactive:
             raise
+        stopping.forgiven()
         pieces.close()  # type: ignore[attr-defined]
     typer.echo("")
     reader.last = ""
@@ -189,11 +191,13 @@ def _typed(talk: Chat, reader: _Reader) -> Iterator[str]:
     session = _session(talk, reader)
     while True:
         try:
-            yield session.prompt("> ")
+            with stopping.handed_over():
+                line: str = session.prompt("> ")
         except KeyboardInterrupt:
             continue
         except EOFError:
             return
+        yield line
 
 
 def _session(talk: Chat, reader: _Reader) -> PromptSession[str]:

@@ -20,6 +20,8 @@ _MOVED = [byte for byte in range(0x100) if byte not in _PRINTABLE]
 _BYTE_OF = {**{chr(byte): byte for byte in _PRINTABLE}, **{chr(0x100 + place): byte for place, byte in enumerate(_MOVED)}}
 #: Stands for bytes that are no character, or not one yet.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+#: Stands for a space in vocabularies of words.
+SPACE = "\u2581"
 #: A token that is one byte, in vocabularies that fall back to bytes.
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -115,9 +117,32 @@ def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def raw_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of tokens that go on from another text: white space at its ends is part of it."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+def raw_text(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """The text of tokens that go on from another text: white space at its ends is part of it.
+
+    Args:
+        before: `lead_in` of the tokens before them.
+    """
+    known = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
+    return str(tokenizer.decode([*before, *ids], skip_special_tokens=True))[known:]
+
+
+def lead_in(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
+    """A token behind which others read as they do behind `ids`; none where these are no text yet. Decoders that write a space before each
+    word take it from the first one that they are given (Llama 2)."""
+    for token in reversed(ids):
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        # a part of a character would read otherwise, once another part follows it
+        if text.strip() and INCOMPLETE not in text and not BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+            return (token,)
+    return ()
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer itself puts before a text: that it has a BOS does not mean that its model has ever seen one there."""
+    ids = list(tokenizer("")["input_ids"])
+    ends = ids[-1:] == [tokenizer.eos_token_id] and ids != [tokenizer.bos_token_id]
+    return ids[:-1] if ends else ids
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
@@ -131,7 +156,15 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     if BYTE.fullmatch(written):
         return bytes([int(written[3:5], 16)])
     text = str(tokenizer.decode([token]))
+    if written.startswith(SPACE) and not text.startswith(SPACE):  # decoders may take a text's first space
+        return written.replace(SPACE, " ").encode()
     return None if INCOMPLETE in text else text.encode()
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """What a token reads as by itself in the middle of a text."""
+    known = token_bytes(tokenizer, token)
+    return str(tokenizer.decode([token])) if known is None else known.decode(errors="replace")
 
 
 @lru_cache(maxsize=4)

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emosteer.generation.running_batch import Written
-from emosteer.models.tokens import token_bytes
+from emosteer.models.tokens import token_bytes, token_text
 from emosteer.serving.asking import Wanted
 from emosteer.serving.writer_thread import Part
 
 
 @dataclass
 class Choice:
-    """One reply so far."""
+    """One reply so far. told: characters of the tokens that a stream has told with their log-probabilities."""
 
     text: str = ""
     tokens: list[Written] = field(default_factory=list)
     n_tokens: int = 0
+    told: int = 0
     ended: str | None = None
 
     def add(self, part: Part) -> None:
@@ -48,8 +49,8 @@ class Answer:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens of the prompts, each counted once, and of all replies."""
-        prompts = {ask.request.ids for ask in self.wanted.asks}
-        n_prompt, n_written = sum(map(len, prompts)), sum(choice.n_tokens for choice in self.choices)
+        n_prompt = sum(len(ask.request.ids) for ask in self.wanted.asks[:: self.wanted.n])
+        n_written = sum(choice.n_tokens for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_written, "total_tokens": n_prompt + n_written}
 
     def whole(self) -> dict[str, Any]:
@@ -68,11 +69,14 @@ class Answer:
 
     def piece(self, index: int, part: Part) -> dict[str, Any] | None:
         """One part of one reply; None where it holds nothing for the client."""
-        before = len(self.choices[index].text)
-        self.choices[index].add(part)
+        choice = self.choices[index]
+        choice.add(part)
         if not (part.text or part.ended or (part.tokens and self.written[index])):
             return None
-        return self._chunk([self._choice(index, part.text, part.tokens, part.ended, "delta", before)])
+        said = self._choice(index, part.text, part.tokens, part.ended, "delta", choice.told)
+        if self.written[index]:
+            choice.told += sum(len(self._text(one)) for one in part.tokens)
+        return self._chunk([said])
 
     def last(self) -> dict[str, Any]:
         """What a stream ends with where the client wants to know what was used."""
@@ -92,14 +96,19 @@ class Answer:
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         known = token_bytes(self.tokenizer, token)
-        return {"token": self.tokenizer.decode([token]), "logprob": logprob, "bytes": None if known is None else list(known)}
+        return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": None if known is None else list(known)}
 
     def _chat_token(self, one: Written) -> dict[str, Any]:
         assert one.token is not None  # the one that ends a reply is no part of it
         return {**self._token(one.token, one.logprob), "top_logprobs": [self._token(*pair) for pair in one.likeliest]}
 
     def _text_tokens(self, tokens: Sequence[Written], offset: int) -> dict[str, Any]:
-        texts = [self.tokenizer.decode([one.token]) for one in tokens]
+        """offset: characters of the tokens before them. Not of the text before them, which may wait while its tokens are told."""
+        texts = [self._text(one) for one in tokens]
         starts = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
-        top = [{self.tokenizer.decode([token]): value for token, value in one.likeliest} for one in tokens]
+        top = [{token_text(self.tokenizer, token): value for token, value in one.likeliest} for one in tokens]
         return {"tokens": texts, "token_logprobs": [one.logprob for one in tokens], "top_logprobs": top, "text_offset": starts}
+
+    def _text(self, one: Written) -> str:
+        assert one.token is not None  # the one that ends a reply is no part of it
+        return token_text(self.tokenizer, one.token)

@@ -16,7 +16,9 @@ from emosteer.generation.decoding import GUIDANCE, Decoding
 from emosteer.generation.generate import Request, check_lengths
 from emosteer.generation.running_batch import Ask
 from emosteer.models.model import Model
+from emosteer.models.tokens import text_prefix
 from emosteer.scenarios.conversations import parse_messages
+from emosteer.scenarios.emotions import emotion_key
 from emosteer.scenarios.prompts import instruction_for
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.serving.errors import RequestError, refusing
@@ -42,11 +44,12 @@ class Served:
 @dataclass(frozen=True)
 class Wanted:
     """Replies to write. felt: what they feel, as it was weakened where it was too much, for each prompt where that differs; strength: of a
-    single emotion; asks: one per choice."""
+    single emotion; asks: one per choice, those of a prompt together; n: choices of each prompt."""
 
     felt: str | tuple[str, ...]
     strength: float | None
     asks: tuple[Ask, ...]
+    n: int = 1
 
 
 def felt_fields(served: Served, wanted: Feels, model: str) -> Feels:
@@ -80,7 +83,7 @@ def job_for(served: Served, feels: Feels, messages: tuple[Message, ...], longest
     Raises:
         EmosteerError: for what makes no sense, or what the circuit does not know.
     """
-    circuit, emotion = served.circuit, feels.emotion.lower() if feels.emotion is not None else None
+    circuit, emotion = served.circuit, emotion_key(feels.emotion) if feels.emotion is not None else None
     feeling = Feeling.of(feels.mix, feels.arc, feels.arc_tokens, feels.fade, feels.personality, feels.vad)
     if feeling is not None:
         if feels.strength is not None:
@@ -96,7 +99,7 @@ def job_for(served: Served, feels: Feels, messages: tuple[Message, ...], longest
     group, earlier = Group(GroupKey("", ""), "", messages[-1].content), messages[:-1]
     if emotion == NONE:
         return jobs_for(TEXT, group, (NONE,), NONE, None, None, {}, earlier)[0]
-    circuit.index(emotion)
+    emotion = circuit.emotions[circuit.index(emotion)]
     dialled = {} if feels.intensity is None else {emotion: circuit.strength_at(emotion, feels.intensity)}
     return jobs_for(TEXT, group, (emotion,), CIRCUIT, feels.strength, circuit, dialled, earlier)[0]
 
@@ -135,7 +138,8 @@ def chat_asks(served: Served, wanted: ChatRequest) -> Wanted:
     with refusing("messages"):
         request = asked_request(served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides)
     likeliest = (wanted.top_logprobs or 0) if wanted.logprobs else None
-    return Wanted(job.emotion, job.strength, _choices(served, job, request, decoding, wanted.n or 1, likeliest))
+    n = wanted.n or 1
+    return Wanted(job.emotion, job.strength, _choices(served, job, request, decoding, n, likeliest, "messages"), n)
 
 
 def completion_asks(served: Served, wanted: CompletionRequest) -> Wanted:
@@ -144,18 +148,18 @@ def completion_asks(served: Served, wanted: CompletionRequest) -> Wanted:
         raise RequestError("a text that goes on has no guidance; use /v1/chat/completions", param="guidance")
     decoding = decoding_of(served, wanted, 1.0, wanted.max_tokens)
     prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
-    bos = served.model.tokenizer.bos_token_id
+    prefix = text_prefix(served.model.tokenizer)
     asks, felt = list[Ask](), list[str]()
     for number, prompt in enumerate(prompts):
         with refusing("prompt"):
-            ids = tuple([*([bos] if bos is not None else []), *served.model.text_ids(prompt)])
+            ids = (*prefix, *served.model.text_ids(prompt))
         if not ids:
             raise RequestError("the prompt is empty", param="prompt")
         job = _felt(served, wanted, (Message("user", prompt),), decoding.max_new_tokens)  # a personality follows each of them
         felt.append(job.emotion)
         key = job.id if not number else f"{job.id}/{number}"
-        asks += _choices(served, job, Request(key, ids), decoding, wanted.n or 1, wanted.logprobs)
-    return Wanted(felt[0] if len({*felt}) == 1 else tuple(felt), job.strength, tuple(asks))
+        asks += _choices(served, job, Request(key, ids), decoding, wanted.n or 1, wanted.logprobs, "prompt")
+    return Wanted(felt[0] if len({*felt}) == 1 else tuple(felt), job.strength, tuple(asks), wanted.n or 1)
 
 
 def said(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
@@ -177,12 +181,12 @@ def _felt(served: Served, wanted: Writes, messages: tuple[Message, ...], longest
         return job_for(served, felt_fields(served, wanted, wanted.model), messages, longest)
 
 
-def _choices(served: Served, job: Job, request: Request, decoding: Decoding, n: int, likeliest: int | None) -> tuple[Ask, ...]:
-    """The same prompt several times, each choice with a seed of its own."""
+def _choices(served: Served, job: Job, request: Request, decoding: Decoding, n: int, likeliest: int | None, param: str) -> tuple[Ask, ...]:
+    """The same prompt several times, each choice with a seed of its own. param: the field that the prompt stands in."""
     try:
         check_lengths([request], decoding, served.model.shape.context, served.name)
     except DataError as error:
-        raise RequestError(str(error).replace("--max-new-tokens", "max_tokens"), param="messages", code="context_length_exceeded") from None
+        raise RequestError(str(error).replace("--max-new-tokens", "max_tokens"), param=param, code="context_length_exceeded") from None
     weights = None if job.emotion == NONE else torch.tensor(strengths_of(job, served.circuit))
     keys = [request.key if not number else f"{request.key}#{number}" for number in range(n)]
     return tuple(Ask(replace(request, key=key), decoding, weights, likeliest) for key in keys)

@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from emosteer.base import stopping
 from emosteer.base.errors import EmosteerError
 from emosteer.base.progress import note
 from emosteer.circuits.circuit import Circuit
@@ -50,16 +51,23 @@ def serve(model: Model, circuit: Circuit, settings: ServeSettings, ready: Callab
         timeout_graceful_shutdown=max(1, round(settings.grace)),
         h11_max_incomplete_event_size=64 * 1024,
     )
-    # uvicorn ends on these signals and then raises them again, for whoever was there before it: for us all is done by then
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        host, port = listening.getsockname()[:2]
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        listening.close()
+    server = uvicorn.Server(config)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    with stopping.handed_over():
+        # uvicorn ends on these signals and then raises them again, for whoever was there before it: for us all is done by then. One that
+        # comes before uvicorn listens to them counts as well.
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            host, port = listening.getsockname()[:2]
+            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            server.run(sockets=[listening])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            listening.close()
     note("stopped")
 
 

@@ -45,6 +45,10 @@ class ServeSettings:
             (0 <= self.grace <= 3600, f"--grace must lie between 0 and 3600 seconds, found {self.grace}"),
             (0 < self.cache_gb <= 10_000, f"--cache-gb must be above 0, found {self.cache_gb}"),
             (self.api_key is None or self.api_key.strip() != "", "the API key is empty; leave it out, or give one"),
+            (
+                self.api_key is None or self.api_key == self.api_key.strip(),
+                "the API key begins or ends with white space, which no client can bring in a header; leave that out",
+            ),
             (self.api_key is None or self.api_key.isascii(), "the API key must be plain ASCII: it comes in a header"),
             (
                 self.is_local or self.api_key is not None,

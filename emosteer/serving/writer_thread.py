@@ -3,10 +3,11 @@ what is written as it comes."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from emosteer.generation.streaming import RowText
 from emosteer.models.memory import is_out_of_memory, release_memory
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.models.tokens import raw_text, reply_text
+from emosteer.models.tokens import lead_in, raw_text
 from emosteer.serving.errors import RequestError, busy, stopping, too_late
 from emosteer.serving.metrics import Metrics
 from emosteer.serving.settings import ServeSettings
@@ -96,11 +97,19 @@ class _Call:
 
 
 class _Text:
-    """A reply's text as it comes: tokens to characters, up to a stop sequence."""
+    """A reply's text as it comes: tokens to characters, up to a stop sequence, which white space may be. At the end of a reply that is not
+    raw white space waits: it goes if nothing follows it."""
 
     def __init__(self, model: Model, writing: Writing) -> None:
-        self.row = RowText(model.tokenizer, raw_text if writing.raw else reply_text)
+        before = lead_in(model.tokenizer, writing.ask.request.ids) if writing.raw else ()
+
+        def read(tokenizer: Any, ids: Sequence[int]) -> str:
+            text = raw_text(tokenizer, ids, before)
+            return text if writing.raw else text.lstrip()
+
+        self.row = RowText(model.tokenizer, read)
         self.stops = StopStrings(writing.stops)
+        self.raw, self.held = writing.raw, ""
 
     def part(self, written: Written) -> Part:
         """What a step brought."""
@@ -109,7 +118,10 @@ class _Text:
         if not self.stops.stopped and written.ended:
             text += self.stops.push(self.row.rest())
             text += "" if self.stops.stopped else self.stops.rest()
-        return Part(text, tokens, "stop" if self.stops.stopped else written.ended)
+        text = self.held + text
+        sent = text if self.raw or self.stops.stopped else text.rstrip()
+        self.held = text[len(sent) :]
+        return Part(sent, tokens, "stop" if self.stops.stopped else written.ended)
 
 
 class WriterThread:
@@ -209,23 +221,38 @@ class WriterThread:
     # ---- the thread ----------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                patience: float | None = IDLE
-                # Whoever comes between the end of the patience and the next wait notifies nobody: so all is looked at again before each.
-                while not (self._stop or self._waiting or self._calls or self._running):
-                    if not self._changed.wait(patience):
-                        release_memory()
-                        patience = None
-                if self._stop:
-                    break
-            self._let_go()
-            with self._changed:
-                call = self._calls.popleft() if self._calls else None
-            if call is not None:  # one alone: all who are written for wait meanwhile
-                call.answer()
-            self._admit()
-            self._step()
+        try:
+            while self._has_work():
+                try:
+                    self._go_on()
+                except (Exception, SystemExit) as error:  # whatever it is, the next requests are to be served
+                    self._fail(error)
+        finally:
+            self._say_farewell()
+
+    def _has_work(self) -> bool:
+        """Waits for something to do; false at the end."""
+        with self._changed:
+            patience: float | None = IDLE
+            # Whoever comes between the end of the patience and the next wait notifies nobody: so all is looked at again before each.
+            while not (self._stop or self._waiting or self._calls or self._running):
+                if not self._changed.wait(patience):
+                    release_memory()
+                    patience = None
+            return not self._stop
+
+    def _go_on(self) -> None:
+        self._let_go()
+        with self._changed:
+            call = self._calls.popleft() if self._calls else None
+        if call is not None:  # one alone: all who are written for wait meanwhile
+            call.answer()
+        self._admit()
+        self._step()
+
+    def _say_farewell(self) -> None:
+        with self._changed:
+            self._stop = True  # from here on nobody comes in, also where it was not told to stop
         for writing in self._all():
             writing.deliver(Part(error=stopping()))
         for call in self._calls:
@@ -282,11 +309,15 @@ class WriterThread:
                 writing = self._waiting.popleft()
             unread -= len(writing.ask.request.ids)
             try:
+                text = _Text(self.model, writing)
                 writing.ticket = self.batch.join(writing.ask)
             except EmosteerError as error:
                 writing.deliver(Part(error=RequestError(str(error), code="context_length_exceeded")))
                 continue
-            self._running[writing.ticket] = writing, _Text(self.model, writing)
+            except (Exception, SystemExit) as error:  # it is in no list at the moment, so that nobody else tells it
+                writing.deliver(Part(error=_given_up(error)))
+                raise
+            self._running[writing.ticket] = writing, text
             self._since = 0 if unread > 0 else JOIN_EVERY  # whoever waits for the reading alone joins before the next step
             self.metrics.waited.observe(time.monotonic() - writing.arrived)
 
@@ -294,11 +325,7 @@ class WriterThread:
         if not self._running:
             return
         begun = time.monotonic()
-        try:
-            found = self.batch.step()
-        except Exception as error:  # whatever it is, the next requests are to be served
-            self._fail(error)
-            return
+        found = self.batch.step()
         self.metrics.steps.observe(time.monotonic() - begun)
         self.metrics.tokens.inc(sum(written.token is not None for written in found))
         for written in found:
@@ -308,18 +335,24 @@ class WriterThread:
             if writing.n_tokens == 1 and part.tokens:
                 self.metrics.first.observe(time.monotonic() - writing.arrived)
             if part.ended:
-                del self._running[written.ticket]
                 if not written.ended:  # a stop sequence, of which the batch knows nothing
                     self.batch.cancel(written.ticket)
+                del self._running[written.ticket]
             if not writing.gone:
                 writing.deliver(part)
 
-    def _fail(self, error: Exception) -> None:
-        """Nobody's reply can go on: the rows share their step."""
-        lacking = is_out_of_memory(error)
-        note(f"the step failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); its replies are given up")
-        message = "out of memory; try fewer requests at a time (--max-batch, --cache-gb)" if lacking else "the model failed in this step"
+    def _fail(self, error: BaseException) -> None:
+        """Nobody's reply can go on: the rows share their step. All are told before anything else, which may fail as well."""
         for writing, _ in self._running.values():
-            writing.deliver(Part(error=RequestError(message, status=503 if lacking else 500, code="step_failed")))
+            writing.deliver(Part(error=_given_up(error)))
         self._running.clear()
         self.batch.clear()
+        with contextlib.suppress(Exception, SystemExit):  # nobody reads what is noted any more
+            note(f"the step failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); its replies are given up")
+
+
+def _given_up(error: BaseException) -> RequestError:
+    """What is told of an error of the model's."""
+    lacking = is_out_of_memory(error)
+    message = "out of memory; try fewer requests at a time (--max-batch, --cache-gb)" if lacking else "the model failed in this step"
+    return RequestError(message, status=503 if lacking else 500, code="step_failed")

@@ -191,8 +191,10 @@ def strengths_of(job: Job, circuit: Circuit) -> tuple[tuple[float, ...], ...]:
     """The strength of each of the circuit's emotions at each token, as long as it changes: [token][emotion]."""
     if job.course is not None:
         return job.course
-    steers = METHODS[job.method].steers and job.strength
-    return (tuple(job.strength or 0.0 if steers and name == job.emotion else 0.0 for name in circuit.emotions),)
+    strengths = [0.0] * len(circuit.emotions)
+    if METHODS[job.method].steers and job.strength:
+        strengths[circuit.index(job.emotion)] = job.strength
+    return (tuple(strengths),)
 
 
 def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:

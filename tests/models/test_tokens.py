@@ -6,13 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from emosteer.base.errors import DataError, ModelError
 from emosteer.models.chat_templates import examined, rendered, template_of
 from emosteer.models.model import Model
-from emosteer.models.tokens import control_pattern, prompt_ids, text_ids, token_bytes
+from emosteer.models.tokens import control_pattern, lead_in, prompt_ids, raw_text, text_ids, text_prefix, token_bytes, token_text
 from tests.conftest import TEMPLATE, build, tiny_tokenizer
 
 SAID = [{"role": "system", "content": "always anger"}, {"role": "user", "content": "the train"}]
@@ -216,3 +216,70 @@ def test_bytes_that_no_vocabulary_tells_are_none() -> None:
     core = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "\N{REPLACEMENT CHARACTER}": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     assert [token_bytes(tokenizer, token) for token in (1, 2)] == [b"the", None]
+    assert [token_text(tokenizer, token) for token in (1, 2)] == ["the", "\N{REPLACEMENT CHARACTER}"]
+
+
+# ---- texts that go on ------------------------------------------------------------------------------------------------------------
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words, bytes, and a decoder that takes the first space of whatever it is given."""
+    tokenizer = byte_fallback()
+    core = tokenizer.backend_tokenizer
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+WORDS = ["\u2581the", "\u2581", *"caf", "<0xC3>", "<0xA9>", "\u2581the", "\u65e5", "\u2581", "\u2581the"]
+
+
+@pytest.mark.parametrize("kind", [llama_like, byte_fallback, lambda: byte_level(60)])
+def test_a_text_in_two_parts_is_the_whole(kind: Any) -> None:
+    """Wherever it is cut, but within a character."""
+    tokenizer = kind()
+    ids = tokenizer.convert_tokens_to_ids(WORDS) if "\u2581the" in tokenizer.get_vocab() else tokenizer(ODD)["input_ids"]
+    whole, cuts = raw_text(tokenizer, ids), 0
+    for cut in range(1, len(ids)):
+        begun = raw_text(tokenizer, ids[:cut])
+        if "\N{REPLACEMENT CHARACTER}" not in begun:
+            assert begun + raw_text(tokenizer, ids[cut:], lead_in(tokenizer, ids[:cut])) == whole, cut
+            cuts += 1
+    assert cuts >= 5
+
+
+def test_tokens_that_are_no_text_yet_lead_nothing_in() -> None:
+    tokenizer = llama_like()
+    the, space, part = tokenizer.convert_tokens_to_ids(["\u2581the", "\u2581", "<0xC3>"])
+    assert lead_in(tokenizer, [0, space, part]) == () and lead_in(tokenizer, []) == ()
+    assert lead_in(tokenizer, [the, space, part]) == (the,)
+
+
+def test_the_space_of_a_word_is_part_of_its_token() -> None:
+    tokenizer = llama_like()
+    the, space, part = tokenizer.convert_tokens_to_ids(["\u2581the", "\u2581", "<0xC3>"])
+    assert tokenizer.decode([the]) == "the"
+    assert [token_bytes(tokenizer, token) for token in (the, space, part)] == [b" the", b" ", b"\xc3"]
+    assert [token_text(tokenizer, token) for token in (the, space, part)] == [" the", " ", "\N{REPLACEMENT CHARACTER}"]
+    assert token_bytes(literal(), 0) == "\u2581the".encode(), "which no decoder reads as a space"
+
+
+def literal() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"\u2581the": 0}, unk_token="\u2581the")))
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "eos", "expected"),
+    [
+        (None, "<s>", "</s>", []),
+        ("<s> $A", "<s>", "</s>", ["<s>"]),
+        ("<s> $A </s>", "<s>", "</s>", ["<s>"]),
+        ("$A </s>", None, "</s>", []),
+        ("</s> $A", "</s>", "</s>", ["</s>"]),
+    ],
+)
+def test_a_text_begins_as_its_tokenizer_has_it(template: str | None, bos: str | None, eos: str, expected: list[str]) -> None:
+    core = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "the": 2}, unk_token="the"))
+    if template is not None:
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+    assert tokenizer.convert_ids_to_tokens(text_prefix(tokenizer)) == expected

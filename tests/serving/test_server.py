@@ -9,10 +9,14 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,8 +30,11 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from emosteer.api.steered_model import SteeredModel  # noqa: E402
 from emosteer.base.errors import EmosteerError, UsageError  # noqa: E402
 from emosteer.cli import main as cli  # noqa: E402
-from emosteer.generation.running_batch import Written  # noqa: E402
+from emosteer.generation.decoding import Decoding  # noqa: E402
+from emosteer.generation.generate import Request  # noqa: E402
+from emosteer.generation.running_batch import Ask, Written  # noqa: E402
 from emosteer.models import tokens as model_tokens  # noqa: E402
+from emosteer.models.model import Model  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
 from emosteer.serving import writer_thread  # noqa: E402
 from emosteer.serving.answers import Answer  # noqa: E402
@@ -35,10 +42,11 @@ from emosteer.serving.asking import Wanted  # noqa: E402
 from emosteer.serving.run import listen, serve  # noqa: E402
 from emosteer.serving.settings import ServeSettings  # noqa: E402
 from emosteer.serving.stop_strings import StopStrings  # noqa: E402
-from emosteer.serving.writer_thread import JOIN_EVERY  # noqa: E402
-from tests.helpers.dialled import endless_model  # noqa: E402
+from emosteer.serving.writer_thread import JOIN_EVERY, Part, Writing  # noqa: E402
+from tests.helpers.dialled import dialled_circuit, endless_model  # noqa: E402
 from tests.helpers.server import Running, running, settles  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 TEXT = "the boss said stop"
 NAME = "tiny-llama"
 CHAT = [
@@ -86,15 +94,23 @@ def events(response: httpx.Response) -> list[Any]:
         ({}, {}),
         ({"emotion": "anger"}, {"emotion": "anger"}),
         ({"emotion": "Anger", "intensity": 60}, {"emotion": "anger", "intensity": 60}),
+        ({"emotion": " \uff21NGER "}, {"emotion": "anger"}),
+        ({"emotion": "Anger ", "intensity": 60}, {"emotion": "anger", "intensity": 60}),
+        ({"emotion": "Anger ", "temperature": 1.5, "seed": 3}, {"emotion": "anger", "temperature": 1.5, "seed": 3}),
+        ({"emotion": "Anger ", "intensity": 80, "fade": 1}, {"emotion": "anger", "intensity": 80, "fade": 1}),
         ({"emotion": "fear", "intensity": -40}, {"emotion": "fear", "intensity": -40}),
         ({"emotion": "fear", "strength": 1.5}, {"emotion": "fear", "strength": 1.5}),
         ({"mix": {"sadness": 40, "anger": 20}}, {"mix": "sadness:40 + anger:20"}),
+        ({"mix": {"SADNESS ": 40, "\uff21nger": 20}}, {"mix": "sadness:40 + anger:20"}),
         ({"arc": "fear:80 -> happiness:60", "arc_tokens": 8}, {"arc": "fear:80 -> happiness:60", "arc_tokens": 8}),
         ({"vad": [-0.64, 0.6, -0.43]}, {"mix": "fear:75"}),
         ({"vad": "-0.32,0.3,-0.215"}, {"vad": (-0.32, 0.3, -0.215)}),
         ({"model": f"{NAME}:anger"}, {"emotion": "anger"}),
+        ({"model": f"{NAME}: Anger "}, {"emotion": "anger"}),
         ({"model": f"{NAME}:anger@60"}, {"emotion": "anger", "intensity": 60}),
+        ({"model": f"{NAME}: Anger @60"}, {"emotion": "anger", "intensity": 60}),
         ({"model": f"{NAME}:sadness@40+anger@20"}, {"mix": "sadness:40 + anger:20"}),
+        ({"model": f"{NAME}:Fear @80 -> Happiness @60"}, {"arc": "fear:80 -> happiness:60"}),
         ({"model": f"{NAME}:fear@80->happiness@60"}, {"arc": "fear:80 -> happiness:60"}),
         (
             {"emotion": "anger", "temperature": 0.9, "top_p": 0.8, "seed": 7},
@@ -191,11 +207,71 @@ def test_plain_completions_go_on_from_a_text(client: Any, steered: SteeredModel)
     made = client.completions.create(model=f"{NAME}:anger@50", prompt=["the boss", "my flat"], max_tokens=6, logprobs=2, n=2)
     assert [choice.index for choice in made.choices] == [0, 1, 2, 3] and made.choices[0].text == made.choices[1].text
     assert made.choices[0].text != made.choices[2].text and len(made.choices[0].logprobs.tokens) == 6
-    assert made.usage.completion_tokens == 24 and made.usage.prompt_tokens == 2 * 3
+    assert made.usage.completion_tokens == 24 and made.usage.prompt_tokens == 2 * 2
     best = made.choices[0].logprobs
     assert all(value <= max(top.values()) <= 0 for value, top in zip(best.token_logprobs, best.top_logprobs, strict=True))
     streamed = client.completions.create(model=f"{NAME}:anger@50", prompt="the boss", max_tokens=6, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == made.choices[0].text
+    twice = client.completions.create(model=NAME, prompt=["the boss", "the boss"], max_tokens=1, n=3)
+    assert len(twice.choices) == 6 and twice.usage.prompt_tokens == 2 * 2, "each prompt counts, though it is the same one"
+
+
+def test_a_completion_s_tokens_stand_where_they_do_also_in_a_stream(client: Any) -> None:
+    """While a text waits that may be the beginning of a stop sequence, its tokens are told all the same."""
+    asked: dict[str, Any] = {"model": NAME, "prompt": "the boss", "max_tokens": 12, "logprobs": 0, "temperature": 1.5, "seed": 3}
+    whole = client.completions.create(**asked).choices[0]
+    stop = whole.text[3:40] + "|"
+    streamed = [chunk.choices[0] for chunk in client.completions.create(**asked, stop=stop, stream=True)]
+    assert any(choice.logprobs and choice.logprobs.tokens and not choice.text for choice in streamed), "some text waits"
+    offsets = [offset for choice in streamed if choice.logprobs for offset in choice.logprobs.text_offset]
+    assert "".join(choice.text for choice in streamed) == whole.text
+    assert len(offsets) == 12 and offsets == whole.logprobs.text_offset
+
+
+def llama_like(*words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words whose decoder takes a text's first space, as Llama 2's does."""
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(("<s>", *words))}, unk_token="<s>"))
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
+def written_parts(tokenizer: Any, prompt: list[int], reply: list[int], stops: tuple[str, ...] = (), raw: bool = False) -> list[Part]:
+    """The parts of a reply that the last of its tokens ends."""
+    asked = Ask(Request("text", tuple(prompt)), Decoding(len(reply)))
+    text = writer_thread._Text(SimpleNamespace(tokenizer=tokenizer), Writing(asked, lambda part: None, stops, raw))  # type: ignore[arg-type]
+    last = len(reply) - 1
+    parts = [text.part(Written(0, token, "length" if place == last else None)) for place, token in enumerate(reply)]
+    ends = [place for place, part in enumerate(parts) if part.ended]
+    return parts[: ends[0] + 1]
+
+
+def test_the_first_space_of_a_completion_is_its_own() -> None:
+    tokenizer = llama_like("\u2581is", "\u2581Paris", "\u2581and", "Pa", ".")
+    said = {raw: [part.text for part in written_parts(tokenizer, [0, 1], [2, 3, 5], raw=raw)] for raw in (True, False)}
+    assert said == {True: [" Paris", " and", "."], False: ["Paris", " and", "."]}
+    assert [part.text for part in written_parts(tokenizer, [0, 1], [4, 3], raw=True)] == ["Pa", " and"]
+    assert [part.text for part in written_parts(tokenizer, [0], [2, 3], raw=True)] == ["Paris", " and"], "nothing was said before it"
+    asked = Ask(Request("text", (0, 1)), Decoding(2), likeliest=1)
+    answer = Answer(tokenizer, NAME, Wanted("none", None, (asked,)), chat=False)
+    answer.choices[0].add(Part(" Paris and", (Written(0, 2, None, -1.0, ((4, -0.5),)), Written(0, 3, "length", -1.0)), "length"))
+    told = answer.whole()["choices"][0]["logprobs"]
+    assert told["tokens"] == [" Paris", " and"] and told["text_offset"] == [0, 6] and told["top_logprobs"][0] == {"Pa": -0.5}
+    assert bytes(answer._token(2, -1.0)["bytes"]) == b" Paris"
+
+
+def test_white_space_can_stop_a_reply() -> None:
+    tokenizer = llama_like("\u2581Yes", ".", "\n", "\u2581", "\u2581No")
+
+    def said(reply: list[int], *stops: str) -> tuple[str, str | None, int]:
+        parts = written_parts(tokenizer, [0], reply, stops)
+        return "".join(part.text for part in parts), parts[-1].ended, len(parts)
+
+    assert said([1, 2, 3, 5], "\n") == ("Yes.", "stop", 3), "as soon as it is there"
+    assert said([1, 2, 3], "\n") == ("Yes.", "stop", 3)
+    assert said([1, 2, 3, 3, 5], "\n\n") == ("Yes.", "stop", 4)
+    assert said([3, 1, 2, 4, 5, 2], "No") == ("Yes.  ", "stop", 5), "what stands before it stays"
+    assert said([3, 4, 1, 2, 3, 5, 3, 4]) == ("Yes.\n No", "length", 8), "at the ends of a reply white space is none of it"
+    assert said([1, 2, 3, 4], "\n\n") == ("Yes.", "length", 4)
 
 
 def test_logprobs_come_token_by_token(client: Any) -> None:
@@ -458,6 +534,18 @@ def test_a_text_without_tokens_is_refused(
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": said("stop " * 400)}, "messages"),
+        ("/v1/completions", {"prompt": ["the boss", "stop " * 400]}, "prompt"),
+    ],
+)
+def test_what_is_too_long_is_named(served: Running, path: str, fields: dict[str, Any], param: str) -> None:
+    error = ask(served, path, **fields).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["param"] == param, error
+
+
 def test_a_conversation_that_the_template_refuses_is_refused(
     served: Running, steered: SteeredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,6 +613,7 @@ def test_paths_methods_and_kinds_of_body(served: Running) -> None:
         (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": "x", "guidance": 2}), 400, "no guidance"),
         (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": [1, 2]}), 400, "prompt"),
         (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": "x", "echo": True}), 400, "echo"),
+        (httpx.post(served.url + "/v1/completions", json={"model": NAME, "prompt": ""}), 400, "the prompt is empty"),
     ]
     for answer, status, message in answers:
         assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
@@ -616,6 +705,53 @@ def test_time_and_memory_are_bounded_and_a_failing_step_ends_no_server(steered: 
         assert ask(server, max_tokens=2).status_code == 200 and server.writer.batch.n_rows == 0
 
 
+@pytest.mark.parametrize("fault", ["join", "cancel", "part", "note"])
+def test_no_fault_of_the_writer_keeps_anybody_waiting(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Wherever it is: nobody would be answered any more. One that is noted on a screen that is gone ends in SystemExit."""
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    with running(steered) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        batch, step = server.writer.batch, server.writer.batch.step
+        monkeypatch.setattr(batch, "step", lambda: time.sleep(0.01) or step())
+        waiting = pool.submit(ask, server, max_tokens=200)
+        settles(lambda: server.writer.n_running == 1)
+        with monkeypatch.context() as patch:
+            if fault == "note":
+                patch.setattr(writer_thread, "note", lambda message: sys.exit(1))
+            where, name = {"part": (writer_thread._Text, "part"), "note": (batch, "step")}.get(fault, (batch, fault))
+            patch.setattr(where, name, fails)
+            if fault == "join":
+                assert ask(server, max_tokens=2).status_code == 500, "also who was about to be written for"
+            elif fault == "cancel":
+                body = {"model": NAME, "messages": CHAT, "max_tokens": 200, "stream": True}
+                with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=30) as leaves:
+                    next(leaves.iter_lines())
+            answer = waiting.result()
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "step_failed"
+        assert server.writer.alive and ask(server, max_tokens=2).status_code == 200 and batch.n_rows == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_cannot_go_on_tells_everybody(steered: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+
+    def fails() -> Any:
+        held.wait(20)
+        raise RuntimeError("a fault")
+
+    with running(steered, max_batch=1) as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(server.writer.batch, "step", fails)
+        monkeypatch.setattr(server.writer.batch, "clear", fails)
+        answers = [pool.submit(ask, server) for _ in range(2)]
+        settles(lambda: server.writer.n_running == server.writer.n_waiting == 1)
+        held.set()
+        assert {answer.result().status_code for answer in answers} == {500, 503}
+        settles(lambda: not server.writer.alive)
+        assert ask(server).status_code == httpx.get(server.url + "/healthz").status_code == 503
+
+
 def test_whoever_is_being_answered_when_it_stops_is_finished(steered: SteeredModel) -> None:
     with running(steered) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, server, max_tokens=150)
@@ -632,6 +768,8 @@ def test_whoever_is_being_answered_when_it_stops_is_finished(steered: SteeredMod
         ({"host": "example.com"}, "give an API key"),
         ({"api_key": " "}, "empty"),
         ({"api_key": "\u00e9"}, "ASCII"),
+        ({"api_key": "secret "}, "begins or ends with white space"),
+        ({"api_key": "\tsecret"}, "begins or ends with white space"),
         ({"port": 70000}, "--port"),
         ({"max_batch": 0}, "--max-batch"),
         ({"timeout": float("nan")}, "--timeout"),
@@ -706,6 +844,63 @@ def test_signals_end_it_once_running_replies_are_finished(
     caller[0].join(10)
     assert found[-1] == "data: [DONE]" and '"finish_reason": "length"' in found[-2]
     assert signal.getsignal(number) is before and "stopped" in capsys.readouterr().err
+
+
+#: The command, with a forced end that comes soon, and a model that writes slowly and on and on.
+COMMAND = """
+import sys, time
+from emosteer.base import stopping
+stopping.GRACE = 0.3
+from emosteer.generation.running_batch import RunningBatch
+from emosteer.models.model import Model
+Model.stop_ids, step = frozenset(), RunningBatch.step
+RunningBatch.step = lambda batch: (time.sleep(0.02), step(batch))[1]
+from emosteer.cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_lets_running_replies_finish(steered: SteeredModel, tmp_path: Path, number: signal.Signals) -> None:
+    """For as long as it was told, whatever ends other commands sooner."""
+    steered.hf.save_pretrained(tmp_path / "tiny")
+    steered.model.tokenizer.save_pretrained(tmp_path / "tiny")
+    dialled_circuit(Model.load(str(tmp_path / "tiny"), device="cpu")).save(tmp_path / "circuit.safetensors")
+    arguments = ["serve", "--model", "./tiny", "--circuit", "circuit.safetensors", "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline()
+        assert " at http://" in address, process.communicate()[1]
+        name, url = address.split(" at ")[0], address.split(" at ")[1].split("/v1")[0]
+        body = {"model": name, "messages": CHAT, "max_tokens": 100, "stream": True}
+        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            found = [line for line in lines if line]
+        assert found[-1] == "data: [DONE]" and '"finish_reason": "length"' in found[-2]
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 0 and said.splitlines()[-1] == "stopped", said
+    finally:
+        process.kill()
+
+
+def test_a_signal_that_comes_before_the_server_listens_to_it_ends_it(steered: SteeredModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steered.circuit is not None
+    begun, again = time.monotonic(), threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))
+    again.start()
+    serve(steered.model, steered.circuit, ServeSettings(port=0), lambda address: os.kill(os.getpid(), signal.SIGTERM))
+    again.cancel()
+    assert "stopped" in capsys.readouterr().err and time.monotonic() - begun < 15
 
 
 def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys: pytest.CaptureFixture[str], served: Running) -> None:

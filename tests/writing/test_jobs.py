@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from emosteer.base.errors import DataError
+from emosteer.base.errors import DataError, UsageError
 from emosteer.generation.generate import Decoding, Request, batches
 from emosteer.models import tokens
 from emosteer.models.model import Model
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.scenarios import Group, GroupKey, Message, read_bank
 from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
-from emosteer.writing.jobs import Job, job_key, jobs_for, request_of, row_of
+from emosteer.writing.jobs import Job, job_key, jobs_for, request_of, row_of, strengths_of
 from emosteer.writing.reply_files import write_file
 from emosteer.writing.writer import Writer
 from tests.conftest import small_data, tiny_tokenizer
 from tests.helpers import contest_setup, reference
+from tests.helpers.dialled import dialled_model
 
 TALK = (Message("system", "keep it"), Message("user", "the train"), Message("assistant", "never again"), Message("user", "why was it late"))
 
@@ -210,3 +211,13 @@ def test_what_is_no_conversation_is_refused_by_file_line_and_message(value: obje
 def test_a_conversation_is_read_as_it_stands() -> None:
     assert parse_messages([message._asdict() for message in TALK], "f:1") == TALK
     assert parse_messages([turn("user", " why ")], "f:1") == (Message("user", "why"),)
+
+
+def test_the_strengths_of_a_job_are_those_of_its_emotion_however_it_is_spelt() -> None:
+    circuit = dialled_model().circuit
+    assert circuit is not None
+    job = Job("x/anger", None, None, (Message("user", "x"),), "Anger ", "circuit", 1.5)
+    assert strengths_of(job, circuit) == (tuple(1.5 if name == "anger" else 0.0 for name in circuit.emotions),)
+    assert strengths_of(replace(job, method="none"), circuit) == strengths_of(replace(job, strength=0.0), circuit) == ((0.0,) * 6,)
+    with pytest.raises(UsageError, match="unknown emotion 'joy'"):
+        strengths_of(replace(job, emotion="joy"), circuit)
