@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,20 +23,22 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """How steps are recorded on a device; None where they are not."""
-    return _record if device.type == "cuda" and os.environ.get(SWITCH) != "0" else None
+    return partial(_record, device) if device.type == "cuda" and os.environ.get(SWITCH) != "0" else None
 
 
-def _record(work: Callable[[], None]) -> Callable[[], None]:
-    """Warm-up runs on a stream of their own come first: libraries set themselves up in them, which must not be recorded."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+def _record(device: torch.device, work: Callable[[], None]) -> Callable[[], None]:
+    """Warm-up runs on a stream of their own come first: libraries set themselves up in them, which must not be recorded. All of it on the
+    tensors' device, which need not be the current one: of what runs on another device than the stream nothing is recorded."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):  # torch's own stream would be of the first device that was recorded on
             work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
     return graph.replay
 
 
@@ -62,6 +65,7 @@ class RecordedStep:
         """A recording that computes the final-normed states `hidden` [slot, d_model] of the step that was just taken; else None."""
         try:
             made = cls(lean, cache, tokens, positions, added, record)
+            made.hidden.zero_()  # the recording itself has left there what is compared
             made.replay()
         except RuntimeError as error:  # torch's word for whatever cannot be recorded, a lack of memory included
             note(f"a step could not be recorded ({str(error).splitlines()[0]}); going on without. {SWITCH}=0 does so from the start")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +95,8 @@ def test_what_cannot_be_recorded_goes_on_without(
         recorder.recordings += 1
         if failure == "raises":
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return lambda: None  # computes nothing
+        work()
+        return lambda: None  # computes nothing; what is compared was left by the recording
 
     monkeypatch.setitem(tiny.__dict__, "stop_ids", frozenset())
     with monkeypatch.context() as patch:
@@ -103,6 +106,41 @@ def test_what_cannot_be_recorded_goes_on_without(
     assert generate(tiny, REQUESTS, decoding=Decoding(20)) == expected
     assert recorder.recordings == 1, "tried once"
     assert "going on without" in capsys.readouterr().err
+
+
+def test_a_step_is_recorded_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current, and whichever was recorded on before: stand-ins for torch.cuda tell where each part runs."""
+    now, ran = ["cuda:0"], list[tuple[str, str]]()
+
+    @contextlib.contextmanager
+    def on(device: str, what: str) -> Iterator[None]:
+        before, now[0] = now[0], device
+        ran.append((what, device))
+        yield
+        now[0] = before
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = now[0]
+
+        def wait_stream(self, other: Stream) -> None:
+            ran.append(("waits", other.device))
+
+    first = Stream()  # of the device that torch recorded on first: it keeps that
+    stand_ins = {
+        "device": lambda device: on(str(device), "device"),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: on(stream.device, "warms up"),
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
+        "graph": lambda graph, stream=first: on(stream.device, "records"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    record = graphs.recorder_for(torch.device("cuda:1"))
+    assert record is not None and record(lambda: ran.append(("works", now[0]))) == "replay"  # type: ignore[comparison-overlap]
+    assert [what for what, _ in ran] == ["device", "waits", "warms up", "works", "works", "waits", "records", "works"]
+    assert {device for _, device in ran} == {"cuda:1"} and now == ["cuda:0"]
 
 
 def test_a_recording_ends_with_its_cache(tiny: Model) -> None:
