@@ -113,9 +113,12 @@ def worthwhile(climbs: Mapping[str, Climb]) -> dict[str, Climb]:
 
 
 def _good_bound(held: Sequence[StrengthPoint]) -> float:
-    """Two standard errors below the best share of good replies."""
+    """Two standard errors below the best share of good replies. The error is that of a share one good and one bad reply nearer to a half
+    (Agresti and Coull): where all are good, one that is not may still be chance."""
     best = max(held, key=lambda point: point.good)
-    return best.good - 2 * math.sqrt(best.good * (1 - best.good) / len(best.known))
+    n = len(best.known)
+    share = (best.good * n + 1) / (n + 2)
+    return best.good - 2 * math.sqrt(share * (1 - share) / (n + 2))
 
 
 def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, str], parents: Mapping[str, str]) -> Circuit:

@@ -93,7 +93,12 @@ class Mixture:
         """What lies between two mixtures; a share of 0 is this one, of 1 the other."""
         names = dict.fromkeys([*self.intensities, *other.intensities])
         mine, theirs = self.intensities, other.intensities
-        return Mixture.of({name: (1 - share) * mine.get(name, 0.0) + share * theirs.get(name, 0.0) for name in names})
+        return Mixture.of({name: _between(mine.get(name, 0.0), theirs.get(name, 0.0), share) for name in names})
+
+
+def _between(one: float, other: float, share: float) -> float:
+    """Exactly the one where both are equal, and never beyond either: rounding must not leave the dial."""
+    return min(max(one + share * (other - one), min(one, other)), max(one, other))
 
 
 @dataclass(frozen=True)

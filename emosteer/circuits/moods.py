@@ -73,10 +73,11 @@ class Personality:
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """What multiplies a movement of valence, arousal and dominance: 1 without a personality."""
+        """What multiplies a movement of valence, arousal and dominance: 1 without a personality, and never less than 0, which would turn
+        a movement round."""
         o, c, e, a, s = self.openness, self.conscientiousness, self.extraversion, self.agreeableness, self.stability
         traits = (0.21 * e + 0.59 * a + 0.19 * s, 0.15 * o + 0.30 * a - 0.57 * s, 0.25 * o + 0.17 * c + 0.60 * e - 0.32 * a)
-        return (1 + traits[0], 1 + traits[1], 1 + traits[2])
+        return (max(0.0, 1 + traits[0]), max(0.0, 1 + traits[1]), max(0.0, 1 + traits[2]))
 
     @property
     def label(self) -> str:

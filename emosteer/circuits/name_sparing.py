@@ -53,7 +53,8 @@ def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delt
     Args:
         emotions: one per row; a name may stand several times. z_delta: [row, layer, n_heads * d_head], zero outside the circuit;
             mlp_delta: [row, layer, d_mlp], alike.
-        push: 0 leaves no direct effect on the name; 1 turns it round, so that the name is held down as much as it was lifted.
+        push: 0 leaves no direct effect on the name; 1 turns it round where it lifts the name, so that the name is held down as much as it
+            was lifted. With a push, a layer that holds the name down already stays as it is.
 
     Returns:
         The same shapes; entries that were zero stay zero.
@@ -68,16 +69,19 @@ def spare_names(model: Model, emotions: Sequence[str], z_delta: Tensor, mlp_delt
             mid, post = (written_direction(model, layer, kind, direction) for kind in (RESID_MID, RESID_POST))
             of_heads, of_neurons = model.w_o(layer).flatten(0, 1).float() @ mid, model.w_down(layer).float() @ post
             for row in rows:
-                z[row, layer] = _without(z[row, layer], of_heads, 1 + push)
-                mlp[row, layer] = _without(mlp[row, layer], of_neurons, 1 + push)
+                z[row, layer] = _without(z[row, layer], of_heads, push)
+                mlp[row, layer] = _without(mlp[row, layer], of_neurons, push)
     return z, mlp
 
 
-def _without(delta: Tensor, effect: Tensor, times: float) -> Tensor:
-    """The nearest delta whose summed effect is zero (times 1) or turned round (times 2), without touching entries that are zero."""
+def _without(delta: Tensor, effect: Tensor, push: float) -> Tensor:
+    """The nearest delta whose summed effect is zero, or with a push no longer above zero but that much below it, without touching entries
+    that are zero."""
     effect = torch.where(delta != 0, effect.to(delta), 0.0)
-    length = effect.square().sum()
-    return delta - times * effect * (delta @ effect) / length if length > 0 else delta
+    length, summed = effect.square().sum(), delta @ effect
+    if not length > 0 or (push and summed <= 0):
+        return delta
+    return delta - (1 + push) * effect * summed / length
 
 
 def name_writers(model: Model, emotions: Sequence[str]) -> Tensor:

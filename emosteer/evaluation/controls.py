@@ -21,8 +21,9 @@ from emosteer.attribution.unit_scores import unit_mask
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.faithfulness import contrasts_of, random_units
+from emosteer.circuits.faithfulness import Mask, contrasts_of, random_units
 from emosteer.circuits.methods import METHODS, Part
+from emosteer.circuits.name_sparing import spare_names, without_names
 from emosteer.directions.directions import Directions
 from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
@@ -50,13 +51,22 @@ def random_heads(model: Model, circuit: Circuit, directions: Directions | None, 
         raise ArtifactError(
             "random-heads needs the directions that the circuit was made from; run `emosteer extract`, or name --directions"
         )
-    spare, added = spares_names(circuit), []
+    added = []
     for emotion in circuit.emotions:
         units = circuit.units(emotion)
         n_heads = sum(isinstance(unit, Head) for unit in units)
         drawn = random_units(model, n_heads, len(units) - n_heads, f"random-heads/{seed}/{emotion}")
-        added.append(contrasts_of(model, directions, directions.index(emotion), unit_mask(model, drawn), spare))
+        added.append(_contrasts(model, circuit, directions, emotion, unit_mask(model, drawn)))
     return _on_cpu(compile_units(model, torch.stack([z for z, _ in added]), torch.stack([mlp for _, mlp in added])))
+
+
+def _contrasts(model: Model, circuit: Circuit, directions: Directions, emotion: str, mask: Mask) -> Mask:
+    """What units add with their true contrast, kept from the name in the way of the circuit: learned heads one by one."""
+    spare, place = spares_names(circuit), directions.index(emotion)
+    if not (spare and circuit.learned_gains):
+        return contrasts_of(model, directions, place, mask, spare)
+    z = without_names(model, [emotion], directions.z.mean[place][None]) * mask[0]
+    return z[0], spare_names(model, [emotion], z, (directions.mlp.mean[place] * mask[1])[None])[1][0]
 
 
 def spares_names(circuit: Circuit) -> bool:

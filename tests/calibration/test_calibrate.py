@@ -233,6 +233,8 @@ def test_strengths_that_pay_for_emotion_with_good_replies_are_left_out() -> None
     assert [p.strength for p in found["anger"].broke] == [4, 5, 9] and len(found["sadness"].held) == 3
     assert len(worthwhile({"anger": of(0.0, 0.3, 0.5, 0.41, 0.39, 0.2, prompts=16)})["anger"].held) == 5
     assert len(worthwhile({"anger": of(0.0, 0.0, 0.0)})["anger"].held) == 3, "where nothing is good nothing is worse"
+    six = worthwhile({"anger": of(0.0, 1.0, 5 / 6, 5 / 6, 1 / 6, prompts=6)})["anger"]
+    assert len(six.held) == 4, "one reply of six that is not good may be chance, also where all were; four are more"
 
 
 def test_the_default_is_where_most_replies_are_good_and_not_one_lucky_point() -> None:

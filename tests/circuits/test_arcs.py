@@ -88,3 +88,14 @@ def test_strengths_follow_the_dial_token_by_token() -> None:
     assert strengths_along(Arc.parse("fear:100 + anger:100 -> sadness:20", 3), KNOWN, dial, 2) == rows[:2], "no longer than the reply"
     assert strengths_along(Arc.parse("sadness:-50"), KNOWN, dial, 64) == [[0.0, -10.0, 0.0]]
     assert strengths_along(Arc.parse("anger:0"), KNOWN, dial, 64) == [[0.0, 0.0, 0.0]]
+
+
+def test_what_is_held_at_the_end_of_the_dial_stays_there() -> None:
+    """Rounding must not leave the dial, at any length: it would be refused half-way through a reply."""
+    for tokens in range(2, 65):
+        for stops in (("anger:100", "anger:100", "neutral"), ("neutral", "fear:-100", "fear:-100", "fear:-100", "happiness:100")):
+            arc = Arc.parse(" -> ".join(stops), tokens)
+            held = [arc.at(token) for token in range(tokens + 1)]
+            assert all(-100 <= value <= 100 for mixture in held for value in mixture.intensities.values())
+            if stops[0] == "anger:100":
+                assert all(mixture.intensities["anger"] == 100 for mixture in held[: (tokens - 1) // 2 + 1])

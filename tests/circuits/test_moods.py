@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from emosteer.base.errors import UsageError
@@ -81,3 +83,10 @@ def test_a_mood_follows_the_users_turns_and_forgets() -> None:
     started = Feeling.of(mix={"happiness": 75}, personality="neutral")
     assert started is not None
     assert list(started.now(TURNS[2:3], EMOTIONS, read).stops[0].intensities) == ["happiness", "surprise"]  # type: ignore[arg-type]
+
+
+def test_no_personality_turns_a_movement_round() -> None:
+    """They move more or less with what they are shown, never the other way."""
+    extremes = [Personality(*traits) for traits in itertools.product((-1.0, 1.0), repeat=5)]
+    assert all(min(one.weights) >= 0 for one in extremes)
+    assert Personality(openness=-1, conscientiousness=-1, extraversion=-1, agreeableness=1).weights[2] == 0, "Mehrabian's sum is -0.34"
