@@ -25,7 +25,7 @@ from emosteer.base.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What a stage's result depends on beside its command.
-SOURCES = ("emosteer/**/*.py", "emosteer/**/*.cpp", "emosteer/assets/*.safetensors", "data/**/*.jsonl")
+SOURCES = ("emosteer/**/*.py", "emosteer/**/*.cpp", "emosteer/report/*", "emosteer/assets/*.safetensors", "data/**/*.json*")
 
 
 def commands(model: str, each: Sequence[str], dial: Sequence[str], check: Sequence[str], contest: Sequence[str]) -> list[list[str]]:
@@ -44,7 +44,7 @@ def commands(model: str, each: Sequence[str], dial: Sequence[str], check: Sequen
 
 def fingerprint(root: Path = ROOT) -> str:
     """A hash of the code and the data."""
-    files = sorted({file for pattern in SOURCES for file in root.glob(pattern)})
+    files = sorted({file for pattern in SOURCES for file in root.glob(pattern) if file.is_file()})
     return sha256_text(json.dumps([(str(file.relative_to(root)), sha256_file(file)) for file in files]))
 
 

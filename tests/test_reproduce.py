@@ -89,3 +89,7 @@ def test_the_code_is_what_is_installed(tmp_path: Path) -> None:
     assert reproduce.fingerprint(tmp_path) != first
     source.write_text("x = 1")
     assert reproduce.fingerprint(tmp_path) == first
+    for file in ("data/words.json", "data/prompts/a.jsonl", "emosteer/report/page.html"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+        assert (before := first) != (first := reproduce.fingerprint(tmp_path)), (file, before)

@@ -178,7 +178,8 @@ def remembered_sha256(path: Path, say: Say) -> str:
     sha256 = sha256_file(path)
     with contextlib.suppress(EmosteerError, OSError):  # an entry lost to another writer costs one more reading, nothing else
         make_folder(memory.parent)
-        write_text(memory, json.dumps({**_remembered(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
+        known = {} if stranger_in_cache(memory) else _remembered(memory)  # what is not believed is not handed on either
+        write_text(memory, json.dumps({**known, str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
     return sha256
 
 

@@ -198,7 +198,7 @@ def _retry_after(value: str) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return 0.0
     return seconds if not math.isnan(seconds) else 0.0
 

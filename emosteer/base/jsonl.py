@@ -66,9 +66,10 @@ class JsonlLog:
         self._size += len(lines)
 
     def close(self) -> None:
-        """Removes the file if it was created here and nothing was added."""
-        if self._created and self._size == 0:
-            self.path.unlink(missing_ok=True)
+        """Removes the file if it was created here and nothing was added, by whomever: several commands may keep to one file."""
+        with contextlib.suppress(OSError):
+            if self._created and self.path.stat().st_size == 0:
+                self.path.unlink()
 
 
 class KeyedLog:
@@ -118,7 +119,8 @@ def whole_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _mend(path: Path, start: bytes) -> None:
-    """Cuts off a torn last line that begins like ours; ends a whole one that lacks its line break. The tear may split a character."""
+    """Cuts off a torn last line that begins like ours; ends a whole one that lacks its line break. The tear may split a character; where
+    the power failed, the file may have grown already, with nothing in its new part."""
     data = path.read_bytes()
     at = data.rfind(b"\n") + 1
     tail = data[at:]
@@ -127,7 +129,7 @@ def _mend(path: Path, start: bytes) -> None:
     try:
         whole = isinstance(loads(tail), dict)
     except ValueError:
-        if tail.startswith(start) or start.startswith(tail):
+        if not tail.strip(b"\0 \t\r") or tail.startswith(start) or start.startswith(tail):
             os.truncate(path, at)
         return
     if whole:

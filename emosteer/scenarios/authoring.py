@@ -141,6 +141,7 @@ def check_answer(text: str, identity: str, theme: str, taken: Sequence[Scenario]
     for other in taken:
         # Pair by pair: exact however many there are, and linear in them.
         pair = near_duplicates({other.id: _whole(other), identity: _whole(scenario)}, limits.overlap)
+        pair = pair or near_duplicates({other.id: other.text, identity: scenario.text}, limits.overlap)
         problems += [Problem(identity, p.rule, f'too close to one that is taken: "{other.text}"') for p in pair]
     return (None if problems else scenario), problems
 

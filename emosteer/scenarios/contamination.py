@@ -177,14 +177,19 @@ def likeliest(words: Iterable[str], scores: Mapping[str, Sequence[float]], n_emo
 
 
 def log_shares(labels: Sequence[str], words: Sequence[frozenset[str]], emotions: Sequence[str]) -> dict[str, list[float]]:
-    """Word -> per emotion the logarithm of the (smoothed) share of its texts that hold the word."""
+    """Word -> per emotion the logarithm of the (smoothed) share of its texts that hold the word.
+
+    An emotion with fewer texts than the one with the most is filled up with texts like all the others: words that it was not seen to use
+    would speak for it otherwise, because of so few texts none is rare.
+    """
     texts = Counter(labels)
+    most = max(texts.values(), default=0)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for label, some in zip(labels, words, strict=True):
         for word in some:
             counts[word][label] += 1
     return {
-        word: [math.log((count[e] + 0.5) / (texts[e] + 1)) for e in emotions]
+        word: [math.log((count[e] + 0.5 + (most - texts[e]) * count.total() / len(labels)) / (most + 1)) for e in emotions]
         for word, count in counts.items()
         if count.total() >= LEAST_TEXTS
     }

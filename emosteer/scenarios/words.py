@@ -62,6 +62,7 @@ def word_pattern(patterns: tuple[str, ...]) -> WordPattern:
 def _own_name(name: str) -> WordPattern:
     """Matches a name that the list does not hold, as a stem: with any ending, and in a script without white space wherever it stands."""
     body = re.escape(name).replace(r"\ ", r"\s+").replace("ss", "(?:ss|\u00df)")  # folding made the one of the other
+    body = body.replace("i\u0307", "(?:i\u0307|\u0130)")  # and this of the Turkish capital
     if name.isascii():
         return WordPattern(re.compile(rf"\b{body}\w*\b" if name[-1].isalnum() else rf"\b{body}", re.IGNORECASE))
     letter = rf"[\w{marks()}]"

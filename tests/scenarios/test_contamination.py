@@ -36,6 +36,14 @@ def test_subjects_that_belong_to_an_emotion_are_found_and_shared_ones_are_not() 
     assert not any(clean.overused.values())
 
 
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_an_emotion_with_few_texts_hides_nothing_of_the_others(n: int) -> None:
+    """Words that so few texts do not hold are not rare there: they would all speak for it."""
+    few = [Text("I said it about the parcel again.", "happiness", f"prompt-{i}") for i in range(n)]
+    found = contamination([*texts(1.0, 100), *few])
+    assert all(found.by_emotion[emotion] > 0.95 for emotion in SUBJECTS), found.by_emotion
+
+
 def test_emotion_words_and_function_words_do_not_count() -> None:
     assert subject_words("It's unfair that the invoice was lovely.") == ["invoice"]
     assert content_words("I'm so furious, you've ANGERED me about Tom's 3 invoices!") == ["tom's", "invoices"]

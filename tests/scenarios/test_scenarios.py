@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,7 @@ def test_word_patterns_end_where_words_end(word: str) -> None:
 
 def test_name_pattern_of_an_unlisted_emotion_is_its_stem() -> None:
     assert name_pattern("nostalgia").search("pure Nostalgia")
+    assert name_pattern("İğrenme").search("bu İğrenme dır") and name_pattern("İğrenme").search("bu i̇ğrenme dır")
     assert not name_pattern("anger").search("a happy day")
     assert name_pattern().search("a happy day")
 
@@ -346,6 +348,9 @@ def test_overlap_between_files() -> None:
     assert [str(p) for p in overlap_between(first, [same_id])] == ["s-000: not disjoint: the same id is in both files"]
     same_text = scenario(1, skeleton_id="s-900")
     assert [str(p) for p in overlap_between(first, [same_text])] == ["s-900: not disjoint: shares 100% of its word 3-grams with s-001"]
+    retold = replace(scenario(4, skeleton_id="s-902"), text=first[1].text)
+    assert [str(p) for p in overlap_between(first, [retold])] == ["s-902: not disjoint: shares 100% of its word 3-grams with s-001"]
+    assert rules(lint_scenarios([first[1], retold])) == {"duplicate": 1}, "the same situation with other events"
     assert overlap_between(first, [scenario(5), scenario(5, skeleton_id="s-901")]) == []  # inside one file is another lint's matter
 
 

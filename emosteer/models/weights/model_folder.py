@@ -19,6 +19,9 @@ def gap(folder: Path) -> str | None:
             shards = set(loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{index.name} is damaged"
+        # files elsewhere would be loaded, and are not in the hash by which a model is known
+        if not shards or not all(isinstance(name, str) and name and Path(name).name == name for name in shards):
+            return f"{index.name} names no weight files, or some that are not in the folder itself"
         if missing := sorted(name for name in shards if not (folder / name).is_file()):
             return f"{len(missing)} of {len(shards)} weight files are missing ({missing[0]})"
     elif not any(file.is_file() for file in folder.glob("*.safetensors")):

