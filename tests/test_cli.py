@@ -548,3 +548,13 @@ def test_help_does_not_import_torch() -> None:
 def test_models_lists_the_embedded_default(run: Callable[..., Any]) -> None:
     code, out, _ = run("models", "list", "--json")
     assert code == 0 and any(row["name"] == "smollm2-135m" for row in json.loads(out))
+
+
+def test_a_table_prints_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replies may hold what a terminal library takes for markup: it must neither vanish nor end the command."""
+    from emosteer.base.tables import print_table
+
+    told = ["Dear [name],", "[/INST] so be it", "a :smile: in words", "[bold]loud[/bold]"]
+    print_table(["reply [0]", "n"], [[text, 1] for text in told], title="all [of] them")
+    out = capsys.readouterr().out
+    assert all(text in out for text in [*told, "reply [0]", "all [of] them"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,9 +12,10 @@ from rich.table import Table
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     """Prints a table; numbers are aligned to the right. Where stdout is no terminal it is never cut to a terminal's width."""
-    console = Console(file=sys.stdout, highlight=False)
+    plain: dict[str, Any] = {"file": sys.stdout, "highlight": False, "markup": False, "emoji": False}  # cells are texts, such as replies
+    console = Console(**plain)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=200)
+        console = Console(**plain, width=200)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)

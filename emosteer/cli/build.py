@@ -130,8 +130,8 @@ def _check(
         problems += lint_contamination(measured, most) if most is not None else []
     if against:
         shared = overlap_of_texts(_texts(against), _texts(file))
-        known = {problem.where for problem in shared}
-        problems += shared + [problem for problem in overlap_between(read_events(against), scenarios) if problem.where not in known]
+        told = {problem.where for problem in shared}
+        problems += shared + [problem for problem in overlap_between(read_events(against), scenarios) if problem.where not in told]
     sides = _split(file, scenarios, *split, seed) if split else {}
     summary = _summary(file, scenarios, prompts, bank, measured, sides)
     if as_json:

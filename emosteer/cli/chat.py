@@ -13,7 +13,7 @@ import typer
 from emosteer.api.chat import Chat, completions
 from emosteer.api.options import WritingOptions
 from emosteer.base import stopping
-from emosteer.base.errors import EmosteerError, UsageError
+from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.circuits.places import ARTIFACTS
@@ -24,6 +24,8 @@ from emosteer.judges.registry import EMBEDDED
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+
+    from emosteer.judges.protocol import EmotionJudge, SoundnessJudge
 
 #: What `--judge` takes for nobody.
 NOBODY = "none"
@@ -82,10 +84,23 @@ def chat(
     for name, given in first.items():
         if given is not None:
             note(talk.command(f"/{name} {given}"))
-    lines = _typed(talk, reader) if interactive else (line.rstrip("\n") for line in sys.stdin)
+    lines = _typed(talk, reader) if interactive else _piped()
     if interactive:
         typer.echo(f"{loaded.model.name} {talk.label}; /help shows the commands")
     _talk(talk, reader, lines, interactive)
+
+
+def _piped() -> Iterator[str]:
+    """The lines of stdin.
+
+    Raises:
+        DataError: if they are no UTF-8 text.
+    """
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError("stdin is not UTF-8 text; convert it first") from error
 
 
 class _Reader:
@@ -101,10 +116,19 @@ class _Reader:
         return self.reader.shares(texts)
 
     def read(self, texts: list[str]) -> list[str]:
-        """Of each text the likeliest labels and whether it is sound, in words; nothing where nobody reads."""
+        """Of each text the likeliest labels and whether it is sound, in words; nothing where nobody reads. A judge that cannot be had is
+        told once, and costs no reply."""
         if self.reader is None:
             return [""] * len(texts)
-        judge, check = self.reader.judges()
+        try:
+            return self._read(*self.reader.judges(), texts)
+        except (EmosteerError, OSError) as error:
+            self.reader = None
+            note(f"no judge reads the replies: {error}")
+            return [""] * len(texts)
+
+    @staticmethod
+    def _read(judge: EmotionJudge, check: SoundnessJudge, texts: list[str]) -> list[str]:
         said = []
         for opinion, sound in zip(judge.opinions(texts), check.check(texts), strict=True):
             shares = sorted((opinion.probabilities or {}).items(), key=lambda pair: -pair[1])[:2]
@@ -137,8 +161,14 @@ def _carry_out(talk: Chat, reader: _Reader, line: str, interactive: bool) -> boo
         if not talk.turns:
             raise UsageError("there is nothing to write again")
         said = talk.turns[-1].said
+        before, last, since = talk.turns[:-1], talk.turns[-1], talk.felt_since
         talk.command("/undo")
-        _say(talk, reader, said, interactive)
+        try:
+            _say(talk, reader, said, interactive)
+        finally:
+            if len(talk.turns) == len(before):  # nothing new: what was there stays
+                talk.turns.append(last)
+                talk.felt_since = since
     elif line.startswith("/"):
         typer.echo(talk.command(line))
     else:
@@ -160,11 +190,7 @@ def _say(talk: Chat, reader: _Reader, text: str, interactive: bool) -> None:
     typer.echo("")
     reader.last = ""
     if len(talk.turns) > before:
-        try:
-            [reader.last] = reader.read([talk.turns[-1].reply])
-        except EmosteerError as error:
-            reader.reader = None
-            note(f"no judge reads the replies: {error}")
+        [reader.last] = reader.read([talk.turns[-1].reply])
         if reader.last and not interactive:
             note(f"({talk.turns[-1].felt}; read as {reader.last})")
 

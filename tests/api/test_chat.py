@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from emosteer.api.chat import COMMANDS, Chat, completions
 from emosteer.api.steered_model import SteeredModel
-from emosteer.base.errors import EmosteerError, UsageError
+from emosteer.base.errors import DataError, EmosteerError, ModelError, UsageError
+from emosteer.cli import chat as chat_command
 from tests.helpers.dialled import endless_model
 
 SHORT = {"max_new_tokens": 8}
@@ -160,8 +163,6 @@ def test_in_a_terminal_lines_are_typed_completed_and_ended(chat: Chat) -> None:
 def test_through_a_pipe_the_command_answers_line_by_line(
     steered: SteeredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import io
-
     import emosteer.api.loading as loading
     from emosteer.cli import main as cli
 
@@ -184,3 +185,39 @@ def test_through_a_pipe_the_command_answers_line_by_line(
         *steered.emotions,
     ]
     assert run("/emotin\n")[0] == 2 and run("hello\n", "-e", "anger", "--mix", "fear:2")[0] == 2
+
+
+def test_a_judge_that_cannot_be_had_costs_no_reply(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of a turn nor those that are compared."""
+    reader = chat_command._Reader("embedded")
+
+    def lacking() -> None:
+        raise ModelError("cannot download the encoder")
+
+    assert reader.reader is not None
+    monkeypatch.setattr(reader.reader, "judges", lacking)
+    assert chat_command._carry_out(chat, reader, "/compare the boss said stop", interactive=False)
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["neutral", *chat.model.emotions]
+    assert err.count("no judge reads the replies: cannot download the encoder") == 1
+    assert chat_command._carry_out(chat, reader, "the boss said stop", interactive=False) and len(chat.turns) == 1
+
+
+def test_what_cannot_be_written_again_is_not_lost(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = chat_command._Reader("none")
+    chat_command._carry_out(chat, reader, "the boss said stop", interactive=False)
+    kept, since = list(chat.turns), chat.felt_since
+
+    def fails(self: Chat, text: str) -> Iterator[str]:
+        raise UsageError("this circuit is not calibrated")
+
+    monkeypatch.setattr(Chat, "reply", fails)
+    with pytest.raises(UsageError, match="not calibrated"):
+        chat_command._carry_out(chat, reader, "/retry", interactive=False)
+    assert chat.turns == kept and chat.felt_since == since
+
+
+def test_bytes_that_are_no_text_end_a_piped_chat_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(chat_command._piped())
