@@ -298,12 +298,12 @@ def _confusion_axes(contest: Measured, method: str) -> tuple[list[str], list[str
 
 def _confusion_panel(contest: Measured, method: str, steps: Steps) -> Panel:
     (targets, judged), table = _confusion_axes(contest, method), contest.results[method]["confusion"]
-    rows = []
+    rows, columns = [], shortened(judged)
     for target in targets:
         for seen in judged:
             share = finite(table[target].get(seen)) or 0.0
             tip = plots.tip(f"{target} asked for, {seen} seen: {percent(share)}")
-            rows.append({"x": shortened(seen), "y": target, "value": share, "text": f"{100 * share:.0f}", "tip": tip})
+            rows.append({"x": columns[seen], "y": target, "value": share, "text": f"{100 * share:.0f}", "tip": tip})
     right = words([f"{target} {percent(finite(table[target].get(target)) or 0.0, 0)}" for target in targets])
     alt_text = f"Confusion of {label(method)}. Share seen as asked for: {right}."
     chart = plots.heat(

@@ -10,7 +10,7 @@ from emosteer.report import plots
 from emosteer.report.figures import CellValue, Figure, FigureTable, Panel
 from emosteer.report.panels import keys
 from emosteer.report.plots import PANEL, WIDE, Style
-from emosteer.report.wording import Interval, number, percent, percent_range, plural, points_range
+from emosteer.report.wording import Interval, finite, number, p_value, percent, percent_range, plural, points_range
 from emosteer.side_effects.limits import held_table
 from emosteer.side_effects.settings import LIMITS, Limits
 from emosteer.side_effects.side_effects import SideEffects
@@ -182,9 +182,9 @@ def _patterns_table(found: SideEffects) -> FigureTable:
 
 def _feedback_table(found: SideEffects) -> FigureTable:
     n = plural(found.unsteered["figures"]["right"]["n"], "item")
-    rows: list[list[CellValue]] = [
-        [row["arm"], row["round"], percent_range(Interval.of(row["accuracy"])), points_range(Interval.of(row["more"])), number(row["p"])]
-        for row in found.feedback
-    ]
+    rows: list[list[CellValue]] = []
+    for row in found.feedback:
+        accuracy, more = percent_range(Interval.of(row["accuracy"])), points_range(Interval.of(row["more"]))
+        rows.append([row["arm"], row["round"], accuracy, more, p_value(finite(row["p"]))])
     head = ("Feedback", "Round", "Right by then", "More than plain", "p")
     return FigureTable(f"Wrong answers told so and given again, {n}", head, rows)

@@ -93,7 +93,7 @@
     button.type = "button";
     button.addEventListener("click", () => {
       choose(other);
-      by("head-page").scrollIntoView({ block: "nearest" });
+      by("head-page").querySelector("h3").focus(); // the button itself is gone with the page that it stood on
     });
     return button;
   };
@@ -235,6 +235,7 @@
     if (!node) return by("head-page").replaceChildren();
     const page = node[2] < 0 ? null : data.pages[node[2]];
     const heading = element("h3", "", name(node));
+    heading.tabIndex = -1;
     const rank = page ? `number ${page.rank} by what the circuit adds` : "no page of its own";
     heading.append(element("span", "about", `${data.emotions[emotion]} \u00b7 ${rank}`));
     const facts = element("ul", "marks");

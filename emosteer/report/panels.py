@@ -17,12 +17,12 @@ def keys(styles: Mapping[str, Style]) -> list[Key]:
 
 def square(names: Sequence[str], values: Sequence[Sequence[float]], steps: Steps, title: str) -> tuple[Panel, FigureTable]:
     """Emotions against emotions, with the numbers in the cells."""
-    rows, apart = [], []
+    rows, apart, columns = [], [], shortened(names)
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             value = values[i][j]
             tip = plots.tip(f"{a} and {b}: {number(value)}")
-            rows.append({"x": shortened(b), "y": a, "value": value, "text": number(value), "tip": tip})
+            rows.append({"x": columns[b], "y": a, "value": value, "text": number(value), "tip": tip})
             apart += [(value, f"{a} and {b}")] if j < i else []
     extremes = (
         f" Highest for {max(apart)[1]} ({number(max(apart)[0])}), lowest for {min(apart)[1]} ({number(min(apart)[0])})." if apart else ""

@@ -131,10 +131,10 @@ def _heads(probes: Probes) -> Figure:
 def _confusion(probes: Probes) -> Figure:
     counts = probes.confusion.tolist()
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    steps = Steps.sequential(1.0)
+    steps, columns = Steps.sequential(1.0), shortened(probes.labels)
     rows = [
         {
-            "x": shortened(b),
+            "x": columns[b],
             "y": a,
             "value": shares[i][j],
             "text": str(counts[i][j]),

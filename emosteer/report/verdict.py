@@ -327,12 +327,18 @@ def _dial(circuit: Circuit | None, check: Mapping[str, Any] | None) -> list[Find
     if not rows:
         return []
     question = "Does more intensity read as more emotion?"
-    falls = [emotion for emotion, rising, _ in rows if not rising]
+    falls = [emotion for emotion, rising, _ in rows if rising is False]
+    undialled = [emotion for emotion, rising, _ in rows if rising is None]
+    n_dials = len(rows) - len(undialled)
     ends = [ratio for _, _, ratio in rows if ratio is not None]
     detail = f"Measured {where}." + (f" The perplexity ratio is at most {number(max(ends))}." if ends else "")
+    without = f"; no dial for {words(undialled)}" if undialled else ""
+    if not n_dials:
+        return [Finding(question, "No emotion has a dial", detail, MIXED)]
     if falls:
-        return [Finding(question, f"Not at every step for {words(falls)}", detail, MIXED)]
-    return [Finding(question, f"Yes, at every step for {plural(len(rows), 'emotion')}", detail, GOOD if check is not None else MIXED)]
+        return [Finding(question, f"Not at every step for {words(falls)}{without}", detail, MIXED)]
+    tone = GOOD if check is not None and not undialled else MIXED
+    return [Finding(question, f"Yes, at every step for {plural(n_dials, 'emotion')}{without}", detail, tone)]
 
 
 def _missing(contest: Measured) -> list[Finding]:
@@ -344,8 +350,9 @@ def _missing(contest: Measured) -> list[Finding]:
     return [Finding("Was everything judged?", f"{plural(lost, 'reply was', 'replies were')} not", detail, MIXED)]
 
 
-def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tuple[str, list[tuple[str, bool, float | None]]]:
-    """Where the dial was measured, and per emotion whether judged intensity rises throughout and the highest perplexity ratio."""
+def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tuple[str, list[tuple[str, bool | None, float | None]]]:
+    """Where the dial was measured, and per emotion whether judged intensity rises throughout (None where there is no dial: no step was
+    measured) and the highest perplexity ratio."""
     if check is not None:
         rows, axis, where = check["emotions"], "intensity", "on other prompts"
     elif circuit is not None:
@@ -353,9 +360,12 @@ def dial_verdict(circuit: Circuit | None, check: Mapping[str, Any] | None) -> tu
         where = "on the prompts that it was fitted on"
     else:
         return "", []
-    dials = []
+    dials: list[tuple[str, bool | None, float | None]] = []
     for emotion, row in rows.items():
         curve = spots(row, axis)
         judged, ratios = ([v for s in curve if (v := getattr(s, name)) is not None] for name in ("judged", "ratio"))
-        dials.append((emotion, all(b > a for a, b in zip(judged, judged[1:], strict=False)), max(ratios, default=None)))
-    return where, dials
+        steps = list(zip(judged, judged[1:], strict=False))
+        dials.append((emotion, all(b > a for a, b in steps) if steps else None, max(ratios, default=None)))
+    # a check lists apart what had no dial to be checked
+    left_out = [] if check is None else check.get("without_dial") or []
+    return where, [*dials, *((emotion, None, None) for emotion in left_out)]

@@ -180,6 +180,14 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def shortened(name: str, length: int = 5) -> str:
-    """A name cut to fit above a narrow column."""
-    return name if len(name) <= length + 1 else name[: length - 1] + "."
+def shortened(names: Sequence[str], length: int = 5) -> dict[str, str]:
+    """Names -> cut to fit above narrow columns, and each only so far that it still differs from the others: equal ones would be drawn as
+    one column."""
+
+    def cut(name: str, size: int) -> str:
+        return name if len(name) <= size + 1 else name[: size - 1] + "."
+
+    def told_apart(name: str, size: int) -> bool:
+        return all(cut(other, size) != cut(name, size) for other in names if other != name)
+
+    return {name: cut(name, next((n for n in range(length, len(name)) if told_apart(name, n)), len(name))) for name in names}

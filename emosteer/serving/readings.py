@@ -116,8 +116,11 @@ def reading_of(served: Served, reader: Reader, wanted: ReadingRequest) -> Callab
         try:
             judge, check = reader.judges()
             opinion, sound = judge.opinions([wanted.reply])[0], check.check([wanted.reply])[0]
-            found["judge"] = {"name": judge.name, "label": opinion.emotion(), "probabilities": opinion.probabilities}
             found["sound"] = sound.sound
+            if opinion.probabilities is None:  # the judge was there, but its call failed
+                found["problem"] = opinion.problem or "no reason given"
+            else:
+                found["judge"] = {"name": judge.name, "label": opinion.emotion(), "probabilities": opinion.probabilities}
         except (EmosteerError, OSError) as error:  # no judge is at hand; what the model itself reads is still told
             found["problem"] = first_line(error)
         return {"object": "reading", **found, "tokens": [vars(token) for token in tokens]}

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -435,6 +436,16 @@ HOSTILE = (
     " {{ 7 * 7 }} & ' \" \u2028 \u202e \ud800 end"
 )
 HOSTILE_THEME = 'work"><script>window.hacked = 3</script>'
+
+
+def undefined_colours(page: str) -> set[str]:
+    """CSS variables that a page uses and that its style defines not in both themes, and nowhere else either."""
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    themes = [set(re.findall(r"--([\w-]+):", theme)) for theme in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
+    assert len(themes) == 2
+    elsewhere = set(re.findall(r"--([\w-]+):", re.sub(r":root \{.*?\}", "", page, flags=re.DOTALL)))
+    by_script = set(re.findall(r'setProperty\("--([\w-]+)"', page))
+    return set(re.findall(r"var\(--([\w-]+)\)", page)) - (themes[0] & themes[1]) - elsewhere - by_script
 
 
 @functools.cache

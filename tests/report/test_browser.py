@@ -73,10 +73,10 @@ def test_opens_without_errors_and_every_plot_is_visible(visit: Open, width: int,
             hidden: [...figure.querySelectorAll('.plot')].filter((plot) => !plot.checkVisibility()).length,
         }))"""
     )
-    assert len(shapes) == 20
+    assert len(shapes) == 21
     for found in shapes:
         assert found["plots"] and all(w > 200 and h > 60 and marks > 10 for w, h, marks in found["plots"]), found["name"]
-        twice = found["name"] in ("fig-frontier", "fig-naming", "fig-holding")
+        twice = found["name"] in ("fig-frontier", "fig-map", "fig-naming", "fig-holding")
         assert found["hidden"] == int(twice), "one drawing of two is shown where there are two, else all"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     wide = page.evaluate(
@@ -101,7 +101,7 @@ def test_plots_and_page_change_with_the_scheme_and_stay_readable(visit: Open) ->
         };
         const style = getComputedStyle(document.documentElement);
         const names = ['paper', 'ink', 'muted', 'link', 'good', 'mixed', 'bad', 'm-circuit', 'm-residual', 'm-learned', 'm-tone',
-            'm-system', 'm-stimulus', 'm-none', 'm-control', 'series-1', 'series-2', 'series-3'];
+            'm-system', 'm-stimulus', 'm-none', 'm-control', 'series-1', 'series-2', 'series-3', 'series-4', 'series-5'];
         const mark = document.querySelector('#fig-frontier .wide path[fill="var(--m-circuit)"]');
         return { colours: Object.fromEntries(names.map((name) => [name, rgb(style.getPropertyValue('--' + name))])),
             mark: getComputedStyle(mark).fill, body: getComputedStyle(document.body).backgroundColor };

@@ -9,6 +9,7 @@ import pytest
 
 from emosteer.circuits.places import Places
 from emosteer.models.model import Model
+from emosteer.report.effect_figures import tables
 from emosteer.report.inputs import read_inputs
 from emosteer.report.page import build_report
 from emosteer.report.sections import sections
@@ -17,6 +18,7 @@ from emosteer.side_effects.settings import EffectsSettings
 from emosteer.side_effects.side_effects import SideEffects
 from tests.helpers.dialled import dialled_circuit
 from tests.helpers.effects_setup import read_by_words, small_battery
+from tests.helpers.report_setup import undefined_colours
 
 SETTINGS = EffectsSettings(
     methods=("circuit", "prompt-tone"),
@@ -61,7 +63,15 @@ def test_the_section_says_what_was_measured(found: SideEffects, places: Places) 
     assert all(panel.svg.startswith("<svg") and panel.svg.count("<path") > 2 for figure in section.figures for panel in figure.panels)
 
 
+def test_a_small_p_is_not_rounded_to_nothing(found: SideEffects) -> None:
+    ps = (0.0004, 0.0123)
+    rows = [{**row, "p": p} for row, p in zip(found.feedback, ps, strict=True)]
+    feedback = tables(replace(found, feedback=rows))[-1]
+    assert feedback.head[-1] == "p" and [cells[-1] for cells in feedback.rows] == ["< 0.001", "0.012"]
+
+
 def test_the_page_holds_the_section_and_warns_of_another_circuit(places: Places, tmp_path: Path) -> None:
     text = build_report(places, tmp_path / "report.html", "toy").path.read_text("utf-8")
+    assert not undefined_colours(text), "every measure has its colour"
     assert 'id="effects"' in text and "emosteer effects --quick" in text and "Does it hold after a long conversation?" in text
     assert all(section.id != "effects" for section in sections(replace(read_inputs(places), effects=None)))

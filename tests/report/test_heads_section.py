@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,13 @@ def test_the_section_says_what_was_read_and_lists_every_head(places: Places) -> 
 
 def test_a_page_without_heads_says_nothing_of_them(places: Places) -> None:
     assert all(section.id != "head-pages" for section in sections(replace(read_inputs(places), heads=None)))
+
+
+def test_a_head_s_page_is_no_live_region(places: Places, tmp_path: Path) -> None:
+    """All of it would be read out at each choice."""
+    text = build_report(places, tmp_path / "report.html").path.read_text("utf-8")
+    (article,) = re.findall(r'<article id="head-page"[^>]*>', text)
+    assert "aria-live" not in article
 
 
 def test_heads_of_another_circuit_are_warned_of(places: Places, tmp_path: Path) -> None:
@@ -96,6 +104,7 @@ def test_heads_can_be_clicked_and_show_their_page(page: Any) -> None:
     assert "anger" in page.locator("#head-page .named").first.inner_text(), "the emotion's name is marked"
     page.locator("#head-page .jump").first.click()
     assert page.locator("#head-page h3").inner_text().startswith(("L0H1", "L2H2"))
+    assert page.evaluate("document.activeElement === document.querySelector('#head-page h3')"), "the button that was pressed is gone"
 
 
 def test_emotions_take_turns_and_the_keyboard_reaches_heads(page: Any) -> None:

@@ -14,6 +14,7 @@ from emosteer.circuits.places import Places
 from emosteer.probing.probes import LINEAR, NONLINEAR, Probes
 from emosteer.report.inputs import read_inputs
 from emosteer.report.page import build_report
+from emosteer.report.probe_figures import _confusion
 from emosteer.report.sections import sections
 
 LABELS = ("anger", "fear")
@@ -100,6 +101,12 @@ def test_probes_alone_make_a_page_and_their_figures_say_what_was_measured(places
     assert [row[0] for row in found["probe-layers"].tables[0].rows] == [0, 1, 2] and len(found["probe-moved"].tables[0].rows) == 5
     assert [row[0] for row in section.tables[0].rows] == ["Probe", "Zero-shot"]
     assert all(panel.svg.startswith("<svg") and panel.svg.count("<path") > 2 for figure in section.figures for panel in figure.panels)
+
+
+def test_labels_that_begin_alike_keep_their_own_columns() -> None:
+    labels = ("disappointment", "disapproval")
+    drawn = _confusion(replace(probes(), labels=labels)).panels[0].svg
+    assert ">disappo.</text>" in drawn and ">disappr.</text>" in drawn
 
 
 def test_the_page_holds_the_section_and_where_it_came_from(places: Places, tmp_path: Path) -> None:

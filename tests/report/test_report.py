@@ -28,12 +28,13 @@ from emosteer.cli import main as cli
 from emosteer.evaluation.evaluate import evaluate
 from emosteer.evaluation.metrics import measure
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.report import page
+from emosteer.report import contest_figures, page
 from emosteer.report.commands import made_by, maker
 from emosteer.report.disputes import disputes
 from emosteer.report.inputs import WHAT, read_inputs
 from emosteer.report.measured import EARLIER, Measured
 from emosteer.report.page import build_report, commands
+from emosteer.report.panels import square
 from emosteer.report.plots import Steps, slim
 from emosteer.report.replies import browser, evenly, rounded
 from emosteer.report.sections import sections
@@ -50,6 +51,7 @@ from emosteer.report.wording import (
     plural,
     points_range,
     share_range,
+    shortened,
     words,
 )
 from emosteer.scenarios.scenarios import EMOTIONS
@@ -75,6 +77,7 @@ from tests.helpers.report_setup import (
     panel_of_words,
     reply_rows,
     result,
+    undefined_colours,
     whole_page,
     write_all,
 )
@@ -765,6 +768,22 @@ def test_the_dial_is_judged_by_other_prompts_where_there_are_any() -> None:
     assert calibration()["emotions"]["fear"]["judged"] == sorted(calibration()["emotions"]["fear"]["judged"])
 
 
+def test_emotions_without_a_dial_are_no_evidence_of_one() -> None:
+    question = "Does more intensity read as more emotion?"
+    made, check = circuit(""), dial_check()
+    curves = made.metrics["calibration"]["emotions"]
+    curves["disgust"] = {**curves["disgust"], "strength": [0.0], "judged": [0.1], "fitted": [0.1], "ratio": [1.0]}
+    found = judge(made=made)[question]
+    assert (found.answer, found.tone) == ("Yes, at every step for 5 emotions; no dial for disgust", MIXED)
+    curves["fear"] = {**curves["fear"], "judged": [0.1, 0.3, 0.2, 0.65, 0.8]}
+    assert judge(made=made)[question].answer == "Not at every step for fear; no dial for disgust"
+    del check["emotions"]["disgust"]
+    found = judge(made=made, check={**check, "without_dial": ["disgust"]})[question]
+    assert (found.answer, found.tone) == ("Yes, at every step for 5 emotions; no dial for disgust", MIXED), "a check names them apart"
+    found = judge(made=made, check={**check, "emotions": {}, "without_dial": list(EMOTIONS)})[question]
+    assert (found.answer, found.tone) == ("No emotion has a dial", MIXED)
+
+
 # ---- pieces ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -811,11 +830,15 @@ def test_methods_are_told_apart_by_the_colour_blind_too(eyes: str) -> None:
     """Distances in CIELAB: 2.3 is just noticeable, 20 is plain. Shapes and dashes tell methods apart besides."""
     style = (Path(page.__file__).parent / "style.css").read_text(encoding="utf-8")
     names = re.findall(r"--(m-\w+|series-\d): #(\w{6})", style)
-    assert len(names) == 2 * 11
+    assert len(names) == 2 * 13
     for theme in (dict(names[: len(names) // 2]), dict(names[len(names) // 2 :])):
         for some in ([n for n in theme if n.startswith("m-")], [n for n in theme if n.startswith("series")]):
             for a, b in itertools.combinations(some, 2):
                 assert math.dist(seen_as(theme[a], EYES[eyes]), seen_as(theme[b], EYES[eyes])) > 20, f"{a} and {b}"
+
+
+def test_every_colour_of_the_page_is_defined_in_both_themes() -> None:
+    assert not undefined_colours(whole_page()[1].path.read_text(encoding="utf-8"))
 
 
 def test_colour_steps_cover_every_value_once() -> None:
@@ -823,6 +846,25 @@ def test_colour_steps_cover_every_value_once() -> None:
     assert [steps.step(v) for v in (-9, -1.31, -1.3, -0.1, 0.0, 0.0999, 0.1, 1.3, 9)] == [0, 0, 1, 4, 4, 4, 5, 8, 8]
     assert [key.text for key in Steps.sequential(1.0, 2).key()] == ["below 0.50", "0.50 or more"]
     assert all(len(s.key()) == len(s.paints) == len(s.edges) + 1 for s in (steps, Steps.sequential(3.0)))
+
+
+ALIKE = ("anger", "disappointment", "disapproval", "fear")
+
+
+def test_columns_are_cut_only_as_far_as_they_still_differ() -> None:
+    assert list(shortened(ALIKE).values()) == ["anger", "disappo.", "disappr.", "fear"]
+    assert list(shortened((*EMOTIONS, "neutral")).values())[-1] == "neut." and shortened(["disappointment"]) == {"disappointment": "disa."}
+    assert shortened(["surprise", "surprised"]) == {"surprise": "surprise", "surprised": "surpri."}
+
+
+def test_emotions_whose_names_begin_alike_keep_their_own_columns() -> None:
+    values = [[round(0.1 * (i + j), 1) for j in range(4)] for i in range(4)]
+    drawn = square(ALIKE, values, Steps.sequential(1.0), "Alike")[0].svg
+    contest = Measured(evaluation(), {"circuit": {**result("circuit"), "confusion": {a: dict.fromkeys(ALIKE, 0.25) for a in ALIKE}}})
+    confusion = contest_figures._confusion_panel(contest, "circuit", Steps.sequential(1.0)).svg
+    for svg in (drawn, confusion):
+        places = {match for match in re.findall(r'd="M([\d.]+),[\d.]+h', svg)}
+        assert ">disappo.</text>" in svg and ">disappr.</text>" in svg and len(places) == len(ALIKE)
 
 
 def test_numbers_read_well() -> None:

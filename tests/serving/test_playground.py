@@ -1,8 +1,8 @@
 """The playground in a real headless Chromium: every control, a silent console, nobody else asked for anything, phone and desktop,
 light and dark.
 
-Needs a Chromium on the PATH (`tests/helpers/browser.py` has the names) and playwright; skipped with
-the reason where either is missing.
+Needs a Chromium on the PATH (`tests/helpers/browser.py` has the names) and playwright; what needs them is skipped with the reason where
+either is missing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from emosteer.judges.protocol import LABELS, Opinion
 from tests.helpers.browser import launched, require_browser
 
 pytest.importorskip("starlette", reason="starlette is not installed; it comes with emosteer[serve]")
-playwright = require_browser("the playground")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it comes with emosteer[dev]")
+
+import httpx  # noqa: E402
 
 from tests.helpers.dialled import endless_model  # noqa: E402
-from tests.helpers.server import Running, running  # noqa: E402
+from tests.helpers.server import Running, WordJudge, running  # noqa: E402
 
 Open = Callable[..., Any]
 HOSTILE = "<img src=x onerror=alert(1)> & 'quotes' stop"
@@ -33,6 +36,7 @@ def served() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    require_browser("the playground")
     with launched() as browser:
         yield browser
 
@@ -44,15 +48,15 @@ def visit(chromium: Any, served: Running) -> Iterator[Open]:
     problems: list[str] = []
     contexts = []
 
-    def open_page(width: int = 1280, scheme: str = "light", noted: str = "nothing") -> Any:
+    def open_page(width: int = 1280, scheme: str = "light", noted: str = "nothing", server: Running = served) -> Any:
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: None if noted in message.text else problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda asked: None if asked.url.startswith((served.url, "data:")) else problems.append(asked.url))
-        page.goto(served.url)
-        page.wait_for_selector("#sliders .slider")
+        page.on("request", lambda asked: None if asked.url.startswith((server.url, "data:")) else problems.append(asked.url))
+        page.goto(server.url)
+        page.wait_for_selector("#sliders .slider, #key-form:not([hidden])")
         page.fill("#max-tokens", "8") if page.is_visible("#max-tokens") else page.evaluate(
             "document.getElementById('max-tokens').value = 8"
         )
@@ -101,6 +105,88 @@ def test_a_conversation_with_a_mixture_an_arc_undo_and_new(visit: Open, served: 
     assert page.inner_text("#sum") == "neutral; 0 of 100"
     page.click("#new")
     assert page.locator(".turn").count() == 0 and page.is_disabled("#undo")
+
+
+def test_before_the_key_is_given_nothing_is_sent_and_nothing_stays_locked(visit: Open) -> None:
+    with running(endless_model(), api_key="secret") as keyed:
+        page = visit(noted="status of 401", server=keyed)
+        page.fill("#say", "the train was late")
+        for control in ("#send", "#compare", "#curl", "#python"):
+            page.evaluate("tell('')")
+            page.click(control)
+            assert page.inner_text("#state") == "Give the API key first." and page.is_enabled("#send") and page.is_enabled("#compare")
+        page.click("#neutral")
+        page.evaluate("document.getElementById('key-form').hidden = true")
+        page.press("#say", "Enter")
+        assert "has not yet said" in page.inner_text("#state"), "no key is asked for, as where the server is not there"
+        page.evaluate("document.getElementById('key-form').hidden = false")
+        page.fill("#key", "secret")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#sliders .slider")
+        page.evaluate("document.getElementById('max-tokens').value = 8")
+        assert page.input_value("#say") == "the train was late"
+        say(page, "the train was late")
+
+
+def test_controls_are_as_they_must_be_whatever_the_browser_brings_back(visit: Open) -> None:
+    """Firefox restores over a reload which buttons were disabled and which boxes were ticked."""
+    page = visit()
+    page.evaluate(
+        """() => {
+            for (const id of ['send', 'compare']) document.getElementById(id).disabled = true;
+            for (const id of ['stop', 'undo', 'new']) document.getElementById(id).disabled = false;
+            document.getElementById('arc-on').checked = true;
+            return begin();
+        }"""
+    )
+    assert page.is_enabled("#send") and page.is_enabled("#compare")
+    assert page.is_disabled("#stop") and page.is_disabled("#undo") and page.is_disabled("#new")
+    assert page.is_visible("#arc-box"), "the box of a ticked arc"
+
+
+def test_a_reply_is_read_out_once_and_only_when_it_is_whole(visit: Open, served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    page = visit()
+    assert set(page.locator(".slider output").evaluate_all("nodes => nodes.map((n) => n.getAttribute('aria-live'))")) == {"off"}
+    usual = served.writer.batch.step
+    monkeypatch.setattr(served.writer.batch, "step", lambda: time.sleep(0.05) or usual())
+    page.fill("#say", "the train was late")
+    page.press("#say", "Enter")
+    playwright.expect(page.locator(".turn.model .text")).not_to_be_empty()
+    assert page.get_attribute("#log", "aria-busy") == "true" and page.get_attribute(".turn.model", "aria-live") is None
+    playwright.expect(page.locator(".turn.model .plot")).to_have_count(1)
+    assert page.get_attribute("#log", "aria-busy") is None
+    assert page.get_attribute(".turn.model", "aria-live") == "off", "what was read in the reply comes after it and is not read out"
+
+
+def told_by(monkeypatch: pytest.MonkeyPatch, opinion: Opinion) -> None:
+    """The judge has this opinion of everything."""
+    monkeypatch.setattr(WordJudge, "opinions", lambda self, texts, done=None: [opinion for _ in texts])
+
+
+def test_a_judge_whose_call_failed_has_read_nothing(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading() -> dict[str, Any]:
+        asked = {"messages": [{"role": "user", "content": "the train"}], "reply": "the boss said stop"}
+        found: dict[str, Any] = httpx.post(served.url + "/v1/readings", json=asked, timeout=30).json()
+        return found
+
+    told_by(monkeypatch, Opinion(None, "no answer came"))
+    found = reading()
+    assert found["judge"] is None and found["problem"] == "no answer came" and found["sound"] is True and found["tokens"]
+    told_by(monkeypatch, Opinion(None))
+    assert reading()["problem"] == "no reason given"
+    told_by(monkeypatch, Opinion({**dict.fromkeys(LABELS, 0.0), "fear": 1.0}, "one of three did not answer"))
+    assert reading()["judge"]["label"] == "fear", "a panel of which one judge failed has read it all the same"
+
+
+def test_a_judge_whose_call_failed_is_said_so(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    told_by(monkeypatch, Opinion(None, "no answer came"))
+    page = visit()
+    say(page, "the train was late")
+    assert page.inner_text(".turn.model .read >> nth=0") == "No judge read it: no answer came"
+    page.click("#compare")
+    playwright.expect(page.locator(".card .read").filter(has_text="no judge read it: no answer came")).to_have_count(7)
 
 
 def test_side_by_side_the_map_and_copies(visit: Open, served: Running) -> None:

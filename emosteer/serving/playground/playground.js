@@ -21,6 +21,12 @@ function tell(text, bad = false) {
   $("state").classList.toggle("bad", bad);
 }
 
+// Whether the server has said what it knows: before that there is nothing to send, and the reader is told why.
+function ready() {
+  if (!known) tell($("key-form").hidden ? "The server has not yet said what it knows. Reload the page if this stays." : "Give the API key first.", true);
+  return Boolean(known);
+}
+
 async function call(path, body, signal) {
   const headers = key ? { authorization: `Bearer ${key}` } : {};
   if (body) headers["content-type"] = "application/json";
@@ -39,7 +45,7 @@ function addSliders(box, prefix) {
   for (const [index, emotion] of known.emotions.entries()) {
     const id = `${prefix}-${index}`;
     const input = make("input", { type: "range", id, min: -100, max: 100, step: 5, value: 0 });
-    const shown = make("output", { for: id }, "0");
+    const shown = make("output", { for: id, "aria-live": "off" }, "0"); // the slider itself is read out
     input.addEventListener("input", () => { shown.textContent = input.value; sums(); });
     box.append(make("div", { class: "slider" }, make("label", { for: id }, emotion.name), input, shown));
   }
@@ -57,6 +63,7 @@ function mixture(prefix) {
 const written = (mix) => Object.entries(mix).map(([name, value]) => `${name}:${value}`).join(" + ") || "neutral";
 
 function sums() {
+  if (!known) return;
   for (const [prefix, id] of [["mix", "sum"], ["arc", "arc-sum"]]) {
     const mix = mixture(prefix);
     const total = Object.values(mix).reduce((sum, value) => sum + Math.abs(value), 0);
@@ -136,12 +143,13 @@ function busy(on) {
 
 async function send() {
   const text = $("say").value.trim();
-  if (!text || running) return;
+  if (!text || running || !ready()) return;
+  const messages = conversation(text);
+  const body = (last = bodyFor(messages, feels()));
   running = new AbortController();
   busy(true);
   tell("Writing");
-  const messages = conversation(text);
-  const body = (last = bodyFor(messages, feels()));
+  $("log").setAttribute("aria-busy", "true"); // a growing reply would be read out from its beginning at every piece
   const mine = showTurn("You", text, "user");
   const theirs = showTurn("…", "", "model");
   let reply = "", felt = "neutral";
@@ -157,6 +165,7 @@ async function send() {
     tell(stopped ? "Stopped" : error.message, !stopped);
   }
   running = null;
+  $("log").removeAttribute("aria-busy");
   if (reply.trim()) {
     turns.push({ said: text, reply: reply.trim(), nodes: [mine.turn, theirs.turn] });
     theirs.turn.querySelector(".who").textContent = `${known.model}, ${felt}`;
@@ -173,6 +182,7 @@ async function send() {
 async function read(place, messages, reply, instruction) {
   try {
     const found = await (await call("/v1/readings", { messages, reply, instruction })).json();
+    place.turn.setAttribute("aria-live", "off"); // the reply was read out when it was whole
     place.body.replaceChildren(...shaded(found.tokens));
     place.turn.append(judged(found), plotted(found.tokens), tabled(found.tokens));
   } catch (error) {
@@ -189,14 +199,14 @@ function shaded(tokens) {
 }
 
 function judged(found) {
-  if (!found.judge) return make("p", { class: "read" }, `No judge read it: ${found.problem}`);
+  const sound = found.sound === false ? "; the text is not sound" : "";
+  if (!found.judge) return make("p", { class: "read" }, `No judge read it: ${found.problem}${sound}`);
   const list = make("ul", { class: "bars" });
   for (const [label, share] of Object.entries(found.judge.probabilities ?? {}).sort((a, b) => b[1] - a[1]).slice(0, 4)) {
     const index = known.emotions.findIndex((emotion) => emotion.name === label);
     const bar = make("svg", { width: 60, height: 10, "aria-hidden": "true" }, make("rect", { class: "cell", width: 60, height: 10 }), make("rect", { class: `head s${index < 0 ? 7 : index % 7}`, width: 60 * share, height: 10 }));
     list.append(make("li", {}, bar, ` ${label} ${Math.round(100 * share)} %`));
   }
-  const sound = found.sound === false ? "; the text is not sound" : "";
   return make("div", {}, make("p", { class: "read" }, `Read as ${found.judge.label} by ${found.judge.name}${sound}. Shading: how surprised the plain model is.`), list);
 }
 
@@ -225,12 +235,16 @@ function tabled(tokens) {
 
 async function compare() {
   const text = $("say").value.trim() || turns.at(-1)?.said;
-  if (!text || running) return text || tell("Write a message first, which every emotion then answers.", true);
+  if (running || !ready()) return;
+  if (!text) {
+    tell("Write a message first, which every emotion then answers.", true);
+    return;
+  }
+  const messages = $("say").value.trim() ? conversation(text) : conversation(text).slice(0, -3).concat({ role: "user", content: text });
+  const strongest = Math.max(0, ...Object.values(mixture("mix")).map(Math.abs)) || 75;
   running = new AbortController();
   busy(true);
   tell("Writing under every emotion");
-  const messages = $("say").value.trim() ? conversation(text) : conversation(text).slice(0, -3).concat({ role: "user", content: text });
-  const strongest = Math.max(0, ...Object.values(mixture("mix")).map(Math.abs)) || 75;
   $("cards").replaceChildren();
   $("sides").hidden = false;
   const signal = running.signal;
@@ -243,7 +257,8 @@ async function compare() {
     if (!whole.trim()) return;
     const found = await (await call("/v1/readings", { messages, reply: whole, instruction: body.instruction }, signal)).json();
     const share = found.judge?.probabilities?.[found.judge.label];
-    how.textContent = found.judge ? `read as ${found.judge.label}${share === undefined ? "" : ` (${Math.round(100 * share)} %)`}${found.sound === false ? ", not sound" : ""}` : "";
+    const seen = found.judge ? `read as ${found.judge.label}${share === undefined ? "" : ` (${Math.round(100 * share)} %)`}` : `no judge read it: ${found.problem}`;
+    how.textContent = seen + (found.sound === false ? ", not sound" : "");
   });
   const failed = (await Promise.allSettled(jobs)).find((job) => job.status === "rejected")?.reason;
   running = null;
@@ -296,16 +311,23 @@ reply = client.chat.completions.create(
 print(reply.choices[0].message.content)`;
 }
 
-function copy(head, text) {
+function copy(head, textOf) {
+  if (!ready()) return;
   $("copy-head").textContent = head;
-  $("copy-text").textContent = text;
+  $("copy-text").textContent = textOf();
   $("copy-said").textContent = "";
   $("copy").showModal();
 }
 
 // ---- beginning ------------------------------------------------------------------------------------------------------
 
+function showArc() {
+  $("arc-box").hidden = !$("arc-on").checked;
+}
+
 async function begin() {
+  busy(Boolean(running)); // some browsers bring back after a reload how the controls were left
+  showArc();
   try {
     known = await (await call("/v1/emotions")).json();
   } catch (error) {
@@ -349,10 +371,10 @@ $("neutral").addEventListener("click", () => {
   for (const input of document.querySelectorAll(".slider input")) { input.value = 0; input.nextElementSibling.textContent = "0"; }
   sums();
 });
-$("arc-on").addEventListener("change", () => { $("arc-box").hidden = !$("arc-on").checked; });
+$("arc-on").addEventListener("change", showArc);
 $("map-emotion").addEventListener("change", drawMap);
-$("curl").addEventListener("click", () => copy("As curl", asCurl()));
-$("python").addEventListener("click", () => copy("As Python", asPython()));
+$("curl").addEventListener("click", () => copy("As curl", asCurl));
+$("python").addEventListener("click", () => copy("As Python", asPython));
 $("copy-do").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText($("copy-text").textContent);
