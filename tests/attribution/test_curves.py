@@ -154,29 +154,29 @@ def test_the_baselines_act_on_nothing(case: Case) -> None:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-def by_hand(case: Case, point: Condition, values: Callable[[int, int, str], Tensor] | None) -> tuple[list[float], list[str]]:
-    """The curve's scores of a point and the texts behind them, one row at a time, by bare hooks and without a cache.
+#: (emotion, prompt, layer, kind) -> [width], what masked entries become, or what is added to them for "enhance".
+Values = Callable[[int, int, int, str], Tensor]
 
-    Args:
-        values: (emotion, layer, kind) -> [width], what masked entries become, or what is added to them for "enhance".
-    """
+
+def by_hand(case: Case, point: Condition, values: Values | None) -> tuple[list[float], list[str]]:
+    """The curve's scores of a point and the texts behind them, one row at a time, by bare hooks and without a cache."""
     asked = point.kind in ABLATIONS or point.who == "asked"
     score = TextScore(case.model, case.directions, case.band, INSTRUCTION)
     texts: list[str] = []
     found: list[float] = []
     for e, emotion in enumerate(EMOTIONS):
         masks = unit_mask(case.model, units_of(case.model, case.scores, e, point, 0))
-        changes = {}
-        for layer in range(case.model.shape.n_layers):
-            for kind, mask in ((Z, masks[0][layer]), (MLP_POST, masks[1][layer])):
-                if mask.any() and values:
-                    value = values(e, layer, kind)
-                    if point.kind == "enhance":
-                        changes[layer, kind] = lambda x, add=mask * value: x + add
-                    else:
-                        changes[layer, kind] = lambda x, m=mask, v=value: torch.where(m.bool(), v, x)
         own = []
-        for group in case.groups[:2]:
+        for number, group in enumerate(case.groups[:2]):
+            changes = {}
+            for layer in range(case.model.shape.n_layers):
+                for kind, mask in ((Z, masks[0][layer]), (MLP_POST, masks[1][layer])):
+                    if mask.any() and values:
+                        value = values(e, number, layer, kind)
+                        if point.kind == "enhance":
+                            changes[layer, kind] = lambda x, add=mask * value: x + add
+                        else:
+                            changes[layer, kind] = lambda x, m=mask, v=value: torch.where(m.bool(), v, x)
             messages = elicit("tone", group.text, emotion, INSTRUCTION) if asked else plain(group.text, INSTRUCTION)
             prompt = case.model.prompt_ids(messages)
             ids, _ = reference.greedy(case.model, prompt, changes, 5, case.model.stop_ids, Decoding().repetition_penalty)
@@ -186,15 +186,15 @@ def by_hand(case: Case, point: Condition, values: Callable[[int, int, str], Tens
     return found, texts
 
 
-def values_of(case: Case, kind: str) -> Callable[[int, int, str], Tensor] | None:
+def values_of(case: Case, kind: str) -> Values | None:
     def stats(site_kind: str) -> Any:
         return case.directions.z if site_kind == Z else case.directions.mlp
 
     return {
         "none": None,
-        "zero": lambda e, layer, k: torch.zeros(case.model.width(k)),
-        "mean": lambda e, layer, k: stats(k).base[layer],
-        "enhance": lambda e, layer, k: CURVES.strength * stats(k).mean[e, layer],
+        "zero": lambda e, prompt, layer, k: torch.zeros(case.model.width(k)),
+        "mean": lambda e, prompt, layer, k: stats(k).base[layer],
+        "enhance": lambda e, prompt, layer, k: CURVES.strength * stats(k).mean[e, layer],
     }[kind]
 
 
@@ -227,29 +227,37 @@ def test_a_point_equals_hand_hooked_greedy_generation(case: Case, point: Conditi
         assert by_hand(case, replace(point, who=asked, share=0.0, kind="none"), None)[1] != texts, "it really changes what is written"
 
 
-def test_resampling_draws_from_another_emotions_distribution(case: Case) -> None:
-    run = ablation.Runner(case.model, case.directions, case.scores, case.groups[:2], lambda a, b: torch.zeros(1), CURVES)
-    point, rows = Condition("resample", "heads", 0.25, "top"), [(0, prompt) for prompt in range(4000)]
-    for site, stats in ((Site(1, Z), case.directions.z), (Site(2, MLP_POST), case.directions.mlp)):
-        means = stats.base[site.layer] + stats.mean[:, site.layer]
-        values, spread = run._values(point, site, rows), stats.variance[:, site.layer].sqrt()
-        likely = torch.stack(
-            [-((values - m) ** 2 / (2 * v**2 + 1e-9)).sum(-1) - v.clamp_min(1e-4).log().sum() for m, v in zip(means, spread, strict=True)]
-        )
-        sources = likely[1:].argmax(0) + 1
-        assert {int(source) for source in sources} == {1, 2}, "every other emotion is drawn"
-        torch.testing.assert_close(values.mean(0), means[1:].mean(0), atol=0.1 * float(spread.max()) + 1e-3, rtol=0)
-        assert values.std(0).mean() == pytest.approx(
-            float(((spread[1:] ** 2).mean(0) + means[1:].var(0, correction=0)).sqrt().mean()), rel=0.1
-        )
+def runner(case: Case, directions: Directions | None = None) -> ablation.Runner:
+    return ablation.Runner(
+        case.model, directions or case.directions, case.scores, case.groups[:2], lambda prompts, texts: torch.zeros(1), CURVES
+    )
 
 
-def test_resampling_acts_and_does_not_depend_on_batches(case: Case) -> None:
-    """With the draws taken from the runner itself, it equals the same by hand; the size of a batch changes nothing."""
-    point = Condition("resample", "heads", 0.25, "top")
-    assert measured(case, point) == pytest.approx(measured(case, point, replace(CURVES, batch_size=4)), abs=2e-3)
-    plain = by_hand(case, Condition("none", "heads", 0.0, "asked"), None)[0]
-    assert measured(case, point) != pytest.approx(plain, abs=2e-3)
+@pytest.mark.parametrize("emotion", range(3))
+def test_resampling_draws_from_another_emotions_distribution(case: Case, emotion: int) -> None:
+    """The emotions are moved so far apart that every draw tells which it is from."""
+    z, mlp = (replace(stats, mean=50 * stats.mean) for stats in (case.directions.z, case.directions.mlp))
+    point, rows = Condition("resample", "heads", 0.25, "top"), [(emotion, prompt) for prompt in range(1200)]
+    for site, stats in ((Site(1, Z), z), (Site(2, MLP_POST), mlp)):
+        means, spread = stats.base[site.layer] + stats.mean[:, site.layer], stats.variance[:, site.layer].sqrt()
+        values = runner(case, replace(case.directions, z=z, mlp=mlp))._values(point, site, rows)
+        sources = torch.cdist(values, means).argmin(1)
+        assert set(sources.tolist()) == {0, 1, 2} - {emotion}, "every other emotion is drawn, and never the own one"
+        for other in {0, 1, 2} - {emotion}:
+            drawn = values[sources == other]
+            assert len(drawn) == pytest.approx(600, abs=60), "each as often"
+            torch.testing.assert_close(drawn.mean(0), means[other], atol=0.15 * float(spread[other].max()), rtol=0)
+            torch.testing.assert_close(drawn.std(0), spread[other], atol=1e-4, rtol=0.15)
+
+
+@pytest.mark.parametrize("unit", ["heads", "neurons"])
+def test_resampling_equals_the_same_by_hand_whatever_the_batches(case: Case, unit: str) -> None:
+    """With the draws taken from the runner itself, row by row."""
+    point = Condition("resample", unit, 0.25, "top")
+    wanted, texts = by_hand(case, point, lambda e, prompt, layer, kind: runner(case)._values(point, Site(layer, kind), [(e, prompt)])[0])
+    assert measured(case, point) == pytest.approx(wanted, abs=2e-3)
+    assert measured(case, point, replace(CURVES, batch_size=4)) == pytest.approx(wanted, abs=2e-3), "in batches that part an emotion"
+    assert by_hand(case, Condition("none", "heads", 0.0, "asked"), None)[1] != texts, "it really changes what is written"
 
 
 def test_curves_go_on_after_a_kill(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

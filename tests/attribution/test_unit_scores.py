@@ -299,10 +299,10 @@ def test_the_stable_band_is_found_where_it_was_planted(angles: list[float], band
 def test_the_band_is_judged_by_the_mean_over_emotions_and_by_the_threshold() -> None:
     vectors = unit_rows([0, 1, 2, 3, 4, 5, 6, 6.2, 6.4])
     assert stable_band(planted(vectors)) == (6, 7, 8)
-    vectors[1] = unit_rows([0, 1, 2, 3, 4, 5, 6, 6.9, 7.8])[1]  # the other emotion moves: cos 0.2 and cos 0.9 average below 0.9
-    assert stable_band(planted(vectors), threshold=0.99) == (7, 8) or stable_band(planted(vectors), threshold=0.99) == (6, 7)
+    vectors[1] = unit_rows([0, 1, 2, 3, 4, 5, 6, 6.9, 7.7])[1]  # the other emotion moves: means of 0.80 and 0.84
+    assert stable_band(planted(vectors), threshold=0.99) == (7, 8), "the stiller of the two late pairs"
     assert stable_band(planted(vectors), threshold=0.79) == (6, 7, 8)
-    assert len(stable_band(planted(vectors), threshold=0.81)) == 2
+    assert stable_band(planted(vectors), threshold=0.81) == (7, 8)
 
 
 def test_reference_directions_are_the_normalised_mean_over_the_band() -> None:

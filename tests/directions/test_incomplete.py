@@ -85,6 +85,16 @@ def test_what_is_missing_does_not_show_in_the_contrasts() -> None:
     torch.testing.assert_close(made.evidence.halves, torch.ones(N, 2), rtol=1e-6, atol=1e-6)
 
 
+def test_rms_is_over_all_states_each_group_weighing_the_same() -> None:
+    """The mean over groups of the mean over the states that a group holds; groups that lack emotions are three times as large here."""
+    _, groups = world(30, noise=0.5)
+    groups = {key: {e: (1 if len(held) == N else 3) * state for e, state in held.items()} for key, held in groups.items()}
+    states = [torch.stack([*held.values()]) for held in groups.values()]
+    wanted = torch.stack([own.square().mean() for own in states]).mean().sqrt()
+    assert torch.cat(states).square().mean().sqrt() < 0.97 * wanted, "each state weighing the same would be something else"
+    torch.testing.assert_close(directions(streamed(plan_of(30), groups)).rms, wanted.float().expand(2), rtol=1e-6, atol=0)
+
+
 def test_noise_is_told_from_what_is_missing() -> None:
     """The variance is that of a complete group's contrast, (1 - 1/n) of the noise's; the mean is as near as its standard error."""
     truth, groups = world(200, noise=0.5)

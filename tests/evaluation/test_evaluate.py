@@ -616,8 +616,8 @@ def test_missing_opinions_are_counted_and_leave_the_denominators(held: tuple[Row
             assert result["emotion"]["value"] == pytest.approx(sum(read) / len(read), abs=1e-6)
         assert result["ratio"]["value"] is not None and result["sound"]["value"] is not None
     assert lost > 20
-    if body["chosen"] == held[0]["chosen"]:
-        assert all(row["text"] == whole[row["method"], row["id"]]["text"] for row in rows)
+    same = [(row, other) for row in rows if row["strength"] == (other := whole[row["method"], row["id"]])["strength"]]
+    assert len(same) > 100 and all(row["text"] == other["text"] for row, other in same), "a failing judge changes nothing that is written"
     assert json.dumps(hold(tmp_path, WordJudge(), paid=True)) == json.dumps(held), "asked again, the missing ones are there"
 
 

@@ -45,6 +45,13 @@ def test_the_formula_is_hugging_faces_among_plausible_tokens() -> None:
     assert torch.allclose(apart.nan_to_num(0), apart.nanmean(-1, keepdim=True).expand_as(apart) * plausible, atol=1e-5)
 
 
+def test_a_token_is_plausible_from_a_tenth_of_the_likeliest_one_on() -> None:
+    """As docs/METHOD.md section 6 says."""
+    here = torch.tensor([[0.8, 0.081, 0.079, 0.04]]).log()
+    assert guided(here, torch.zeros(1, 4), SCALE).isfinite().tolist() == [[True, True, False, False]]
+    assert PLAUSIBLE == 0.1
+
+
 def scratch_logits(model: Model, ids: tuple[int, ...], prompt: int, changes: reference.Changes) -> Tensor:
     """Logits after a sequence, recomputed; `changes` act from the prompt's last position on."""
     late = {

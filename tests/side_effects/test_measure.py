@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +17,14 @@ from emosteer.base import artifacts
 from emosteer.base.errors import ArtifactError
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE, RESIDUAL, Part
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.engines import engine_for
 from emosteer.generation.steering import SteeringPlan, plan_for
 from emosteer.models.model import Model
 from emosteer.side_effects import figures, outcomes
-from emosteer.side_effects.battery import EVERYDAY, battery_of, evenly
+from emosteer.side_effects.battery import EVERYDAY, battery_of, evenly, prompt_of
 from emosteer.side_effects.conditions import ALL, Condition, conditions_of, lines_of
-from emosteer.side_effects.conversations import REQUESTED, STEERED, UNTOLD, second_chances
+from emosteer.side_effects.conversations import REQUESTED, STEERED, UNTOLD, After, after_long_talk, second_chances
 from emosteer.side_effects.measure import effects
 from emosteer.side_effects.neutral import text_nll
 from emosteer.side_effects.settings import QUICK, EffectsSettings
@@ -71,7 +74,6 @@ def test_every_condition_has_its_rows_and_figures_are_paired_with_the_unsteered_
     assert row["figures"]["right"]["change"]["value"] == pytest.approx(float(mine.mean()), abs=1e-6) and row["figures"]["right"]["n"] == 12
     ratio = (found.outcomes["nll"][4:7].sum(0) - found.outcomes["nll"][0]).mean().exp()
     assert row["figures"]["nll"]["change"]["value"] == pytest.approx(float(ratio), rel=1e-5) and abs(ratio - 1) > 0.01
-    felt = found.outcomes["felt"][4:7].sum(0).mean() - sum(found.outcomes["unsteered_felt"][(0 - i) % 3, i] for i in range(6)) / 6
     by_hand = [found.outcomes["unsteered_felt"][next(e for e in range(3) if met_of(found, 4 + e, i)), i] for i in range(6)]
     felt = found.outcomes["felt"][4:7].sum(0).mean() - sum(by_hand) / 6
     assert row["figures"]["felt"]["change"]["value"] == pytest.approx(float(felt), abs=1e-6)
@@ -166,12 +168,87 @@ def test_wrong_answers_are_told_so_and_right_ones_are_left_alone() -> None:
     assert [m.content for m in last.group.earlier] == [battery.items[1].prompt, "wrong", "try", "..."] and last.group.text == "again"
 
 
+def test_feedback_is_set_against_none_and_against_the_first_arm() -> None:
+    first = torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 1, 1]])
+    second = torch.tensor([[1.0, 0, 0], [1, 1, 1], [1, 1, 1]])
+    rows = figures.feedback_rows({"first": first, "second": second}, 0)
+    told = [(r["arm"], r["round"], *(r[name]["value"] for name in ("accuracy", "gain", "more"))) for r in rows]
+    third = pytest.approx(1 / 3, abs=1e-6)
+    assert told == [
+        ("first", 1, pytest.approx(2 / 3, abs=1e-6), third, 0),
+        ("first", 2, 1, pytest.approx(2 / 3, abs=1e-6), 0),
+        ("second", 1, 1, pytest.approx(2 / 3, abs=1e-6), third),
+        ("second", 2, 1, pytest.approx(2 / 3, abs=1e-6), 0),
+    ]
+    many = {"first": torch.tensor([[0.0] * 8, [1.0] * 5 + [0.0] * 3]), "second": torch.tensor([[0.0] * 8, [1.0] * 8])}
+    assert [row["p"] for row in figures.feedback_rows(many, 0)] == [1.0, 2 * 2**-3], (
+        "three more than the first arm, not eight more than none"
+    )
+
+
+STRENGTHS = {"anger": 1.0, "fear": 2.0}
+
+
+class _Feeling:
+    """A writer whose replies are the emotion that they are read as: by how the emotion is had, which one is wanted, and the last turn."""
+
+    says: Mapping[tuple[str, str], Sequence[str]] = {
+        (STEERED, "anger"): ("anger", "neutral", "anger"),
+        (STEERED, "fear"): ("fear", "fear", "fear"),
+        (REQUESTED, "anger"): ("fear", "anger", "fear"),
+        (REQUESTED, "fear"): ("anger", "neutral", "neutral"),
+        (UNTOLD, ""): ("anger", "neutral", "fear"),
+    }
+    decoding = Decoding(max_new_tokens=10)
+
+    def __init__(self, context: int) -> None:
+        self.model = SimpleNamespace(shape=SimpleNamespace(context=context), text_ids=str.split)
+
+    def request(self, cell: Cell) -> Any:
+        """Of 50 tokens, and those of the turns between the opening and the last."""
+        return SimpleNamespace(ids=[0] * (50 + sum(len(message.content.split()) for message in cell.group.earlier[2:])))
+
+    def write(self, cells: Sequence[Cell], what: str) -> list[dict[str, Any]]:
+        return [{"text": self._answer(cell)} for cell in cells]
+
+    def _answer(self, cell: Cell) -> str:
+        asked = re.search("strong ([a-z]+)", cell.group.earlier[0].content)
+        if cell.method == CIRCUIT:
+            assert not asked and cell.strength == STRENGTHS[cell.emotion]
+            how = STEERED, cell.emotion
+        else:
+            assert (cell.method, cell.emotion, cell.strength) == (NONE, NONE, None)
+            how = (REQUESTED, asked[1]) if asked else (UNTOLD, "")
+        return self.says[how][int(cell.group.text.split()[-1])]
+
+
+def test_after_a_long_conversation_an_emotion_is_had_where_it_is_read() -> None:
+    battery = replace(small_battery(), asked={EVERYDAY: [prompt_of(f"p{i}", f"we go {i}") for i in range(3)]})
+    writer = _Feeling(context=100)
+    found, beyond = after_long_talk(writer, battery, STRENGTHS, (0, 36, 45), 0, list)  # type: ignore[arg-type]
+    assert beyond == [45], "50 tokens, 45 more of talk and 10 of a reply do not fit 100"
+    hits = [
+        (STEERED, "anger", (1, 0, 1)),
+        (REQUESTED, "anger", (0, 1, 0)),
+        (UNTOLD, "anger", (1, 0, 0)),
+        (STEERED, "fear", (1, 1, 1)),
+        (REQUESTED, "fear", (0, 0, 0)),
+        (UNTOLD, "fear", (0, 0, 1)),
+    ]
+    assert found == [After(how, distance, emotion, told) for distance in (0, 36) for how, emotion, told in hits]
+    rows = figures.long_rows([*found[:6], replace(found[6], hits=(0, 0, 0)), *found[7:]], 0)
+    assert [(row["how"], row["distance"]) for row in rows] == [(how, d) for d in (0, 36) for how in (STEERED, REQUESTED, UNTOLD)]
+    assert [row["felt"]["value"] for row in rows] == pytest.approx([5 / 6, 1 / 6, 2 / 6, 3 / 6, 1 / 6, 2 / 6], abs=1e-6)
+    assert [row["n"] for row in rows] == [6] * 6
+
+
 def test_feedback_and_long_conversations_are_measured_and_what_does_not_fit_is_named(whole: tuple[SideEffects, Path]) -> None:
     found = whole[0]
     assert [(row["arm"], row["round"]) for row in found.feedback] == [
         ("plain", 1), ("plain", 2), ("warm and cross by turns", 1), ("warm and cross by turns", 2)
     ]  # fmt: skip
-    assert all(row["gain"]["value"] >= 0 for row in found.feedback) and found.feedback[0]["more"]["value"] == 0
+    right = found.unsteered["figures"]["right"]["value"]["value"]
+    assert all(row["accuracy"]["value"] - row["gain"]["value"] == pytest.approx(right, abs=2e-6) for row in found.feedback)
     assert {(row["how"], row["distance"]) for row in found.after} == {(how, d) for how in (STEERED, REQUESTED, UNTOLD) for d in (0, 40)}
     assert all(row["n"] == 6 for row in found.after)
     assert found.notes == ("after 5000 tokens nothing was tried: they do not fit the context of tiny-llama (256 tokens)",)
@@ -181,10 +258,17 @@ def test_neutral_talk_lies_between_the_request_and_the_last_turn(
     tiny: Model, circuit: Circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Cell] = []
-    write = ContestWriter.write
-    monkeypatch.setattr(ContestWriter, "write", lambda self, cells, what: (asked.extend(cells), write(self, cells, what))[1])
+    write, texts = ContestWriter.write, list[str]()
+
+    def watched(self: ContestWriter, cells: Sequence[Cell], what: str) -> Any:
+        rows = write(self, cells, what)
+        asked.extend(cells)
+        texts.extend(row["text"] for row in rows)
+        return rows
+
+    monkeypatch.setattr(ContestWriter, "write", watched)
     small = replace(SETTINGS, methods=("prompt-tone",), rounds=0, distances=(40,), followed=1)
-    effects(tiny, circuit, "c" * 64, small_battery(3, 2), small, tmp_path, read_by_words)
+    found = effects(tiny, circuit, "c" * 64, small_battery(3, 2), small, tmp_path, read_by_words)
     cells = [cell for cell in asked if "+after-40" in str(cell.group.key)]
     assert [cell.method for cell in cells] == [CIRCUIT] * 3 + [NONE] * 4
     for cell in cells:
@@ -192,6 +276,14 @@ def test_neutral_talk_lies_between_the_request_and_the_last_turn(
         assert ("strong" in wishes) is ("asked-" in str(cell.group.key)) and ("strong" not in wishes or cell.method == NONE)
         assert cell.strength == (TOP if cell.method == CIRCUIT else None)
         assert 40 <= sum(len(tiny.text_ids(message.content)) for message in talk) < 40 + 20
+    read = read_by_words(texts[-7:])  # steered and asked for by emotion, then unsteered
+    hits = {
+        STEERED: [a == e for a, e in zip(read[:3], EMOTIONS, strict=True)],
+        REQUESTED: [a == e for a, e in zip(read[3:6], EMOTIONS, strict=True)],
+        UNTOLD: [read[6] == e for e in EMOTIONS],
+    }
+    felt = {row["how"]: row["felt"]["value"] for row in found.after}
+    assert felt == pytest.approx({how: sum(told) / 3 for how, told in hits.items()}, abs=1e-6)
 
 
 def test_a_run_that_was_ended_goes_on_without_writing_again(

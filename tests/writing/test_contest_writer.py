@@ -14,6 +14,7 @@ import torch
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.circuits.faithfulness import random_units
 from emosteer.circuits.methods import CONTEST, NONE, PROMPTS, STEERED
+from emosteer.evaluation import controls
 from emosteer.evaluation.controls import added_key, random_circuit, random_direction, random_heads, vectors_of
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
@@ -28,6 +29,7 @@ from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import feeling_pattern, name_pattern
 from emosteer.writing import contest_writer as contest_module
 from emosteer.writing.contest_writer import Cell, cells_of
+from tests.circuits.test_assemble import direction_by_hand
 from tests.helpers import contest_setup as setup
 from tests.helpers.contest_setup import (
     EMOTIONS,
@@ -257,8 +259,40 @@ def test_random_heads_add_their_own_true_contrast() -> None:
             total[site][e] += z @ model.w_o(unit.layer)[unit.index].float()
     for site, value in found.items():
         torch.testing.assert_close(value, total[site])
-    spared = random_heads(model, circuit, directions, seed=3)
-    assert any(not torch.allclose(spared[site], found[site]) for site in found), "names are spared as in the circuit"
+    spared, lifted = random_heads(model, circuit, directions, seed=3), 0
+    assert not circuit.learned_gains and spared.keys() == found.keys()
+    for e, emotion in enumerate(EMOTIONS):
+        name = direction_by_hand(model, emotion)
+        for site, value in found.items():
+            before, after = float(value[e] @ name), float(spared[site][e] @ name)
+            assert after == pytest.approx(min(before, -before), abs=1e-4), "a circuit of ranked heads turns round what lifts the name"
+            lifted += before > 1e-2
+    assert lifted
+
+
+def test_random_heads_are_spared_the_names_one_by_one_where_the_circuit_was_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As learned heads are: each by the smallest change, whatever the others in its layer write."""
+    model, circuit, directions = parts()
+    learned = replace(circuit, metrics={**circuit.metrics, "gains": {"learn": "gains"}})
+    assert learned.learned_gains
+    compiled: list[torch.Tensor] = []
+    compile_units = controls.compile_units
+    monkeypatch.setattr(controls, "compile_units", lambda model, z, mlp: (compiled.append(z), compile_units(model, z, mlp))[1])
+    random_heads(model, learned, directions, seed=3)
+    (z,) = compiled
+    changed = 0
+    for e, emotion in enumerate(EMOTIONS):
+        name = direction_by_hand(model, emotion)
+        drawn = random_units(model, 3, 0, f"random-heads/3/{emotion}")
+        assert {(unit.layer, unit.index) for unit in drawn} == set(map(tuple, z[e].unflatten(-1, (4, -1)).any(-1).nonzero().tolist()))
+        for unit in drawn:
+            true = directions.z.mean[e, unit.layer].view(4, -1)[unit.index]
+            effect = model.w_o(unit.layer)[unit.index].float() @ name / name.norm()  # of each number of the head, on the name
+            own = z[e, unit.layer].view(4, -1)[unit.index]
+            assert (own @ effect).abs() < 1e-5
+            torch.testing.assert_close(own, true - effect * (true @ effect) / effect.square().sum(), atol=1e-5, rtol=1e-4)
+            changed += bool((true @ effect).abs() > 1e-3)
+    assert changed > 3
 
 
 def test_random_heads_are_seeded_and_exclude_nothing() -> None:
