@@ -176,7 +176,7 @@ class _Team:
         return self._mean(name, samples, one)["drops"]
 
     def _mean(self, name: str, samples: Sequence[Sample], one: Callable[[Sample], dict[str, Tensor]]) -> dict[str, Tensor]:
-        origin = [self.directions.provenance.origin(), self.model.sha256, self.model.arithmetic, torch.__version__]
+        origin = [self.directions.provenance.origin(), self.model.sha256, self.model.precision, torch.__version__]
         tokens = [[str(s.key), s.prompts, s.replies, s.held] for s in samples]
         fingerprint = sha256_text(json.dumps([name, origin, tokens], sort_keys=True, default=str))
         pieces = gather(self.crew, self.folder, name, fingerprint, len(samples), lambda index: one(samples[index]))

@@ -175,7 +175,7 @@ def kept_points(partial: Path, model: Model, directions: Directions, groups: Seq
 def _run_key(model: Model, directions: Directions, chosen: Sequence[Group], settings: CurveSettings) -> str:
     """What a point depends on beside itself. chosen: the prompts that are written to."""
     origin = directions.provenance.origin()
-    shaping = [model.sha256, model.arithmetic, asdict(settings), [g.said for g in chosen], directions.emotions, origin]
+    shaping = [model.sha256, model.precision, asdict(settings), [g.said for g in chosen], directions.emotions, origin]
     return sha256_text(json.dumps(shaping, sort_keys=True, default=str))
 
 

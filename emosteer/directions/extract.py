@@ -378,7 +378,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 def _fingerprint(model: Model, samples: Sequence[Sample], settings: Settings, plan: Plan) -> str:
     """Everything that a checkpoint depends on, hashed: settings, weights, and every token."""
     tokens = [[str(s.key), s.theme, s.prompts, s.replies, s.held] for s in samples]
-    return sha256_text(json.dumps([_plain(settings), as_json(plan), model.sha256, model.arithmetic, torch.__version__, tokens]))
+    return sha256_text(json.dumps([_plain(settings), as_json(plan), model.sha256, model.precision, torch.__version__, tokens]))
 
 
 def _write_checkpoint(path: Path, fingerprint: str, contrasts: Contrasts, batches: Sequence[int]) -> None:

@@ -62,7 +62,7 @@ class LanguageModelJudge:
     @property
     def key(self) -> str:
         """A hash of the model, its precision and the question."""
-        return "lm-" + sha256_text(repr([self.model.sha256, self.model.template_sha256, self.model.arithmetic, QUESTION, _ASK]))[:16]
+        return "lm-" + sha256_text(repr([self.model.sha256, self.model.template_sha256, self.model.precision, QUESTION, _ASK]))[:16]
 
     @property
     def weights(self) -> frozenset[str]:

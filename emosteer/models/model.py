@@ -13,7 +13,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -48,9 +47,6 @@ _BRIDGE_NAMES = {
 
 #: Why some models have no neurons that can be scored or steered.
 NO_NEURONS = "its MLPs are mixtures of experts, in which other neurons run for every token"
-
-#: What a configuration holds beside what is computed.
-_NAMES_OF_CONFIG = ("_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")
 
 
 class Model:
@@ -173,13 +169,6 @@ class Model:
     def precision(self) -> str:
         """In what it is computed, for headers and keys: the dtype, and how weights are quantised, if they are ("torch.float32+nf4")."""
         return f"{self.dtype}+{self.quantised}" if self.quantised else str(self.dtype)
-
-    @cached_property
-    def arithmetic(self) -> str:
-        """How it computes, for keys beside the hash of the weights: its precision and a hash of its configuration: under another one (a
-        corrected rope_theta) the same weights are another model."""
-        told = {name: value for name, value in self.hf.config.to_dict().items() if name not in _NAMES_OF_CONFIG}
-        return f"{self.precision}/{sha256_text(json.dumps(told, sort_keys=True, default=str))[:16]}"
 
     @property
     def template_sha256(self) -> str:

@@ -127,7 +127,7 @@ def _probe(
 def _fingerprint(model: Model, texts: Texts, settings: ProbeSettings) -> str:
     """A name for the progress of exactly this run."""
     rows = [[text.text, text.label, text.group, fold] for text, fold in zip(texts.texts, texts.folds, strict=True)]
-    return sha256_text(json.dumps([rows, asdict(settings), model.sha256, model.arithmetic, model.template_sha256, torch.__version__]))[:16]
+    return sha256_text(json.dumps([rows, asdict(settings), model.sha256, model.precision, model.template_sha256, torch.__version__]))[:16]
 
 
 def _provenance(model: Model, texts: Texts, settings: ProbeSettings, parents: Mapping[str, str]) -> Provenance:

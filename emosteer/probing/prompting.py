@@ -86,7 +86,7 @@ def _answers(
 ) -> Tensor:
     wanted = [*EMPTY, *(texts.texts[i].text for i in chosen)]
     talks = [conversation(texts.labels, shown, text) for text in wanted]
-    keys = [sha256_text(repr([model.sha256, model.arithmetic, model.template_sha256, tokens, talk])) for talk in talks]
+    keys = [sha256_text(repr([model.sha256, model.precision, model.template_sha256, tokens, talk])) for talk in talks]
     todo = sorted((i for i, key in enumerate(keys) if key not in kept.rows), key=lambda i: len(wanted[i]))
     size = max(1, BATCH // (1 + len(shown)))  # an example is about as long as a question
     with bar(f"ask, {name} (texts)", len(wanted), len(wanted) - len(todo)) as advance:

@@ -76,7 +76,7 @@ class ContestWriter:
         parts = [
             self.model.sha256,
             self.model.template_sha256,
-            self.model.arithmetic,
+            self.model.precision,
             self.added.get(cell.method, ""),
             self.decoding.shaping,
             self.instruction,

@@ -48,7 +48,7 @@ class Writer:
         parts = [
             self.model.sha256,
             self.model.template_sha256,
-            self.model.arithmetic,
+            self.model.precision,
             circuit_sha256,
             self.decoding.shaping,
             self.instruction,

@@ -193,7 +193,7 @@ def _run(bench: Bench, plans: Sequence[Sequence[Trial]], partial: Path | None, t
     model, circuit = bench.model, bench.circuit
     texts = [[group.said, bench.bank[group.key]] for group in bench.groups]
     origin, chosen = circuit.provenance.origin(), asdict(bench.settings)
-    shaping = [model.sha256, model.arithmetic, circuit.emotions, origin, chosen, texts, list(bench.halves), told]
+    shaping = [model.sha256, model.precision, circuit.emotions, origin, chosen, texts, list(bench.halves), told]
     key = sha256_text(json.dumps([*shaping, [vars(t) for trials in plans for t in trials]], sort_keys=True, default=str))
     log = JsonlLog(partial) if partial is not None else None
     rows = whole_rows(partial) if partial is not None and partial.is_file() else []

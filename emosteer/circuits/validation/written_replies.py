@@ -88,7 +88,7 @@ def _texts(bench: Bench, who: str, size: str, kept: KeyedLog) -> list[str]:
     means = hashlib.sha256()  # what replaces the units, whatever it was made from
     for site in sorted(bench.references.means, key=str):
         means.update(bench.references.means[site].double().cpu().numpy().tobytes())
-    told = [model.sha256, model.arithmetic, asdict(DECODING), [request.ids for request in requests], members, means.hexdigest()]
+    told = [model.sha256, model.precision, asdict(DECODING), [request.ids for request in requests], members, means.hexdigest()]
     key = sha256_text(json.dumps(told))
     if key not in kept.rows:
         edits = None if who == CLEAN else edits_of(bench, [one for one in units if one is not None])
