@@ -443,7 +443,6 @@ BAD = [
         1,
         "lower --prompts",
     ),
-    (["generate", "x", "-m", "./tiny", "--method", "none", "--circuit", "missing.safetensors"], 2, "--circuit has no meaning"),
     (["generate", "x", "-e", "anger", "-m", "./tiny", "--fresh"], 2, "--fresh replaces --out"),
     (["build", "sev.jsonl", "-n", "5"], 2, "--count has a meaning with --author only"),
     (["build", "sev.jsonl", "--temperature", "0.5"], 2, "--temperature has a meaning with --author only"),

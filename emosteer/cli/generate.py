@@ -162,8 +162,6 @@ def generate(
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     if not chosen.steers and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
-    if circuit is not None and not (chosen.steers or chosen.asks):
-        raise UsageError(f"--circuit has no meaning with --method {method}; leave one of the two out")
     if fresh and out is None:
         raise UsageError("--fresh replaces --out FILE, and none is named; add it, or leave --fresh out")
     _check_intensity(intensity, strength, method)

@@ -714,7 +714,7 @@ def test_no_fault_of_the_writer_keeps_anybody_waiting(steered: SteeredModel, mon
 
     with running(steered) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
         batch, step = server.writer.batch, server.writer.batch.step
-        monkeypatch.setattr(batch, "step", lambda: time.sleep(0.01) or step())
+        monkeypatch.setattr(batch, "step", lambda: time.sleep(0.05) or step())  # ten seconds, if nothing ends it
         waiting = pool.submit(ask, server, max_tokens=200)
         settles(lambda: server.writer.n_running == 1)
         with monkeypatch.context() as patch:
