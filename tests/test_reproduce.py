@@ -60,7 +60,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(program: list[str]
     Path("broken").unlink()
     rows = reproduce.run(stages, file, "code", program)
     assert calls() == ["two --x 1", "three"] and [row["before"] for row in rows] == [True, False, False]
-    assert all(2**26 < row["peak_bytes"] < 2**36 and row["seconds"] >= 0 for row in rows), "in bytes; some systems count what the parent had"
+    assert all(2**26 < row["peak_bytes"] < 2**36 and row["seconds"] >= 0 for row in rows), "bytes, perhaps of the parent's, too"
     assert [row["before"] for row in reproduce.run(stages, file, "code", program)] == [True] * 3 and calls() == []
     reproduce.show(rows)
     out = capsys.readouterr().out

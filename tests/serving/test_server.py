@@ -728,6 +728,7 @@ def test_no_fault_of_the_writer_keeps_anybody_waiting(steered: SteeredModel, mon
                 body = {"model": NAME, "messages": CHAT, "max_tokens": 200, "stream": True}
                 with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=30) as leaves:
                     next(leaves.iter_lines())
+                    settles(lambda: server.writer.n_running == 2)  # who leaves before that has no row to free
             answer = waiting.result()
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "step_failed"
         assert server.writer.alive and ask(server, max_tokens=2).status_code == 200 and batch.n_rows == 0
