@@ -329,7 +329,8 @@ def test_many_at_once_and_each_gets_its_own_text(served: Running, steered: Steer
         if not leaves:
             return str(httpx.post(served.url + "/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]["content"])
         with httpx.stream("POST", served.url + "/v1/chat/completions", json={**body, "stream": True}, timeout=60) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
         return None
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
@@ -349,7 +350,8 @@ def test_a_client_that_leaves_frees_its_rows_at_once(served: Running, monkeypatc
     before = metric._value.get()
     body = {"model": NAME, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "n": 4}
     with httpx.stream("POST", served.url + "/v1/chat/completions", json={**body, "stream": True}) as response:
-        assert response.status_code == 200 and next(response.iter_lines())
+        lines = response.iter_lines()  # held: one that is let go closes the stream, and the client has left
+        assert response.status_code == 200 and next(lines)
         settles(lambda: served.writer.batch.n_rows == 8)
     settles(lambda: served.writer.batch.n_rows == 0)
     with pytest.raises(httpx.ReadTimeout):
@@ -653,7 +655,8 @@ def test_a_key_opens_and_cors_only_where_asked_for(steered: SteeredModel, monkey
         usual, held = server.writer.batch.step, threading.Event()
         monkeypatch.setattr(server.writer.batch, "step", lambda: (held.wait(20), usual())[1])
         with httpx.stream("POST", url, json={**body, "stream": True}, headers=key) as running_already:
-            next(running_already.iter_lines())
+            lines = running_already.iter_lines()
+            next(lines)
             answer = httpx.post(url, json=body, headers=key)
             held.set()
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
@@ -727,7 +730,8 @@ def test_no_fault_of_the_writer_keeps_anybody_waiting(steered: SteeredModel, mon
             elif fault == "cancel":
                 body = {"model": NAME, "messages": CHAT, "max_tokens": 200, "stream": True}
                 with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=30) as leaves:
-                    next(leaves.iter_lines())
+                    lines = leaves.iter_lines()  # held, or the client leaves at once
+                    next(lines)
                     settles(lambda: server.writer.n_running == 2)  # who leaves before that has no row to free
             answer = waiting.result()
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "step_failed"
