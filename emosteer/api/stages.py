@@ -229,13 +229,12 @@ def assembly_of(
             "within a budget the units' outputs are learned; leave out --preset, --heads, --neurons and --gain-steps 0, and use directions "
             "of the elicitation 'reply'"
         )
-    usual = GainSettings()
     idle = [name for name in ("ranking", "share") if getattr(chosen, name) != getattr(CircuitSettings, name)] if learns else []
     if idle:
         raise UsageError(f"--{idle[0]} is of ranked heads, and here they are learned; add --gain-steps 0, or leave it out")
     taught = {"learn": gains.learn, "keep": gains.keep, "content": gains.content} if not learns else {}
-    idle = [name for name, value in taught.items() if value != getattr(usual, name)]
-    if idle or (not learns and gains.steps not in (0, usual.steps)):
+    idle = [name for name, value in taught.items() if value != getattr(GainSettings, name)]
+    if idle or (not learns and gains.steps not in (0, GainSettings.steps)):
         raise UsageError(
             f"--{idle[0] if idle else 'gain-steps'} is of learned heads, and here they are ranked; leave it out, or --preset, --heads, "
             "--neurons and --gain-steps 0, and use directions of the elicitation 'reply'"

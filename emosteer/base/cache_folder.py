@@ -169,8 +169,7 @@ def remembered_sha256(path: Path, say: Say) -> str:
     path = path.resolve()
     stat = path.stat()
     memory = cache_dir() / "hashes.json"
-    known = {} if stranger_in_cache(memory) else _remembered(memory)
-    entry = known.get(str(path))
+    entry = _believed(memory).get(str(path))
     if isinstance(entry, list) and entry[:2] == [stat.st_size, stat.st_mtime_ns] and isinstance(entry[-1], str):
         return entry[-1]
     if stat.st_size > _LONG_HASH:
@@ -178,12 +177,14 @@ def remembered_sha256(path: Path, say: Say) -> str:
     sha256 = sha256_file(path)
     with contextlib.suppress(EmosteerError, OSError):  # an entry lost to another writer costs one more reading, nothing else
         make_folder(memory.parent)
-        known = {} if stranger_in_cache(memory) else _remembered(memory)  # what is not believed is not handed on either
-        write_text(memory, json.dumps({**known, str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
+        write_text(memory, json.dumps({**_believed(memory), str(path): [stat.st_size, stat.st_mtime_ns, sha256]}, indent=1))
     return sha256
 
 
-def _remembered(memory: Path) -> dict[str, Any]:
+def _believed(memory: Path) -> dict[str, Any]:
+    """What is remembered, unless others can write it: that is neither used nor handed on."""
+    if stranger_in_cache(memory):
+        return {}
     with contextlib.suppress(OSError, ValueError):
         entries = loads(memory.read_text("utf-8"))
         return entries if isinstance(entries, dict) else {}

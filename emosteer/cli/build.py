@@ -112,7 +112,15 @@ def _check(
 ) -> None:
     from emosteer.scenarios.contamination import contamination_of_bank
     from emosteer.scenarios.emotions import EMOTIONS, emotion_key, parse_emotions
-    from emosteer.scenarios.lints import lint_bank, lint_contamination, lint_prompts, lint_scenarios, overlap_between, overlap_of_texts
+    from emosteer.scenarios.lints import (
+        lint_bank,
+        lint_contamination,
+        lint_prompts,
+        lint_scenarios,
+        once,
+        overlap_of_situations,
+        overlap_of_texts,
+    )
     from emosteer.scenarios.prompt_sets import read_events, read_groups
     from emosteer.scenarios.scenarios import read_bank
 
@@ -129,9 +137,7 @@ def _check(
         measured = contamination_of_bank(bank, wanted)
         problems += lint_contamination(measured, most) if most is not None else []
     if against:
-        shared = overlap_of_texts(_texts(against), _texts(file))
-        told = {problem.where for problem in shared}
-        problems += shared + [problem for problem in overlap_between(read_events(against), scenarios) if problem.where not in told]
+        problems += once(overlap_of_texts(_texts(against), _texts(file)), overlap_of_situations(read_events(against), scenarios))
     sides = _split(file, scenarios, *split, seed) if split else {}
     summary = _summary(file, scenarios, prompts, bank, measured, sides)
     if as_json:

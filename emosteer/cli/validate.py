@@ -148,5 +148,4 @@ def validate(
 
 def _not_given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Those of the values whose option was left at its default."""
-    sources = {name: context.get_parameter_source(name) for name in values}
-    return {name: value for name, value in values.items() if (source := sources[name]) is None or source.name != "COMMANDLINE"}
+    return {name: value for name, value in values.items() if not typed(context, [name])}

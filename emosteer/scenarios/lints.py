@@ -54,9 +54,8 @@ def lint_scenarios(scenarios: Sequence[Scenario], limits: Limits | None = None) 
     limits = limits or Limits()
     problems = [problem for scenario in scenarios for problem in lint_scenario(scenario, limits)]
     whole = near_duplicates({s.id: " ".join([s.text, *s.events.values()]) for s in scenarios}, limits.overlap)
-    known = {problem.where for problem in whole}
     # the same situation may be told with other events
-    problems += whole + [p for p in near_duplicates({s.id: s.text for s in scenarios}, limits.overlap) if p.where not in known]
+    problems += once(whole, near_duplicates({s.id: s.text for s in scenarios}, limits.overlap))
     for scenario in scenarios:
         if len({scenario.text, *scenario.events.values()}) < 4:
             problems.append(Problem(scenario.id, "duplicate", "two of its texts are the same"))
@@ -152,10 +151,18 @@ def near_duplicates(texts: Mapping[str, str], overlap: float, size: int = 3) -> 
 def overlap_between(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
     """Scenarios of `second` that also occur in `first`, by id or by text: train and test must be disjoint."""
     one, two = ({s.id: " ".join([s.text, *s.events.values()]) for s in scenarios} for scenarios in (first, second))
-    whole = overlap_of_texts(one, two, limits)
-    known = {problem.where for problem in whole}
-    alone = overlap_of_texts({s.id: s.text for s in first}, {s.id: s.text for s in second}, limits)
-    return whole + [problem for problem in alone if problem.where not in known]
+    return once(overlap_of_texts(one, two, limits), overlap_of_situations(first, second, limits))
+
+
+def overlap_of_situations(first: Sequence[Scenario], second: Sequence[Scenario], limits: Limits | None = None) -> list[Problem]:
+    """The same of what the scenarios tell before their events, which may differ."""
+    return overlap_of_texts({s.id: s.text for s in first}, {s.id: s.text for s in second}, limits)
+
+
+def once(problems: Sequence[Problem], more: Sequence[Problem]) -> list[Problem]:
+    """Problems, and those of the others whose place has none yet."""
+    known = {problem.where for problem in problems}
+    return [*problems, *(problem for problem in more if problem.where not in known)]
 
 
 def overlap_of_texts(first: Mapping[str, str], second: Mapping[str, str], limits: Limits | None = None) -> list[Problem]:
