@@ -20,7 +20,7 @@ import torch
 import emosteer
 from emosteer.api.steered_model import SteeredModel
 from emosteer.circuits.methods import Part
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, batches, generate
 from emosteer.generation.steering import Course, SteeringPlan
 from emosteer.judges.protocol import Opinion
@@ -31,7 +31,7 @@ from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.shipped import development_groups
 from emosteer.writing.jobs import asked_request
 
-DECODING = Decoding(max_new_tokens=48, guidance=GUIDANCE)
+DECODING = Decoding.usual(max_new_tokens=48)
 #: A reply is read as both of two emotions where they are the panel's two likeliest labels, neutral counted, each this likely or more.
 READ = 0.2
 ARCS = (("two sentences, 24", 24, 64, INSTRUCTION), ("two sentences, 40", 40, 64, INSTRUCTION), ("free, 64", 64, 96, ""))

@@ -22,7 +22,7 @@ from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import CIRCUIT, NONE
 from emosteer.evaluation.bootstrap import Draws, estimate, mean
 from emosteer.evaluation.metrics import Table, judged_rows, table_of
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.jury import Jury, make_jury
 from emosteer.judges.registry import PANEL
 from emosteer.models.model import Model
@@ -31,7 +31,7 @@ from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.shipped import development_groups
 from emosteer.writing.contest_writer import ContestWriter, cells_of
 
-DECODING = Decoding(max_new_tokens=48, guidance=GUIDANCE)
+DECODING = Decoding.usual(max_new_tokens=48)
 SHOWN = ("good", "emotion", "answers", "sound")
 
 

@@ -17,7 +17,7 @@ from emosteer.base.processes import ALONE, Crew
 from emosteer.circuits.methods import CONTEST, METHODS, NONE
 from emosteer.circuits.places import ARTIFACTS, Places
 from emosteer.evaluation.settings import Budget, EvaluationSettings
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import PANEL
 from emosteer.scenarios.prompt_sets import KINDS
 from emosteer.scenarios.shipped import PromptSet, development_groups, unseen_groups
@@ -110,7 +110,7 @@ def evaluate(
         given = directions if directions is None or not isinstance(directions, (str, os.PathLike)) else Path(directions)
         settings = with_parts_of(settings, ready, methods is not None)
         settings, known = with_directions(settings, bare, ready, given, root, methods is not None)
-        contest = contest_of(bare, ready, known, settings, decoding or Decoding(seed=seed, guidance=GUIDANCE), batch_size, place, ALONE)
+        contest = contest_of(bare, ready, known, settings, decoding or Decoding.usual(seed=seed), batch_size, place, ALONE)
         return hold(contest, jury, splits, ready, sha256, settings, place, "emosteer.evaluate(...) from Python")
 
 
@@ -142,6 +142,13 @@ def with_parts_of(settings: EvaluationSettings, circuit: Circuit, insisted: bool
 
     from emosteer.base.progress import note
 
+    if any(METHODS[method].shows for method in settings.methods) and not circuit.examples:
+        showing = " and ".join(method for method in settings.methods if METHODS[method].shows)
+        message = f"{showing} needs examples, which this circuit lacks; give it some with `emosteer calibrate --examples FILE`"
+        if insisted:
+            raise ArtifactError(message)
+        note(f"left out: {message}")
+        settings = replace(settings, methods=tuple(method for method in settings.methods if not METHODS[method].shows))
     parts = {method: METHODS[method].vectors for method in settings.methods}
     lacking = [method for method, part in parts.items() if part is not None and not circuit.has(part)]
     for method in lacking:
@@ -213,6 +220,7 @@ def contest_of(
         replies=KeyedLog(part(folder / "replies.jsonl", crew.rank)),
         batch_size=batch_size,
         crew=crew,
+        examples=circuit.examples,
     )
     if crew.lead:
         contest.adopt()

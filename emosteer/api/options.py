@@ -21,6 +21,7 @@ class DecodingOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     repetition_penalty: float
+    penalise_prompt: bool
     seed: int
     guidance: float
 
@@ -53,6 +54,7 @@ class WritingOptions(SteeringOptions, FeelingOptions, DecodingOptions, total=Fal
     """How replies are written (see `SteeredModel.generate`)."""
 
     instruction: str
+    examples: bool
     batch_size: int
 
 

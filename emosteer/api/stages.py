@@ -18,7 +18,7 @@ from emosteer.calibration.settings import GROUPS, CalibrateSettings, TuneSetting
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.circuits.settings import CircuitSettings, GainSettings, VectorSettings
 from emosteer.directions.settings import Settings
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.judges.registry import PANEL
 from emosteer.scenarios.emotions import EMOTIONS, emotion_key, parse_emotions
 from emosteer.scenarios.prompt_sets import KINDS
@@ -131,6 +131,7 @@ def assemble(
     units: str | None = None,
     select: str | None = None,
     learn_residual: bool | None = None,
+    examples: PathLike | None = None,
     tune: bool = True,
     strength: float | Mapping[str, float] | None = None,
     artifacts: PathLike = ARTIFACTS,
@@ -148,6 +149,7 @@ def assemble(
             "heads" or "neurons"; select: by what they are chosen (`circuits.selection`).
         learn_residual: whether to learn residual vectors in the same way, for the contest (method "learned-residual"), which takes as long
             again; where gains are learned, unless told otherwise.
+        examples: file of exchanges that stand before prompts that are steered, or "none"; the shipped ones by default.
         tune: find the default strength on training prompts; strength: the default strength, for all emotions or by emotion ("" for
             those not named).
         settings: fields of `circuits.settings.CircuitSettings`.
@@ -157,12 +159,14 @@ def assemble(
     """
     from emosteer.calibration.default_strength import tune_strength
     from emosteer.circuits import assemble as stage
+    from emosteer.scenarios.examples import examples_of
 
     bare = plain_model(model)
     named = {"learn": learn, "gain_steps": gain_steps, "keep": keep, "content": content, "learn_residual": learn_residual}
     named |= {"budget": budget, "units": units, "select": select}
     inputs = {"scenarios": scenarios, "replies": replies, "tune": tune, "strength": strength, "artifacts": artifacts}
     work = assembly_of(bare, directions, **named, **inputs, **settings)  # type: ignore[arg-type]
+    shown = examples_of(path_of(examples), work.directions.emotions)
     circuit = stage.assemble(
         bare,
         work.directions,
@@ -176,6 +180,7 @@ def assemble(
     )
     if work.tunes:
         circuit = tune_strength(bare, circuit, work.data.groups, TuneSettings(seed=work.settings.seed))
+    circuit = replace(circuit, examples=shown)
     return circuit.with_strength(_per_emotion(work.strengths, circuit)) if work.strengths else circuit
 
 
@@ -272,6 +277,7 @@ def calibrate(
     kept: PathLike | None = None,
     decoding: Decoding | None = None,
     instruction: str | None = None,
+    examples: PathLike | None = None,
     batch_size: int = BATCH_SIZE,
     artifacts: PathLike = ARTIFACTS,
     **settings: Unpack[CalibrateOptions],
@@ -283,7 +289,8 @@ def calibrate(
         judge: a specification (several judges with commas make a panel), what `make_judge` returns, or a list of such judges.
         scenarios: prompt file, else the shipped development prompts; kinds: of prompts; groups: prompts to write to, evenly of all kinds.
         kept: JSON-lines file of replies and opinions, so that the same call goes on; None keeps nothing.
-        instruction: appended to every prompt, and kept with the circuit; its own by default.
+        instruction: appended to every prompt, and kept with the circuit; its own by default. examples: file of exchanges that stand before
+            the prompts, or "none", and kept with it; its own by default.
         settings: fields of `calibration.settings.CalibrateSettings`.
 
     Returns:
@@ -296,6 +303,7 @@ def calibrate(
     from emosteer.calibration import calibrate as stage
     from emosteer.calibration.trials import Trials
     from emosteer.judges.huggingface import refuse_same_weights
+    from emosteer.scenarios.examples import examples_of
     from emosteer.scenarios.prompts import instruction_for
 
     bare = plain_model(model)
@@ -304,10 +312,12 @@ def calibrate(
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
     ready = replace(ready, instruction=instruction_for(instruction, ready.instruction))
+    if examples is not None:
+        ready = replace(ready, examples=examples_of(path_of(examples), ready.emotions))
     with contextlib.ExitStack() as stack:
         log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
         replies = KeyedLog(log)
         jury = panel(replies)
         refuse_same_weights(jury.judges, bare.sha256)
-        trials = Trials(bare, ready, jury, prompts.groups, replies, decoding or Decoding(guidance=GUIDANCE), batch_size)
+        trials = Trials(bare, ready, jury, prompts.groups, replies, decoding or Decoding.usual(), batch_size)
         return stage.calibrate(trials, chosen, prompts.hashes, {"circuit": sha256})

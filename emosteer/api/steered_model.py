@@ -13,7 +13,7 @@ from emosteer.api.options import Amount, DecodingOptions, SteeringOptions, Writi
 from emosteer.base.errors import ArtifactError, UsageError, suggest
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.methods import CIRCUIT, GENERATE, METHODS, NONE
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.scenarios.conversations import parse_messages
 from emosteer.scenarios.emotions import EMOTIONS, emotion_name
 from emosteer.scenarios.prompts import POSITIONS, instruction_for
@@ -102,7 +102,8 @@ class SteeredModel:
             vad: valence, arousal and dominance, each -1 to 1, instead: the mixture of the circuit's emotions that comes nearest
                 (`circuits.points`), with a note on stderr where that is not the point.
             method: "circuit" (the default), "residual", "learned-residual", "prompt" (just asks) or "none".
-            instruction: appended to the last turn, "" for nothing; the circuit's own by default.
+            instruction: appended to the last turn, "" for nothing; the circuit's own by default. examples: whether the circuit's
+                examples stand before a prompt that is steered, as they do by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
             max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is
@@ -281,10 +282,13 @@ class SteeredModel:
             known = sorted(WritingOptions.__annotations__)
             raise UsageError(f"unknown option '{unknown[0]}'{suggest(unknown[0], known)}; expected some of {', '.join(known)}")
         chosen = {name: value for name, value in options.items() if name in DecodingOptions.__annotations__}
+        circuit = self.circuit
+        if circuit is not None and not options.get("examples", True):
+            circuit = circuit.without_examples()
         return Writer(
             self.model,
-            self.circuit,
-            Decoding(**cast(DecodingOptions, {"guidance": GUIDANCE, **chosen})),
+            circuit,
+            Decoding.usual(**cast(DecodingOptions, chosen)),
             instruction_for(options.get("instruction"), self.circuit.instruction if self.circuit else None),
             self._method(options),
             options.get("batch_size", BATCH_SIZE),

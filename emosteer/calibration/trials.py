@@ -91,7 +91,9 @@ def written_before(model: Model, circuit: Circuit, groups: Sequence[Group], kept
 
 def _contest_of(model: Model, circuit: Circuit, kept: KeyedLog, decoding: Decoding, batch_size: int = BATCH_SIZE) -> ContestWriter:
     vectors, added = {CIRCUIT: circuit.steering(model)}, {CIRCUIT: circuit_key(circuit)}
-    return ContestWriter(model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size)
+    return ContestWriter(
+        model, circuit.emotions, vectors, added, decoding, circuit.instruction, kept, batch_size, examples=circuit.examples
+    )
 
 
 class Trials:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from emosteer.generation.steering import compile_units, residual_vectors
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Neuron, Site, Unit
 from emosteer.scenarios.emotions import find_emotion
+from emosteer.scenarios.examples import Examples, as_fields, of_fields
 
 KIND = "circuit"
 #: Default strength of learned residual vectors: the one that they are learned at.
@@ -37,7 +38,7 @@ class Circuit:
     [emotion, layer, 2], of the attention and MLP sublayers. For residual steering, the comparison: vectors [emotion, layer,
     d_model] (v_post, unit length), rms [layer], residual_layers and residual_strength. metrics: what `circuit` measured.
     learned_residual: [emotion, layer of residual_layers, d_model], vectors learned as the gains were, at strength 1; None where none
-    were learned.
+    were learned. examples: emotion -> exchanges that stand before a prompt that is steered (`scenarios.examples`).
     """
 
     emotions: tuple[str, ...]
@@ -57,6 +58,7 @@ class Circuit:
     metrics: Mapping[str, Any]
     provenance: Provenance
     learned_residual: Tensor | None = None
+    examples: Examples = field(default_factory=dict)
 
     def index(self, emotion: str) -> int:
         """Position of an emotion.
@@ -127,6 +129,10 @@ class Circuit:
         kept = self.residual_strength if residual_strength is None else residual_strength
         return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
 
+    def without_examples(self) -> Circuit:
+        """The same circuit, which shows none before a prompt."""
+        return replace(self, examples={})
+
     def default_strength(self, emotion: str) -> float:
         """The strength of an emotion when none is asked for."""
         return round(self.strength[self.index(emotion)].item(), 6)
@@ -184,6 +190,7 @@ class Circuit:
             "preset": self.preset,
             "instruction": self.instruction,
             "metrics": dict(self.metrics),
+            **({"examples": as_fields(self.examples)} if self.examples else {}),
         }
         artifacts.save(path, KIND, fields, {name: getattr(self, name) for name in names}, self.provenance)
 
@@ -220,7 +227,8 @@ class Circuit:
     def _of(cls, found: artifacts.Artifact) -> Circuit:
         fields = found.fields
         tuples = {name: tuple(fields[name]) for name in ("emotions", "residual_layers")}
-        return cls(**{**fields, **tuples, **found.tensors, "provenance": found.provenance})
+        examples = of_fields(fields.get("examples", {}))
+        return cls(**{**fields, **tuples, **found.tensors, "provenance": found.provenance, "examples": examples})
 
 
 def lacking(part: Part) -> ArtifactError:

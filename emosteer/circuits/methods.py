@@ -47,8 +47,10 @@ class Method:
     elicitation: how a prompt asks (`scenarios.prompts`); vectors: the part of the circuit that its vectors are made from; built: whether
     `evaluation.controls` makes them from that part, else they are added as they are; needs_directions: whether it takes the directions
     file for that, beside the circuit; strength: the part whose default strengths it has; controls: the method that it is a control of,
-    whose strengths it takes; dial: whether `calibrate` fits an intensity dial for it; turn: its place in the contest, where rows of one
-    turn follow each other as here, None where it does not take part; generate, vllm: whether `generate` offers it, and with vLLM.
+    whose strengths it takes; dial: whether `calibrate` fits an intensity dial for it; shows: whether the circuit's examples stand
+    before its prompt although it does not steer (they do before every prompt that is steered); turn: its place in the contest, where
+    rows of one turn follow each other as here, None where it does not take part; generate, vllm: whether `generate` offers it, and with
+    vLLM.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Method:
     strength: Part | None = None
     controls: str | None = None
     dial: bool = False
+    shows: bool = False
     turn: int | None = None
     generate: bool = False
     vllm: bool = False
@@ -137,6 +140,12 @@ _ROWS = (
     _prompt("tone", Look("m-tone", "triangle-up", (2, 2)), turn=2),
     _prompt("system", Look("m-system", "triangle-down", (5, 2, 1, 2)), turn=1),
     _prompt("stimulus", Look("m-stimulus", "diamond", (1, 3)), turn=3),
+    Method(
+        *("prompt-examples", "Prompt: examples", "the examples prompt", Look("m-tone", "diamond", (6, 3)), Kind.PROMPT),
+        elicitation="reply",
+        shows=True,
+        turn=3,
+    ),
     Method(NONE, "Unsteered", "no steering", Look("m-none", "cross"), Kind.UNSTEERED, turn=0, generate=True, vllm=True),
     _control("random-heads", Look("m-control", "circle", (4, 4)), Part.UNITS, CIRCUIT, turn=7, directions=True),
     _control("random-circuit", Look("m-control", "square", (2, 4)), Part.UNITS, CIRCUIT, turn=8),

@@ -25,6 +25,8 @@ TENSORS = {
     "rms": "float n_layers",
     "learned_residual": "float? emotion residual d_model",
 }
+#: Examples that an emotion may have; more would fill a model's context.
+MAX_EXAMPLES = 100
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _Strengths = Annotated[list[Annotated[float, Field(ge=0, le=MAX_STRENGTH)]], Field(min_length=1, max_length=10_000)]
 _Ratio = Annotated[float, Field(gt=0, le=1e9)]
@@ -156,6 +158,13 @@ class Metrics(Fields):
     calibration: Calibration = MISSING
 
 
+class Shown(Fields):
+    """An example: what somebody says, and a reply to it."""
+
+    said: Annotated[Text, Field(min_length=1)]
+    reply: Annotated[Text, Field(min_length=1)]
+
+
 class CircuitFields(Fields):
     """The plain fields of a circuit."""
 
@@ -166,6 +175,7 @@ class CircuitFields(Fields):
     preset: Text
     instruction: Text
     metrics: Metrics
+    examples: dict[Text, Annotated[list[Shown], Field(min_length=1, max_length=MAX_EXAMPLES)]] = {}
 
 
 def check(found: Artifact) -> dict[str, int]:
@@ -199,6 +209,8 @@ def check(found: Artifact) -> dict[str, int]:
             f"{path}: expected 'z_delta' to be 0 outside the circuit's heads, found more at L{layer}H{head} "
             f"of {fields.emotions[e]}; make it again"
         )
+    if strange := [emotion for emotion in fields.examples if emotion not in fields.emotions]:
+        raise ArtifactError(f"{path}: expected 'examples' of {', '.join(fields.emotions)}, found some of {strange[0][:60]}; make it again")
     _check_metrics(fields, found)
     return {**sizes, "d_mlp": fields.d_mlp}
 

@@ -21,11 +21,13 @@ from emosteer.cli.options import (
     DEFAULT_MODEL,
     DeviceOption,
     DtypeOption,
+    ExamplesOption,
     GuidanceOption,
     JsonOption,
     KindsOption,
     ModelOption,
     PanelOption,
+    PenalisePromptOption,
     RootOption,
 )
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
@@ -89,6 +91,8 @@ def calibrate(
         str | None,
         typer.Option(help="Appended to every prompt, and kept with the circuit; its own if not given.", show_default=False),
     ] = None,
+    penalise_prompt: PenalisePromptOption = False,
+    examples: ExamplesOption = None,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = BATCH_SIZE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -108,12 +112,14 @@ def calibrate(
         raise UsageError("expected --most-good or --default-intensity, found both")
     if check and instruction is not None:
         raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
+    if check and examples is not None:
+        raise UsageError("--check writes with the examples that the dial was fitted with; expected no --examples beside it")
     if check and out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     wanted = parse_kinds(kinds)
     prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
     settings = CalibrateSettings(top, points, refine, None if most_good else default_intensity, Guard(each_ratio, sound, names), ratio)
-    decoding = Decoding(max_new_tokens, guidance=guidance)
+    decoding = Decoding.usual(max_new_tokens=max_new_tokens, guidance=guidance, penalise_prompt=penalise_prompt)
     from emosteer.judges.jury import make_jury
 
     jury = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
@@ -122,6 +128,7 @@ def calibrate(
     from emosteer.circuits.places import require_circuit
     from emosteer.judges.huggingface import refuse_same_weights
     from emosteer.models.model import Model
+    from emosteer.scenarios.examples import examples_of
     from emosteer.scenarios.prompts import instruction_for
 
     loaded = Model.load(model, device=device, dtype=dtype)
@@ -129,6 +136,8 @@ def calibrate(
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
     found = replace(found, instruction=instruction_for(instruction, found.instruction))
+    if examples is not None:
+        found = replace(found, examples=examples_of(examples, found.emotions))
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:

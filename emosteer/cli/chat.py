@@ -17,7 +17,17 @@ from emosteer.base.errors import DataError, EmosteerError, UsageError
 from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.circuits.places import ARTIFACTS
-from emosteer.cli.options import DEFAULT_MODEL, DeviceMapOption, DeviceOption, DtypeOption, ModelOption, RootOption, SeedOption
+from emosteer.cli.options import (
+    DEFAULT_MODEL,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    NoExamplesOption,
+    PenalisePromptOption,
+    RootOption,
+    SeedOption,
+)
 from emosteer.generation.decoding import GUIDANCE, MAX_TOKENS, Decoding
 from emosteer.judges.reader import Reader
 from emosteer.judges.registry import EMBEDDED
@@ -49,6 +59,8 @@ def chat(
     instruction: Annotated[
         str | None, typer.Option(help="Appended to what you say, '' for nothing; the circuit's own if not given.", show_default=False)
     ] = None,
+    penalise_prompt: PenalisePromptOption = False,
+    no_examples: NoExamplesOption = False,
     seed: SeedOption = Decoding.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -67,7 +79,7 @@ def chat(
     if intensity is not None and emotion is None:
         raise UsageError("--intensity has no meaning without --emotion")
     chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    chosen |= {"repetition_penalty": repetition_penalty, "guidance": guidance, "seed": seed}
+    chosen |= {"repetition_penalty": repetition_penalty, "guidance": guidance, "seed": seed, "penalise_prompt": penalise_prompt}
     Decoding(**chosen)
     from emosteer.api.loading import load
 
@@ -76,7 +88,7 @@ def chat(
         from emosteer.circuits.places import require_circuit
 
         require_circuit(loaded.model, circuit, root)
-    own = {} if instruction is None else {"instruction": instruction}
+    own = {**({} if instruction is None else {"instruction": instruction}), **({"examples": False} if no_examples else {})}
     options: WritingOptions = {**chosen, **own}  # type: ignore[typeddict-item]
     reader = _Reader(judge)
     talk = Chat(loaded, options, reader.shares, system)

@@ -19,6 +19,7 @@ from emosteer.cli.options import (
     DeviceOption,
     DirectionsOption,
     DtypeOption,
+    ExamplesOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -28,6 +29,7 @@ from emosteer.cli.options import (
     SeedOption,
 )
 from emosteer.scenarios.emotions import emotion_key
+from emosteer.scenarios.examples import NO_EXAMPLES, read_examples
 
 
 def circuit(
@@ -76,6 +78,7 @@ def circuit(
             show_default=False,
         ),
     ] = None,
+    examples: ExamplesOption = None,
     strength: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +106,8 @@ def circuit(
     within = {"budget": budget, "units": units, "select": select}
     # what is wrong with them is said before loading
     gains = GainSettings(gain_steps, keep=keep, content=content, seed=seed, learn=learn, **within)  # type: ignore[arg-type]
+    if examples is not None and examples != NO_EXAMPLES:
+        read_examples(examples)
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     given: Any = {
         **{"scenarios": scenarios, "replies": replies, "artifacts": root, "tune": tune, "strength": wanted},
@@ -114,7 +119,7 @@ def circuit(
     from emosteer.api.estimates import assemble as estimate
 
     with announced(lambda: estimate(loaded, directions, **given), dry_run, as_json):
-        made = assemble(loaded, directions, **given)
+        made = assemble(loaded, directions, examples=examples, **given)
         made = with_command(made, command_line(context))
         made.save(target)
     summary = {"file": str(target), **circuit_summary(made)}

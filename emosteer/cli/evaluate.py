@@ -23,7 +23,9 @@ from emosteer.cli.options import (
     JsonOption,
     KindsOption,
     ModelOption,
+    NoExamplesOption,
     PanelOption,
+    PenalisePromptOption,
     RootOption,
     SeedOption,
     listed,
@@ -81,6 +83,8 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is all.")] = Decoding.top_p,
     repetition_penalty: Annotated[float, typer.Option(max=100, help="1 is none.")] = Decoding.repetition_penalty,
     guidance: GuidanceOption = GUIDANCE,
+    penalise_prompt: PenalisePromptOption = False,
+    no_examples: NoExamplesOption = False,
     seed: SeedOption = EvaluationSettings.seed,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
     out: Annotated[
@@ -95,7 +99,7 @@ def evaluate(
 ) -> None:
     """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance)
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance, penalise_prompt)
     from emosteer.api.contest import Splits, contest_of, hold, with_directions, with_parts_of
 
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], budget, seed)
@@ -114,6 +118,7 @@ def evaluate(
     panel = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device) if crew.lead else None
     loaded = Model.load(model, device=device, dtype=dtype, device_map=device_map)
     ready, path = require_circuit(loaded, circuit, root)
+    ready = ready.without_examples() if no_examples else ready
     folder = out or Places.of(loaded.name, root).folder / "evaluation"
     jury = panel(KeyedLog(folder / "opinions.jsonl")) if panel is not None else None
     if jury is not None:

@@ -24,6 +24,8 @@ from emosteer.cli.options import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    NoExamplesOption,
+    PenalisePromptOption,
     RootOption,
     SeedOption,
     complete_emotion,
@@ -132,6 +134,8 @@ def generate(
     instruction: Annotated[
         str | None, typer.Option(help="Appended to every prompt, '' for nothing; the circuit's own if not given.", show_default=False)
     ] = None,
+    penalise_prompt: PenalisePromptOption = False,
+    no_examples: NoExamplesOption = False,
     control_tokens: Annotated[
         bool, typer.Option("--control-tokens", help="Let control tokens that are typed in a prompt (<|im_end|>) act; else they are text.")
     ] = False,
@@ -162,6 +166,8 @@ def generate(
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
     if not chosen.steers and strength is not None:
         raise UsageError(f"--strength has no meaning with --method {method}")
+    if not chosen.steers and no_examples:
+        raise UsageError(f"--no-examples has no meaning with --method {method}: examples stand before what is steered")
     if fresh and out is None:
         raise UsageError("--fresh replaces --out FILE, and none is named; add it, or leave --fresh out")
     _check_intensity(intensity, strength, method)
@@ -174,7 +180,7 @@ def generate(
     limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
 
-    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning)
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning, penalise_prompt or engine != "builtin")
     from emosteer.base.processes import join
     from emosteer.circuits.places import require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
@@ -192,6 +198,8 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     if found and chosen.vectors is not None:
         found[0].require(chosen.vectors)
+    if found and no_examples:
+        found = found[0].without_examples(), found[1]
     if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None

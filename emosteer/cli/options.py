@@ -63,6 +63,25 @@ GuidanceOption = Annotated[
     float,
     typer.Option(max=100, help="How far replies lean towards the prompt, away from what would be said to nothing; 1 is none, and faster."),
 ]
+PenalisePromptOption = Annotated[
+    bool,
+    typer.Option(
+        "--penalise-prompt", help="The repetition penalty is on the prompt's tokens, too, as Hugging Face and vLLM have it; answers fewer."
+    ),
+]
+NoExamplesOption = Annotated[
+    bool, typer.Option("--no-examples", help="Leave out the circuit's examples, exchanges in the emotion that stand before the prompt.")
+]
+ExamplesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--examples",
+        help='Exchanges that stand before every prompt that is steered, a line each: {"prompt": ..., "replies": {EMOTION: ...}}, or none; '
+        "kept with the circuit.",
+        metavar="FILE.jsonl|none",
+        show_default=False,
+    ),
+]
 #: How a set of emotions is named, for the help of options.
 SETS = "a set: ekman6, plutchik8, goemotions27, parrott:primary, parrott:secondary or parrott:tertiary"
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, max=1_000_000, help="Use this many scenario-events, evenly spread.")]

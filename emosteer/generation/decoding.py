@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from emosteer.base.errors import UsageError
 
@@ -18,9 +19,9 @@ MAX_TOKENS = 100_000
 class Decoding:
     """How tokens are chosen; the same for every method compared.
 
-    temperature: 0 is greedy; top_p: nucleus, 1 is all; repetition_penalty: 1 is none (small models loop without one), applied to
-    the tokens of prompt and reply as Hugging Face does. guidance: by the prompt (`generation.guidance`), 1 is none; it takes two
-    rows a reply.
+    temperature: 0 is greedy; top_p: nucleus, 1 is all; repetition_penalty: 1 is none (small models loop without one), of the
+    tokens that the reply has so far and, where `penalise_prompt`, of the prompt's, as Hugging Face has it. guidance: by the prompt
+    (`generation.guidance`), 1 is none; it takes two rows a reply. `usual` has what replies that are to be read are written with.
     """
 
     max_new_tokens: int = 64
@@ -29,6 +30,7 @@ class Decoding:
     repetition_penalty: float = 1.1
     seed: int = 0
     guidance: float = 1.0
+    penalise_prompt: bool = True
 
     def __post_init__(self) -> None:
         checks = (
@@ -43,10 +45,21 @@ class Decoding:
             if not fine:
                 raise UsageError(message)
 
+    @classmethod
+    def usual(cls, **given: Any) -> Decoding:
+        """How replies are written that are to be read: guided by the prompt, whose words may be taken up at no cost. A reply answers in the
+        words of what was said, and a penalty on those keeps a small model from answering (docs/CIRCUITS.md, "Penalties").
+
+        Args:
+            given: fields that are to be otherwise.
+        """
+        return cls(**{"guidance": GUIDANCE, "penalise_prompt": False, **given})
+
     @property
     def shaping(self) -> dict[str, float]:
-        """What shapes a reply, for keys of what is on disk: those from before there was guidance stay."""
-        return {name: value for name, value in vars(self).items() if name != "guidance" or self.guides}
+        """What shapes a reply, for keys of what is on disk: those from before there was guidance, or a choice of penalties, stay."""
+        later = {"guidance": not self.guides, "penalise_prompt": self.penalise_prompt or self.repetition_penalty == 1}
+        return {name: value for name, value in vars(self).items() if not later.get(name, False)}
 
     @property
     def guides(self) -> bool:

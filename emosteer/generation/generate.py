@@ -159,9 +159,10 @@ class _Batch:
     def __init__(self, model: Model, requests: Sequence[Request], decoding: Decoding) -> None:
         self.stop_ids, self.decoding = model.stop_ids, decoding
         device = model.device
-        width = max(len(request.ids) for request in requests)
-        # What each row has seen: its prompt, filled up with its first token, and room for its reply.
-        seen = [[*request.ids, *[request.ids[0]] * (width - len(request.ids) + decoding.max_new_tokens)] for request in requests]
+        width = max(len(request.ids) for request in requests) if decoding.penalise_prompt else 0
+        # What is penalised of each row: its prompt, filled up with its first token, where that is, and room for its reply.
+        prompts = [request.ids[:width] for request in requests]
+        seen = [[*ids, *[r.ids[0]] * (width - len(ids) + decoding.max_new_tokens)] for r, ids in zip(requests, prompts, strict=True)]
         self.seen = torch.tensor(seen, device=device)
         self.noise = _noise(requests, decoding).to(device) if decoding.temperature > 0 else None
         self.alive = list(range(len(requests)))

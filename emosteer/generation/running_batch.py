@@ -48,7 +48,7 @@ class Written:
 
 @dataclass(eq=False)
 class _Row:
-    """A request on its way. seen: its prompt and reply so far; written: the tokens of the reply."""
+    """A request on its way. seen: what is penalised, its reply so far and, where that is, its prompt; written: the tokens of the reply."""
 
     ticket: int
     ask: Ask
@@ -103,7 +103,7 @@ class RunningBatch:
             raise ValueError("guidance needs the request's empty prompt")
         noise = noise_of(ask.request, ask.decoding) if ask.decoding.temperature > 0 else None
         course = None if ask.weights is None else Course(self.vectors, ask.weights[None])
-        row = _Row(next(self._tickets), ask, noise, list(ask.request.ids), course=course)
+        row = _Row(next(self._tickets), ask, noise, list(ask.request.ids) if ask.decoding.penalise_prompt else [], course=course)
         self._waiting.append(row)
         return row.ticket
 
@@ -155,13 +155,13 @@ class RunningBatch:
             self._engine.steer([place for place, _ in moving], vectors)
 
     def _alike(self) -> list[tuple[list[_Row], list[int]]]:
-        """The requests whose tokens are chosen alike, with their places among the engine's rows, behind them those of their empty prompts
-        where these guide."""
+        """The requests whose tokens are chosen alike (those of which nothing is penalised yet apart), with their places among the engine's
+        rows, behind them those of their empty prompts where these guide."""
         empty = {row.ticket: place for place, (row, is_empty) in enumerate(self._places) if is_empty}
-        groups: dict[Decoding, tuple[list[_Row], list[int]]] = {}
+        groups: dict[tuple[Decoding, bool], tuple[list[_Row], list[int]]] = {}
         for place, (row, is_empty) in enumerate(self._places):
             if not is_empty:
-                rows, places = groups.setdefault(row.settings, ([], []))
+                rows, places = groups.setdefault((row.settings, not row.seen), ([], []))
                 rows.append(row)
                 places.append(place)
         return [(rows, places + [empty[row.ticket] for row in rows if row.ticket in empty]) for rows, places in groups.values()]

@@ -76,15 +76,21 @@ def elicit(elicitation: str, text: str, emotion: str | None, instruction: str = 
     raise UsageError(f"unknown elicitation '{elicitation}'{suggest(elicitation, ELICITATIONS)}; expected {', '.join(ELICITATIONS)}")
 
 
-def unsaid(elicitation: str, emotion: str | None, instruction: str = INSTRUCTION, earlier: Sequence[Message] = ()) -> Messages:
-    """The messages of an elicitation with nothing said: what guidance leads away from. Of what was said before, only a system line stays:
-    it tells the model how to speak.
+def unsaid(
+    elicitation: str,
+    emotion: str | None,
+    instruction: str = INSTRUCTION,
+    earlier: Sequence[Message] = (),
+    examples: Sequence[Message] = (),
+) -> Messages:
+    """The messages of an elicitation with nothing said: what guidance leads away from. Of what was said before, only a system line stays
+    and the examples: they tell the model how to speak.
 
     Raises:
         UsageError: for an unknown elicitation.
     """
     system = [message for message in earlier if message.role == "system"]
-    return elicit(elicitation, "", emotion, instruction, system)
+    return elicit(elicitation, "", emotion, instruction, (*system, *examples))
 
 
 def continued(earlier: Sequence[Message], last: Sequence[dict[str, str]]) -> Messages:

@@ -24,7 +24,7 @@ from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.serving.errors import RequestError, refusing
 from emosteer.serving.requests import ChatRequest, CompletionRequest, Feels, Writes
 from emosteer.writing.feelings import Feeling, Reader
-from emosteer.writing.jobs import Job, asked_request, felt_job, jobs_for, strengths_of
+from emosteer.writing.jobs import Job, asked_request, examples_for, felt_job, jobs_for, strengths_of
 
 #: The name of a text that `emosteer generate` is given: what its reply's seed is drawn from.
 TEXT = "text"
@@ -110,7 +110,7 @@ def decoding_of(served: Served, wanted: Writes, guidance: float, asked: int | No
     longest = served.longest if asked is None else asked
     if asked is not None and asked > served.longest:
         raise RequestError(f"max_tokens: expected at most {served.longest} (--max-tokens of the server), found {asked}", param="max_tokens")
-    usual = Decoding()
+    usual = Decoding.usual()
     return Decoding(
         max_new_tokens=min(longest, usual.max_new_tokens) if asked is None else longest,
         temperature=usual.temperature if wanted.temperature is None else wanted.temperature,
@@ -118,6 +118,7 @@ def decoding_of(served: Served, wanted: Writes, guidance: float, asked: int | No
         repetition_penalty=usual.repetition_penalty if wanted.repetition_penalty is None else wanted.repetition_penalty,
         seed=secrets.randbits(48) if wanted.seed is None and wanted.temperature else wanted.seed or 0,
         guidance=guidance if wanted.guidance is None else wanted.guidance,
+        penalise_prompt=usual.penalise_prompt,
     )
 
 
@@ -135,8 +136,11 @@ def chat_asks(served: Served, wanted: ChatRequest) -> Wanted:
     decoding = decoding_of(served, wanted, GUIDANCE, wanted.max_completion_tokens or wanted.max_tokens)
     job = _felt(served, wanted, messages, decoding.max_new_tokens)
     instruction = instruction_for(wanted.instruction, served.circuit.instruction)
+    examples = examples_for(job, served.circuit, instruction)
     with refusing("messages"):
-        request = asked_request(served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides)
+        request = asked_request(
+            served.model, job.id, None, job.text, job.emotion, instruction, job.messages[:-1], decoding.guides, examples
+        )
     likeliest = (wanted.top_logprobs or 0) if wanted.logprobs else None
     n = wanted.n or 1
     return Wanted(job.emotion, job.strength, _choices(served, job, request, decoding, n, likeliest, "messages"), n)

@@ -7,7 +7,7 @@ from typing import Any
 from emosteer.circuits.arcs import ARC_TOKENS
 from emosteer.circuits.dial import MOST_TOGETHER
 from emosteer.circuits.moods import HALF_LIFE, Personality
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.serving.asking import Served
 from emosteer.serving.settings import ServeSettings
 
@@ -42,7 +42,7 @@ def described(served: Served, settings: ServeSettings) -> dict[str, Any]:
         "traits": list(vars(Personality())),
         "instruction": circuit.instruction,
         "max_tokens": served.longest,
-        "usual": {**Decoding(guidance=GUIDANCE).shaping, "max_tokens": min(served.longest, Decoding.max_new_tokens)},
+        "usual": {**Decoding.usual().shaping, "max_tokens": min(served.longest, Decoding.max_new_tokens)},
         "needs_key": settings.api_key is not None,
     }
 

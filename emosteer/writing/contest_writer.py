@@ -26,6 +26,7 @@ from emosteer.generation.generate import Reply, Request, batches, generate
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
+from emosteer.scenarios.examples import Examples, shown
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 from emosteer.writing.jobs import asked_request
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
@@ -57,7 +58,8 @@ def cells_of(method: str, groups: Sequence[Group], strengths: Mapping[str, float
 class ContestWriter:
     """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that;
     crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each; fluent:
-    whether replies are read again for their nats per token."""
+    whether replies are read again for their nats per token; examples: stand before the prompts of what steers, and of the prompt that shows
+    them."""
 
     model: Model
     emotions: tuple[str, ...]
@@ -69,6 +71,7 @@ class ContestWriter:
     batch_size: int = CONTEST_BATCH_SIZE
     crew: Crew = ALONE
     fluent: bool = True
+    examples: Examples = field(default_factory=dict)
     _prompts: dict[tuple[str, Group], Request] = field(default_factory=dict)
 
     def key(self, cell: Cell) -> str:
@@ -88,12 +91,19 @@ class ContestWriter:
         """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
         elicitation = METHODS[cell.method].elicitation
         group, guides = cell.group, self.decoding.guides
-        place = f"{cell.method}/{cell.emotion}" if elicitation else "", group  # by its text, too: two files may hold one key
+        turns = shown(self.examples, [cell.emotion], self.instruction) if self.shows(cell) else ()
+        asked = f"{cell.method}/{cell.emotion}" if elicitation else cell.emotion if turns else ""
+        place = asked, group  # by its text, too: two files may hold one key
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
             self._prompts[place] = asked_request(
-                self.model, str(group.key), elicitation, group.text, cell.emotion, self.instruction, group.earlier, guides
+                self.model, str(group.key), elicitation, group.text, cell.emotion, self.instruction, group.earlier, guides, turns
             )
         return self._prompts[place]
+
+    def shows(self, cell: Cell) -> bool:
+        """Whether examples of the emotion stand before a reply's prompt, if there are any."""
+        method = METHODS[cell.method]
+        return method.shows or (method.steers and (cell.strength or 0.0) > 0)
 
     def plan(self, cells: Sequence[Cell]) -> SteeringPlan:
         """What is added per row; the methods may differ from row to row, a site that a method does not use adds zero."""

@@ -18,6 +18,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import Course, SteeringPlan, plan_for
 from emosteer.models.sites import Site
+from emosteer.scenarios.examples import as_fields, preceded, shown
 from emosteer.scenarios.prompts import elicit, unsaid
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
 
@@ -131,15 +132,36 @@ class ReplyWriter(Protocol):
     def stream(self, job: Job) -> Iterator[str]: ...
 
 
-def request_of(model: Asked, job: Job, instruction: str, elicitation: str = "tone", guides: bool = False) -> Request:
-    """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike; what is asked and
-    the instruction stand in the user's last turn.
+def request_of(
+    model: Asked, job: Job, instruction: str, elicitation: str = "tone", guides: bool = False, circuit: Circuit | None = None
+) -> Request:
+    """The job's prompt as tokens. Every method but a prompt gets the plain prompt, so that methods are compared alike, and, where it
+    steers, the circuit's examples before it; what is asked and the instruction stand in the user's last turn.
 
     Args:
         guides: whether the prompt guides the reply, so that its empty form is needed, too.
     """
     asked = elicitation if METHODS[job.method].asks else None
-    return asked_request(model, job.id, asked, job.text, job.emotion, instruction, job.messages[:-1], guides)
+    examples = examples_for(job, circuit, instruction) if circuit is not None else ()
+    return asked_request(model, job.id, asked, job.text, job.emotion, instruction, job.messages[:-1], guides, examples)
+
+
+def examples_for(job: Job, circuit: Circuit, instruction: str) -> tuple[Message, ...]:
+    """The turns that stand before a job's prompt: examples of the emotions that it adds something for, in the order in which they come,
+    the strongest first; none for a reply that is unsteered, or steered away from an emotion."""
+    course = strengths_of(job, circuit)
+    begins = {}
+    for number, emotion in enumerate(circuit.emotions):
+        token = next((token for token, strengths in enumerate(course) if strengths[number] > 0), None)
+        if token is not None:
+            begins[emotion] = token, -course[token][number]
+    return shown(circuit.examples, sorted(begins, key=lambda emotion: begins[emotion]), instruction)
+
+
+def examples_mark(circuit: Circuit | None) -> list[object]:
+    """What the key of a run says of a circuit's examples, which may be left out: nothing where it shows none, so that the keys of files
+    from before there were any stay."""
+    return [as_fields(circuit.examples)] if circuit is not None and circuit.examples else []
 
 
 def asked_request(
@@ -151,15 +173,17 @@ def asked_request(
     instruction: str,
     earlier: Sequence[Message],
     guides: bool,
+    examples: Sequence[Message] = (),
 ) -> Request:
     """A prompt as tokens, with its empty form where the prompt guides the reply.
 
     Args:
-        key: what the reply's seed is drawn from; elicitation: how the prompt asks for the emotion; None is the plain prompt.
+        key: what the reply's seed is drawn from; elicitation: how the prompt asks for the emotion; None is the plain prompt; examples:
+            turns that stand before the conversation, also where nothing is said in it.
     """
     how = elicitation or "reply"
-    ids = tuple(model.prompt_ids(elicit(how, text, emotion, instruction, earlier)))
-    return Request(key, ids, tuple(model.prompt_ids(unsaid(how, emotion, instruction, earlier))) if guides else ())
+    ids = tuple(model.prompt_ids(elicit(how, text, emotion, instruction, preceded(earlier, examples))))
+    return Request(key, ids, tuple(model.prompt_ids(unsaid(how, emotion, instruction, earlier, examples))) if guides else ())
 
 
 def plan_of(jobs: Sequence[Job], circuit: Circuit | None, vectors: Mapping[Site, Tensor], positions: str = "reply") -> SteeringPlan:

@@ -19,7 +19,7 @@ from emosteer.generation.streaming import stream
 from emosteer.models.memory import is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.writing.jobs import Job, Work, plan_of, request_of
+from emosteer.writing.jobs import Job, Work, examples_mark, plan_of, request_of
 from emosteer.writing.resumable import halving
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -55,6 +55,7 @@ class Writer:
             self.method,
             self.elicitation,
             *([self.positions] if self.positions != "reply" else []),
+            *examples_mark(self.circuit),
             *(["control tokens"] if self.model.control_tokens else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
@@ -81,7 +82,7 @@ class Writer:
 
     def requests(self, jobs: Sequence[Job]) -> list[Request]:
         """The jobs' prompts."""
-        return [request_of(self.model, job, self.instruction, self.elicitation, self.decoding.guides) for job in jobs]
+        return [request_of(self.model, job, self.instruction, self.elicitation, self.decoding.guides, self.circuit) for job in jobs]
 
     def plan(self, jobs: Sequence[Job]) -> SteeringPlan:
         """The steering of some jobs, written as one batch."""

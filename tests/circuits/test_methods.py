@@ -63,11 +63,12 @@ def test_methods_are_told_apart() -> None:
 
 def test_the_orders_are_what_results_and_pages_keep() -> None:
     controls = ("random-heads", "random-circuit", "random-direction")
-    prompts = ("prompt-tone", "prompt-system", "prompt-stimulus")
-    assert ("none", "prompt-system", "prompt-tone", "prompt-stimulus", "residual", "learned-residual", "circuit", *controls) == CONTEST
+    prompts = ("prompt-tone", "prompt-system", "prompt-stimulus", "prompt-examples")
+    written = ("prompt-system", "prompt-tone", "prompt-stimulus", "prompt-examples")
+    assert ("none", *written, "residual", "learned-residual", "circuit", *controls) == CONTEST
     assert wording.ordered(CONTEST) == ["circuit", "residual", "learned-residual", *prompts, "none", *controls]
     assert GENERATE == ("circuit", "residual", "learned-residual", "prompt", "none") and VLLM == ("circuit", "prompt", "none")
-    assert PROMPTS == ("prompt-system", "prompt-tone", "prompt-stimulus")
+    assert written == PROMPTS
     assert controls == CONTROLS and STEERED == ("circuit", "residual", "learned-residual")
     assert [source_of(name) for name in CONTROLS] == ["circuit", "circuit", "residual"]
     assert EvaluationSettings().methods == CONTEST
@@ -76,7 +77,7 @@ def test_the_orders_are_what_results_and_pages_keep() -> None:
 def test_the_page_names_and_draws_every_method() -> None:
     steered, prompts = (
         ["Circuit", "Residual steering", "Learned residual"],
-        ["Prompt", "Prompt: tone", "Prompt: system", "Prompt: stimulus"],
+        ["Prompt", "Prompt: tone", "Prompt: system", "Prompt: stimulus", "Prompt: examples"],
     )
     assert [wording.label(name) for name in METHODS] == [
         *steered,
@@ -86,7 +87,7 @@ def test_the_page_names_and_draws_every_method() -> None:
         "Random circuit",
         "Random direction",
     ]
-    prompts = ["the prompt", "the tone prompt", "the system prompt", "the stimulus prompt"]
+    prompts = ["the prompt", "the tone prompt", "the system prompt", "the stimulus prompt", "the examples prompt"]
     phrases = ["the circuit", "residual steering", "learned residual steering", *prompts, "no steering"]
     assert [wording.in_sentence(name) for name in METHODS] == [*phrases, "random heads", "random circuit", "random direction"]
     assert contest_figures.style("residual") == Style("m-residual", "square", (7, 3))

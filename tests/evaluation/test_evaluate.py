@@ -540,7 +540,7 @@ def test_results_agree_with_the_replies_on_disk(held: tuple[Row, list[Row]]) -> 
     """Every figure can be had again from test-replies.jsonl, by plain loops."""
     body, rows = held
     some = {str(group.key): group for group in groups(6)}
-    assert len(rows) == 6 + 9 * 18 and {f"{row['skeleton_id']}/{row['valence']}" for row in rows} == set(some)
+    assert len(rows) == 6 + 10 * 18 and {f"{row['skeleton_id']}/{row['valence']}" for row in rows} == set(some)
     base = sum(row["nll"] for row in rows if row["method"] == NONE) / 6
     for result in body["results"]:
         mine = [row for row in rows if row["method"] == result["method"]]
@@ -747,7 +747,7 @@ def test_the_command_writes_the_artefact_and_goes_on(run: Callable[..., tuple[in
     assert found["judge"] == {"name": "embedded, public, linear", "key": "mean of embedded-1, public-1, linear-1"} | READ_BY
     for split, files in (("dev", ("sev/train.jsonl", "prompts/dev.jsonl")), ("test", ("sev/test.jsonl", "prompts/test.jsonl"))):
         assert found[split] == {"n_groups": 8, "kinds": dict.fromkeys(KINDS, 1), "files": {f: sha256_file(data_path(f)) for f in files}}
-    assert {row["method"] for row in found["results"]} == set(CONTEST)
+    assert {row["method"] for row in found["results"]} == set(CONTEST) - {"prompt-examples"}, "this circuit has none"
     rows = [json.loads(line) for line in (folder / "test-replies.jsonl").read_text().splitlines()]
     assert len(rows) == 8 + 9 * 24 and {row["kind"] for row in rows} == set(KINDS)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -793,7 +793,7 @@ def test_kinds_and_judges_are_chosen(run: Callable[..., tuple[int, str, str]], t
 def test_without_directions_random_heads_is_left_out_unless_asked_for(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = run(*SMALL, "--json")
     assert code == 0 and "left out: random-heads needs the directions" in err
-    assert {row["method"] for row in json.loads(out)["results"]} == set(CONTEST) - {"random-heads"}
+    assert {row["method"] for row in json.loads(out)["results"]} == set(CONTEST) - {"random-heads", "prompt-examples"}
     code, out, err = run(*SMALL, "--methods", "circuit,random-heads")
     assert code == 1 and out == "" and "emosteer extract" in err and err.count("\n") == 1
 
@@ -805,7 +805,7 @@ def test_a_circuit_without_learned_residual_vectors_holds_the_contest_without_th
     code, out, err = run(*SMALL, "--json")
     assert code == 0 and "left out: learned-residual needs learned residual vectors, which this circuit lacks" in err
     found = json.loads(out)
-    assert {row["method"] for row in found["results"]} == set(CONTEST) - {"random-heads", "learned-residual"}
+    assert {row["method"] for row in found["results"]} == set(CONTEST) - {"random-heads", "learned-residual", "prompt-examples"}
     assert "learned-residual" not in {*found["chosen"], *found["defaults"], *(row["b"] for row in found["comparisons"])}
     code, out, err = run(*SMALL, "--methods", "circuit,learned-residual", "--out", "there")
     assert code == 1 and out == "" and "`emosteer circuit --learn-residual`" in err and err.count("\n") == 1

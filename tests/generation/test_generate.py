@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from transformers import (
 from emosteer.base.errors import DataError, UsageError
 from emosteer.generation import generate as generation
 from emosteer.generation import kv_cache as cache_module
-from emosteer.generation.decoding import Decoding
-from emosteer.generation.generate import Request, batches, choose, generate, steps
+from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.generate import Request, batches, choose, generate, noise_of, steps
 from emosteer.generation.kv_cache import ROOM, cache_name, growing_cache
 from emosteer.generation.steering import SteeringPlan
 from emosteer.models.interventions import RowEdits, unit_masks
@@ -91,6 +92,32 @@ def test_unsteered_greedy_text_equals_hugging_faces(family: Model, penalty: floa
         )[0, len(request.ids) :].tolist()
         expected = out[: out.index(2)] if 2 in out else out
         assert list(generate(family, [request], decoding=Decoding(20, repetition_penalty=penalty))[0].ids) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_a_penalty_that_spares_the_prompt_is_hugging_faces_that_ignores_it(family: Model, temperature: float) -> None:
+    """Against their processor over the reply alone, a token at a time; and with the prompt's words penalised something else is written."""
+    decoding = Decoding(20, temperature, repetition_penalty=3.0, penalise_prompt=False, seed=4)
+    found = generate(family, REQUESTS, decoding=decoding)
+    for request, reply in zip(REQUESTS, found, strict=True):
+        penalise = RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=len(request.ids))
+        noise, ids = noise_of(request, decoding), list(request.ids)
+        for step in range(20):
+            logits = penalise(torch.tensor([ids]), family.hf(torch.tensor([ids])).logits[:, -1].float())
+            token = choose(logits, torch.zeros(1, 0, dtype=torch.long), noise[step : step + 1] if temperature else None, decoding)
+            if token.item() in family.stop_ids:
+                break
+            ids.append(token.item())
+        assert list(reply.ids) == ids[len(request.ids) :]
+    assert [reply.ids for reply in generate(family, REQUESTS, decoding=replace(decoding, penalise_prompt=True))] != [r.ids for r in found]
+
+
+def test_what_spares_the_prompt_has_a_key_of_its_own() -> None:
+    """Replies on disk from before there was a choice were written with the penalty on the prompt, and keep their keys."""
+    old = {"max_new_tokens": 64, "temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.1, "seed": 0}
+    assert Decoding().shaping == old and Decoding(repetition_penalty=1, penalise_prompt=False).shaping == {**old, "repetition_penalty": 1}
+    assert Decoding.usual().shaping == {**old, "guidance": GUIDANCE, "penalise_prompt": False}
+    assert Decoding.usual(guidance=1.0, seed=3) == Decoding(seed=3, penalise_prompt=False)
 
 
 @pytest.mark.parametrize(

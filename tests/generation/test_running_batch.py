@@ -33,6 +33,8 @@ BEGINNING = (1, 5, 9, 4, 7, 30, 31, 8, 8, 12, 40, 41)
 SETTINGS = [
     Decoding(9, repetition_penalty=1.3),
     Decoding(14, repetition_penalty=1.3, guidance=1.5),
+    Decoding(12, repetition_penalty=2.0, penalise_prompt=False),
+    Decoding(11, temperature=0.9, repetition_penalty=1.6, penalise_prompt=False, guidance=1.5, seed=5),
     Decoding(6, temperature=1.1, seed=3),
     Decoding(17, temperature=0.8, top_p=0.7, repetition_penalty=1.2, guidance=2.5, seed=8),
     Decoding(1, guidance=1.5),

@@ -62,6 +62,11 @@ def all_cells_of(some: Sequence[Group]) -> list[Cell]:
     return found
 
 
+def asked_by(method: str) -> str:
+    """The elicitation of a prompt; the contest's circuit has no examples, so that the prompt that shows them asks for nothing."""
+    return "reply" if method == "prompt-examples" else method.removeprefix("prompt-")
+
+
 # ---- writing -----------------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +78,7 @@ def test_every_reply_is_what_generate_writes_alone(tmp_path: Path) -> None:
     rows = found.write(cells, "test")
     texts = set()
     for cell, row in zip(cells, rows, strict=True):
-        text, how = cell.group.text, cell.method.removeprefix("prompt-")
+        text, how = cell.group.text, asked_by(cell.method)
         messages = elicit(how, text, cell.emotion, INSTRUCTION) if cell.method in PROMPTS else plain(text, INSTRUCTION)
         plan = SteeringPlan.none(1)
         if cell.method in STEERED:
@@ -96,7 +101,7 @@ def test_a_chat_s_earlier_turns_reach_the_model_with_every_method(tmp_path: Path
     turns = [message._asdict() for message in chat.earlier]
     found = contest(tmp_path)
     for cell in all_cells_of([chat]):
-        how = cell.method.removeprefix("prompt-")
+        how = asked_by(cell.method)
         last = elicit(how, chat.text, cell.emotion, INSTRUCTION) if cell.method in PROMPTS else plain(chat.text, INSTRUCTION)
         wanted = [*last[:-1], *turns, last[-1]]  # a system line stands at the head
         ids = list(found.request(cell).ids)

@@ -36,7 +36,8 @@ from emosteer.probing.probe import SITE_KINDS
 from emosteer.probing.reading import frame, text_row
 from emosteer.probing.settings import HEADS, ProbeSettings
 from emosteer.probing.texts import Texts
-from emosteer.scenarios.scenarios import Bank, Group
+from emosteer.scenarios.examples import shown
+from emosteer.scenarios.scenarios import Bank, Group, Message
 from emosteer.writing.contest_writer import Cell, ContestWriter, cells_of
 from emosteer.writing.jobs import asked_request
 
@@ -156,7 +157,8 @@ def of_calibrate(
     strengths = len(INTENSITIES) - 1 if check else settings.points - 1 + settings.refine
     wanted = len(groups) * (1 + len(circuit.emotions) * strengths)
     kept = written_before(model, circuit, groups, jury.kept, decoding)
-    requests = [_request(model, group, circuit.instruction, decoding) for group in groups]
+    examples = shown(circuit.examples, circuit.emotions[:1], circuit.instruction)
+    requests = [_request(model, group, circuit.instruction, decoding, examples) for group in groups]
     return _written("calibrate", model, circuit, jury, requests, decoding, batch_size, wanted, min(kept, wanted), groups)
 
 
@@ -185,12 +187,13 @@ def of_evaluate(
     wanted, there = len(keys) + reading, set(contest.replies.rows)
     mine = len(keys & there)  # of other settings nothing can be used; which strengths the test split gets is not known yet
     kept = mine + min(len(there - keys), reading) if mine else 0
-    requests = [_request(contest.model, group, contest.instruction, contest.decoding) for group in test]
+    examples = shown(contest.examples, contest.emotions[:1], contest.instruction)
+    requests = [_request(contest.model, group, contest.instruction, contest.decoding, examples) for group in test]
     return _written("evaluate", contest.model, circuit, jury, requests, contest.decoding, contest.batch_size, wanted, kept, test)
 
 
-def _request(model: Model, group: Group, instruction: str, decoding: Decoding) -> Request:
-    return asked_request(model, str(group.key), None, group.text, "none", instruction, group.earlier, decoding.guides)
+def _request(model: Model, group: Group, instruction: str, decoding: Decoding, examples: Sequence[Message]) -> Request:
+    return asked_request(model, str(group.key), None, group.text, "none", instruction, group.earlier, decoding.guides, examples)
 
 
 def _written(
