@@ -27,6 +27,10 @@ from emosteer.circuits.dial import flattened, isotonic
 INTENSITIES = (0.0, 25.0, 50.0, 75.0, 100.0)
 
 
+#: A strength that adds next to nothing to the examples, as a share of the strongest.
+FLOOR = 0.005
+
+
 @dataclass(frozen=True)
 class Climb:
     """One emotion's points. held: up to the cap, rising, unsteered first; broke: stronger ones, rising."""
@@ -44,24 +48,36 @@ def uncalibrated(circuit: Circuit) -> Circuit:
     return replace(circuit.with_strength([before[emotion] for emotion in circuit.emotions]), metrics=metrics)
 
 
-def climb(trials: Trials, tops: Mapping[str, float], settings: CalibrateSettings) -> dict[str, Climb]:
+def grid(settings: CalibrateSettings, shows: bool) -> list[float]:
+    """The strengths that are tried first, 0 left out, as shares of the strongest.
+
+    Args:
+        shows: whether examples stand before what is steered. They carry some of the emotion at any strength, so that the curve rises at
+            once, and further before the first step of an even grid than after it: two more strengths tell how.
+    """
+    steps = settings.points - 1
+    return [*((FLOOR, 0.5 / steps) if shows else ()), *(step / steps for step in range(1, settings.points))]
+
+
+def climb(trials: Trials, tops: Mapping[str, float], settings: CalibrateSettings, shows: bool = False) -> dict[str, Climb]:
     """Raises every emotion's strength step by step until the guard breaks or the top is reached, then halves the step to find the cap.
 
     All emotions are written in the same batches; one whose text broke by more than chance is not tried any stronger.
 
     Args:
-        tops: emotion -> strongest strength.
+        tops: emotion -> strongest strength; shows: whether examples stand before what is steered.
     """
     guard, emotions = settings.guard, list(tops)
     tried = {point.emotion: [point] for point in trials.at([(emotion, 0.0) for emotion in emotions], "unsteered")}
-    for step in range(1, settings.points):
+    shares = grid(settings, shows)
+    for step, share in enumerate(shares, 1):
         alive = [e for e in emotions if not guard.faults(tried[e][-1], tried[e][0], slack=1)]
         if not alive:
             break
-        wanted = [(e, round(tops[e] * step / (settings.points - 1), 6)) for e in alive]
-        for point in trials.at(wanted, f"strength {step} of {settings.points - 1}"):
+        wanted = [(e, round(tops[e] * share, 6)) for e in alive]
+        for point in trials.at(wanted, f"strength {step} of {len(shares)}"):
             tried[point.emotion].append(point)
-        note(f"strength {step} of {settings.points - 1}: written for {', '.join(alive)}")
+        note(f"strength {step} of {len(shares)}: written for {', '.join(alive)}")
     found = {emotion: _capped(points, guard) for emotion, points in tried.items()}
     for step in range(settings.refine):
         middles = [(e, round((c.held[-1].strength + c.broke[0].strength) / 2, 6)) for e, c in found.items() if c.broke]
@@ -136,7 +152,7 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
     for emotion, strength in before.items():
         if strength <= 0:
             raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
-    reached = climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings)
+    reached = climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings, bool(base.examples))
     climbs = worthwhile(lowered(reached, settings.ratio))
     table = {
         "judge": trials.jury.name,

@@ -200,9 +200,17 @@ def circuit_summary(found: Circuit) -> Summary:
         "strength": dict(zip(found.emotions, _rounded(found.strength), strict=True)),
         "residual_strength": found.residual_strength,
         "residual_layers": list(found.residual_layers),
+        "examples": {emotion: len(found.examples.get(emotion, ())) for emotion in found.emotions},
         "learned_residual": None,  # unless the metrics tell of some
         **{key: value for key, value in found.metrics.items()},
     }
+
+
+def _shown(examples: Mapping[str, int]) -> str:
+    """How many examples stand before a prompt that is steered."""
+    counts = {count: [emotion for emotion, own in examples.items() if own == count] for count in sorted({*examples.values()}, reverse=True)}
+    told = ", ".join(f"{count or 'none'}" + (f" for {', '.join(some)}" if len(counts) > 1 else "") for count, some in counts.items())
+    return f"examples before every prompt that is steered: {told}"
 
 
 def print_circuit(summary: Summary) -> None:
@@ -219,6 +227,7 @@ def print_circuit(summary: Summary) -> None:
         print_table(("", *overlap), [(a, *(overlap[a][b] for b in overlap)) for a in overlap])
     print_replies(summary.get("gains", {}).get("learned_from", {}))
     print(_learned(summary))
+    print(_shown(summary["examples"]))
     if "tuning" in summary:
         tuning = summary["tuning"]
         print(f"strength tuned on training prompts, {tuning['rule']}; nats per token of the replies alone:")

@@ -28,7 +28,7 @@ from emosteer.circuits.settings import CircuitSettings
 from emosteer.circuits.validation.settings import ValidateSettings
 from emosteer.cli import main as cli
 from emosteer.directions.settings import Settings
-from emosteer.generation.decoding import GUIDANCE, Decoding
+from emosteer.generation.decoding import Decoding
 from emosteer.probing.settings import ProbeSettings
 from emosteer.side_effects.settings import EffectsSettings
 from emosteer.writing.settings import BATCH_SIZE
@@ -52,7 +52,7 @@ CHAT = [
     {"role": "assistant", "content": "which train"},
     {"role": "user", "content": "the boss said stop"},
 ]
-LONG = dict(max_new_tokens=12, guidance=1.0)  # as a block steers
+LONG = dict(max_new_tokens=12, guidance=1.0, examples=False, penalise_prompt=True)  # as a block steers
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
@@ -280,7 +280,7 @@ def test_the_signatures_on_the_page_are_those_of_the_code() -> None:
             "positions": "reply",
             **known,
         }
-        defaults |= {"batch_size": BATCH_SIZE, "guidance": GUIDANCE} if name == "generate" else {}
+        defaults |= {"batch_size": BATCH_SIZE, "examples": True, **vars(Decoding.usual())} if name == "generate" else {}
         values = [*[None] * (len(node.args.args) - len(node.args.defaults)), *node.args.defaults, *node.args.kw_defaults]
         for argument, value in zip([*node.args.args, *node.args.kwonlyargs], values, strict=True):
             assert argument.arg in (known if "options" not in known else defaults), f"{name}: {argument.arg}"

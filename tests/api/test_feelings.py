@@ -37,7 +37,7 @@ def by_hand(steered: SteeredModel, prompt: Any, strengths: dict[str, float]) -> 
     weights = torch.tensor([strengths.get(emotion, 0.0) for emotion in steered.emotions])
     vectors = {site: (weights @ value)[None] for site, value in steered.circuit.steering(steered.model).items()}
     requests = steered._work(prompt, None, {}).requests
-    return generate(steered.model, requests, SteeringPlan(vectors, 1), Decoding(10, guidance=1.5))[0].ids
+    return generate(steered.model, requests, SteeringPlan(vectors, 1), Decoding.usual(max_new_tokens=10))[0].ids
 
 
 def test_a_mixture_adds_each_emotion_at_the_strength_of_its_dial(steered: SteeredModel) -> None:

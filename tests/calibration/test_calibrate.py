@@ -19,7 +19,19 @@ from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError, DataError, UsageError
 from emosteer.base.files import sha256_file, write_jsonl
 from emosteer.base.jsonl import KeyedLog
-from emosteer.calibration.calibrate import Climb, calibrate, check, climb, joint_ratio, lowered, most_good, uncalibrated, worthwhile
+from emosteer.calibration.calibrate import (
+    FLOOR,
+    Climb,
+    calibrate,
+    check,
+    climb,
+    grid,
+    joint_ratio,
+    lowered,
+    most_good,
+    uncalibrated,
+    worthwhile,
+)
 from emosteer.calibration.settings import CalibrateSettings, Guard
 from emosteer.calibration.trials import StrengthPoint, Trials, circuit_key
 from emosteer.circuits.circuit import Circuit
@@ -34,6 +46,7 @@ from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import LABELS, Opinion, Soundness
 from emosteer.models.model import Model
 from emosteer.scenarios import shipped
+from emosteer.scenarios.examples import Exchange
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import Group
 from tests.conftest import build, small_data
@@ -690,7 +703,42 @@ def test_the_dial_of_another_instruction(call: Callable[..., Any], folder: Path)
     assert said[0] == said[1] != said[2], "what writes with it goes by its instruction"
 
 
+def test_with_examples_two_weak_strengths_are_tried_first() -> None:
+    """What the examples do alone, but for next to nothing, and half of the first step; an even grid without them."""
+    settings = CalibrateSettings(points=5)
+    assert grid(settings, False) == [0.25, 0.5, 0.75, 1.0]
+    assert grid(settings, True) == [FLOOR, 0.125, 0.25, 0.5, 0.75, 1.0] and 0 < FLOOR < 0.01
+
+
+def test_the_dial_of_other_examples(call: Callable[..., Any], folder: Path) -> None:
+    """They stand before every steered prompt while the dial is fitted, and the circuit carries them from then on."""
+    (folder / "own.jsonl").write_text(json.dumps({"prompt": "why", "replies": {"anger": "slam the door", "fear": "never home"}}) + "\n")
+    asked = ("calibrate", *FAST, "--points", "3", "--refine", "0", "--json", "--circuit")
+    bare, other = call(*asked, "c", "--out", "bare/c"), call(*asked, "c", "--out", "shown/c", "--examples", "own.jsonl")
+    assert bare[0] == other[0] == 0 and Circuit.load(folder / "bare/c").examples == {}
+    assert Circuit.load(folder / "shown/c").examples == {"anger": (Exchange("why", "slam the door"),)}, "of the emotions that it knows"
+    kept = [
+        {
+            json.loads(line)["text"]
+            for line in (folder / f"{name}/c.calibration.jsonl").read_text().splitlines()
+            if '"anger"' in line and '"text"' in line
+        }
+        for name in ("bare", "shown")
+    ]
+    assert kept[0] != kept[1]
+    again, none = call(*asked, "shown/c", "--out", "again/c"), call(*asked, "shown/c", "--out", "none/c", "--examples", "none")
+    dials = [json.loads(out)["calibration"]["emotions"] for _, out, _ in (bare, other, again, none)]
+    assert dials[1] == dials[2] and dials[0] == dials[3]
+    text = ("generate", "the train was late", "-m", "./tiny", "-e", "anger", "--strength", "4", "--max-new-tokens", "6", "--json")
+    written = [call(*text, "--circuit", *which)[1] for which in (("shown/c",), ("shown/c", "--no-examples"), ("none/c",))]
+    said = [json.loads(line)["text"] for line in written]
+    assert said[0] != said[1] == said[2]
+
+
 BAD = [
+    (["calibrate", "--check", "--examples", "none"], 2, "expected no --examples beside it"),
+    (["calibrate", "-m", "./tiny", "--circuit", "c", "--examples", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+    (["generate", "x", "-e", "anger", "--method", "prompt", "--no-examples"], 2, "--no-examples has no meaning with --method prompt"),
     (["calibrate", "--check", "--instruction", "no ."], 2, "expected no --instruction beside it"),
     (["calibrate", "--check", "--ratio", "1.3", "--sound", "0.6"], 2, "--ratio, --sound would shape a dial, and --check only tries"),
     (["calibrate", "--check", "--most-good"], 2, "--most-good would shape a dial"),

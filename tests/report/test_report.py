@@ -23,6 +23,7 @@ from emosteer.attribution.scores import Scores
 from emosteer.base.errors import ArtifactError
 from emosteer.base.files import write_text
 from emosteer.circuits.circuit import Circuit
+from emosteer.circuits.methods import CONTEST
 from emosteer.circuits.places import Places
 from emosteer.cli import main as cli
 from emosteer.evaluation.evaluate import evaluate
@@ -571,11 +572,11 @@ def test_what_evaluate_writes_is_what_the_report_reads(tmp_path: Path) -> None:
         assert lines[label(line["method"])] == share_range(Interval.of(line["good"]))
         alone = cells(figure(root, "judges").all("table")[0])[label(line["method"])]
         assert alone == [percent_range(Interval.of(line["emotion"])), *(percent(share) for share in line["judges"].values())]
-    assert len(lines) == len(TRUTH) and len(figure(root, "by-kind").all("table")[0].all("tr")[0].all("th")) == 3
+    assert len(lines) == len(CONTEST) and len(figure(root, "by-kind").all("table")[0].all("tr")[0].all("th")) == 3
     section = next(node for node in root.all("section") if node.attributes["id"] == "panel")
     assert cells(section.all("table")[0])["Replies without a majority"] == [percent(body["agreement"]["undecided"])]
     assert len(section.all("li", class_="reply")) == min(40, disputes(rows).total)
-    assert len(figure(root, "frontier").all("tr")) == 1 + 4 + 2 * 6 and len(figure(root, "confusion").all("svg")) == len(TRUTH)
+    assert len(figure(root, "frontier").all("tr")) == 1 + 5 + 2 * 6 and len(figure(root, "confusion").all("svg")) == len(CONTEST)
 
 
 # ---- missing -------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from emosteer.generation.running_batch import Ask, Written  # noqa: E402
 from emosteer.models import tokens as model_tokens  # noqa: E402
 from emosteer.models.model import Model  # noqa: E402
 from emosteer.models.sites import RESID_POST, Site  # noqa: E402
+from emosteer.scenarios.examples import Exchange  # noqa: E402
 from emosteer.serving import writer_thread  # noqa: E402
 from emosteer.serving.answers import Answer  # noqa: E402
 from emosteer.serving.asking import Wanted  # noqa: E402
@@ -145,6 +146,18 @@ def test_prompts_end_with_the_instruction_of_the_circuit(steered: SteeredModel) 
             steered.generate(TEXT, "anger", instruction="no .", max_new_tokens=12).text
         )
         assert httpx.get(server.url + "/v1/emotions").json()["instruction"] == "no ."
+
+
+def test_replies_stand_behind_the_circuit_s_examples(steered: SteeredModel) -> None:
+    """As those of `generate` do; an unsteered reply stands behind none."""
+    assert steered.circuit is not None
+    other = replace(steered, circuit=replace(steered.circuit, examples={"anger": (Exchange("why was it", "slam the door"),)}))
+    with running(other, max_batch=2) as server:
+        said, plain = (
+            ask(server, max_tokens=12, **feels).json()["choices"][0]["message"]["content"] for feels in ({"emotion": "anger"}, {})
+        )
+    assert said == other.generate(TEXT, "anger", max_new_tokens=12).text != steered.generate(TEXT, "anger", max_new_tokens=12).text
+    assert plain == steered.generate(TEXT, max_new_tokens=12).text
 
 
 def test_the_official_client_chats_streams_and_chooses(client: Any, steered: SteeredModel) -> None:

@@ -15,7 +15,7 @@ from emosteer.attribution.curves import Runner, TextScore, conditions, kept_poin
 from emosteer.attribution.gradients import attribution_patching, importance_and_effects, prompt_samples, true_patches
 from emosteer.attribution.settings import AblateSettings, CurveSettings
 from emosteer.attribution.unit_scores import contrast_scores, top_units
-from emosteer.calibration.calibrate import INTENSITIES
+from emosteer.calibration.calibrate import INTENSITIES, grid
 from emosteer.calibration.settings import CalibrateSettings, TuneSettings
 from emosteer.calibration.trials import require_labels, written_before
 from emosteer.circuits.circuit import Circuit
@@ -154,7 +154,7 @@ def of_calibrate(
 ) -> Cost:
     """At most: emotions whose text has broken are not tried any stronger. check: other prompts at the dial's steps instead."""
     require_labels(circuit.emotions)
-    strengths = len(INTENSITIES) - 1 if check else settings.points - 1 + settings.refine
+    strengths = len(INTENSITIES) - 1 if check else len(grid(settings, bool(circuit.examples))) + settings.refine
     wanted = len(groups) * (1 + len(circuit.emotions) * strengths)
     kept = written_before(model, circuit, groups, jury.kept, decoding)
     examples = shown(circuit.examples, circuit.emotions[:1], circuit.instruction)

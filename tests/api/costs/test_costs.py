@@ -215,6 +215,8 @@ def test_writing_commands_count_replies_and_readings_and_leave_no_file(run: Call
     before = sorted(folder.rglob("*.json*"))
     judged = ("-m", "./tiny", "--judge", "linear", "--max-new-tokens", "4", "--dry-run", "--json")
     code, out, _ = run("calibrate", *judged, "--groups", "8", "--points", "3", "--refine", "1")
+    assert code == 0 and [part["count"] for part in json.loads(out)["parts"]] == [8 * (1 + 3 * 5)] * 2, "with examples two more"
+    code, out, _ = run("calibrate", *judged, "--groups", "8", "--points", "3", "--refine", "1", "--examples", "none")
     assert code == 0 and [part["count"] for part in json.loads(out)["parts"]] == [8 * (1 + 3 * 3)] * 2
     code, out, _ = run("evaluate", *judged, "--groups", "8", "--dev-groups", "8", "--doses", "1,2", "--methods", "none,circuit")
     assert code == 0 and json.loads(out)["parts"][0]["count"] == 8 * (1 + 2 * 3) + 8 * (1 + 3)
@@ -226,6 +228,7 @@ def test_what_an_earlier_run_kept_counts_where_its_settings_were_the_same(
 ) -> None:
     judged = ("-m", "./tiny", "--judge", "linear", "--max-new-tokens", "4", "--json")
     dial = ("calibrate", *judged, "--groups", "2", "--points", "2", "--refine", "0", "--circuit", "dialled.safetensors")
+    dial = (*dial, "--examples", "none")  # of the weak strengths before the first step fewer may be written than are counted
     contest = ("evaluate", *judged, "--groups", "2", "--dev-groups", "2", "--doses", "1", "--methods", "none,circuit", "--out", "contest")
     (folder / "dialled.safetensors").write_bytes(small_circuit.read_bytes())
     for command in (dial, contest):
