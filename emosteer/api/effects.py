@@ -68,6 +68,7 @@ def effects(
     bounds = Limits() if limits is None else Limits.parse(limits)
     battery = battery_of(chosen, path_of(questions))
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
+    ready = ready.without_examples()  # items say themselves what is wanted
     from emosteer.judges.huggingface import refuse_same_weights
     from emosteer.judges.registry import close_judges, judge_of, make_judges
 

@@ -142,4 +142,6 @@ def effects(
 
     chosen = EffectsSettings.quick(**settings) if quick else EffectsSettings(**settings)
     ready, _ = circuit_of(model, circuit, Path(artifacts))
-    return of_effects(model, ready, battery_of(chosen, path_of(questions)), chosen, batch_size, None if fresh else partial)
+    return of_effects(
+        model, ready.without_examples(), battery_of(chosen, path_of(questions)), chosen, batch_size, None if fresh else partial
+    )

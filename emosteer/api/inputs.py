@@ -111,7 +111,8 @@ def moving_circuit(model: Model, given: PathLike | None, settings: ProbeSettings
     """
     if given is not None and not settings.moved:
         raise UsageError("expected texts to be moved where a circuit is given, found moved 0; leave one of them out")
-    return find_circuit(model, path_of(given), root) if settings.moved else None
+    found = find_circuit(model, path_of(given), root) if settings.moved else None
+    return None if found is None else (found[0].without_examples(), found[1])  # texts are read as they are
 
 
 def saved_sha256(save: Callable[[Path], None]) -> str:

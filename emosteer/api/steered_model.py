@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 from emosteer.api.options import Amount, DecodingOptions, SteeringOptions, WritingOptions
@@ -144,8 +144,8 @@ class SteeredModel:
 
     @contextlib.contextmanager
     def steering(self, emotion: Emotion, **options: Unpack[SteeringOptions]) -> Iterator[None]:
-        """Steers the plain Hugging Face model for the length of a block, as `generate` steers without guidance: `with m.steering("fear"):
-        m.hf.generate(**m.inputs(text))`.
+        """Steers the plain Hugging Face model for the length of a block, as `generate` steers without guidance and examples: `with
+        m.steering("fear"): m.hf.generate(**m.inputs(text))`.
 
         Args:
             emotion: one for every row of whatever batch comes, or one per row.
@@ -161,9 +161,14 @@ class SteeredModel:
         method = self._method(options)
         if METHODS[method].asks:
             raise UsageError(f"the method '{method}' steers nothing: it asks in the prompt; use m.generate(..., method='{method}')")
-        jobs = self._jobs([""] * len(rows), [(Message("user", ""),)] * len(rows), rows, options)
-        with steered(self.model, self._writer(cast(WritingOptions, options)).plan(jobs)):
+        alone = self._alone()
+        jobs = alone._jobs([""] * len(rows), [(Message("user", ""),)] * len(rows), rows, options)
+        with steered(self.model, alone._writer(cast(WritingOptions, options)).plan(jobs)):
             yield
+
+    def _alone(self) -> SteeredModel:
+        """The same with a circuit that shows no examples."""
+        return self if self.circuit is None else replace(self, circuit=self.circuit.without_examples())
 
     def inputs(self, prompts: Prompts, *, instruction: str | None = None) -> dict[str, Tensor]:
         """The prompts as `generate` reads them, for `m.hf.generate(**inputs)`: input_ids and attention_mask [prompt, pos], padded on the
@@ -181,6 +186,8 @@ class SteeredModel:
 
     def _work(self, prompts: Prompts, emotion: Emotion, options: WritingOptions) -> _Work:
         """Everything that is prepared before the first token."""
+        if not options.get("examples", True) and self.circuit is not None and self.circuit.examples:
+            return self._alone()._work(prompts, emotion, options)
         rows = conversations(prompts)
         emotions = [emotion] * len(rows) if emotion is None or isinstance(emotion, str) else list(emotion)
         if len(emotions) != len(rows):
@@ -282,12 +289,9 @@ class SteeredModel:
             known = sorted(WritingOptions.__annotations__)
             raise UsageError(f"unknown option '{unknown[0]}'{suggest(unknown[0], known)}; expected some of {', '.join(known)}")
         chosen = {name: value for name, value in options.items() if name in DecodingOptions.__annotations__}
-        circuit = self.circuit
-        if circuit is not None and not options.get("examples", True):
-            circuit = circuit.without_examples()
         return Writer(
             self.model,
-            circuit,
+            self.circuit,
             Decoding.usual(**cast(DecodingOptions, chosen)),
             instruction_for(options.get("instruction"), self.circuit.instruction if self.circuit else None),
             self._method(options),

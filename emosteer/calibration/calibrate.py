@@ -44,7 +44,7 @@ def uncalibrated(circuit: Circuit) -> Circuit:
     if not circuit.calibrated:
         return circuit
     before = circuit.metrics["calibration"]["before"]
-    metrics = {name: value for name, value in circuit.metrics.items() if name != "calibration"}
+    metrics = {name: value for name, value in circuit.metrics.items() if name not in ("calibration", "alone")}
     return replace(circuit.with_strength([before[emotion] for emotion in circuit.emotions]), metrics=metrics)
 
 
@@ -164,13 +164,29 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
         "rule": settings.rule,
         "cap": {**asdict(settings.guard), "joint_ratio": settings.ratio},
         "joint_ratio": round(joint_ratio([climb.held[-1] for climb in climbs.values()]), 6),
+        "examples": {emotion: len(own) for emotion, own in base.examples.items()},
         "default_intensity": settings.default_intensity,
         "before": before,
         "emotions": {emotion: _curve(climbs[emotion], settings.guard) for emotion in base.emotions},
     }
     kept = trials.circuit.provenance.parents if trials.circuit.calibrated else {**base.provenance.parents, **parents}
-    made = replace(base, metrics={**base.metrics, "calibration": table}, provenance=replace(base.provenance, parents=dict(kept)))
+    alone = _alone(trials.circuit)
+    metrics = {**base.metrics, "calibration": table, **({"alone": alone} if alone else {})}
+    made = replace(base, metrics=metrics, provenance=replace(base.provenance, parents=dict(kept)))
     return made.with_strength([_default(made, emotion, before[emotion], settings) for emotion in made.emotions])
+
+
+def _alone(circuit: Circuit) -> dict[str, Any] | None:
+    """The dial and the strengths that a circuit with examples had before it had any, kept for whatever shows none (exports, the plain
+    model, `--no-examples`); None where there were none, or where there are no examples."""
+    dial = circuit.metrics.get("calibration")
+    if not circuit.examples or dial is None:
+        return None
+    if dial.get("examples"):
+        kept: dict[str, Any] | None = circuit.metrics.get("alone")
+        return kept
+    strengths = zip(circuit.emotions, circuit.strength.tolist(), strict=True)
+    return {"strength": {emotion: round(strength, 6) for emotion, strength in strengths}, "calibration": dict(dial)}
 
 
 def _curve(found: Climb, guard: Guard) -> dict[str, Any]:

@@ -130,8 +130,15 @@ class Circuit:
         return replace(self, strength=torch.tensor(list(strength), dtype=torch.float32), residual_strength=kept)
 
     def without_examples(self) -> Circuit:
-        """The same circuit, which shows none before a prompt."""
-        return replace(self, examples={})
+        """The same circuit, which shows none before a prompt, with the strengths and the dial that it had before it had examples: with them
+        less steering suffices. Where there was no dial the strengths are those that it was made with."""
+        if not self.examples:
+            return self
+        metrics = {name: value for name, value in self.metrics.items() if name not in ("calibration", "alone")}
+        alone, dial = self.metrics.get("alone"), self.metrics.get("calibration")
+        strengths = alone["strength"] if alone else dial["before"] if dial else None
+        found = replace(self, examples={}, metrics={**metrics, **({"calibration": alone["calibration"]} if alone else {})})
+        return found.with_strength([strengths[emotion] for emotion in self.emotions]) if strengths else found
 
     def default_strength(self, emotion: str) -> float:
         """The strength of an emotion when none is asked for."""
@@ -170,7 +177,8 @@ class Circuit:
         emotion = self.emotions[self.index(emotion)]
         check_intensity(intensity, signed=True)
         if intensity < 0:
-            return -self.strength_at(emotion, -intensity * LESS)
+            alone = self.without_examples()  # nothing is shown to what is steered away
+            return -(alone if alone.calibrated else self).strength_at(emotion, -intensity * LESS)
         if not self.calibrated:
             raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")
         curve = self.metrics["calibration"]["emotions"][emotion]

@@ -117,6 +117,13 @@ class Calibration(Record):
     joint_ratio: _Ratio = 1.0
 
 
+class Alone(Record):
+    """What holds without the circuit's examples: default strengths, and the dial."""
+
+    strength: dict[str, Strength]
+    calibration: Calibration
+
+
 class Faithfulness(Record):
     """What was measured of the circuit of one emotion."""
 
@@ -156,6 +163,7 @@ class Metrics(Fields):
     gains: Learned = MISSING
     learned_residual: Learned = MISSING
     calibration: Calibration = MISSING
+    alone: Alone = MISSING
 
 
 class Shown(Fields):
@@ -225,14 +233,17 @@ def _check_metrics(fields: CircuitFields, found: Artifact) -> None:
             schema.check_keys(row, fields.emotions, f"metrics.overlap.{emotion}", path)
     if metrics.calibration is not MISSING:
         _check_dial(metrics.calibration, fields, path)
+    if metrics.alone is not MISSING:
+        schema.check_keys(metrics.alone.strength, fields.emotions, "metrics.alone.strength", path)
+        _check_dial(metrics.alone.calibration, fields, path, "metrics.alone.calibration")
 
 
-def _check_dial(dial: Calibration, fields: CircuitFields, path: Any) -> None:
+def _check_dial(dial: Calibration, fields: CircuitFields, path: Any, part: str = "metrics.calibration") -> None:
     """Every emotion has a curve, from strength 0 upwards, that never falls."""
-    schema.check_keys(dial.emotions, fields.emotions, "metrics.calibration.emotions", path)
-    schema.check_keys(dial.before, fields.emotions, "metrics.calibration.before", path)
+    schema.check_keys(dial.emotions, fields.emotions, f"{part}.emotions", path)
+    schema.check_keys(dial.before, fields.emotions, f"{part}.before", path)
     for emotion, curve in dial.emotions.items():
-        place = f"metrics.calibration.emotions.{emotion}"
+        place = f"{part}.emotions.{emotion}"
         for name, points in ((place, curve), (f"{place}.broke", curve.broke)):
             if len(points.lengths()) > 1:
                 raise ArtifactError(f"{path}: expected the lists of '{name}' to be equally long, found them unequal; make it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,7 +89,9 @@ def chat(
         from emosteer.circuits.places import require_circuit
 
         require_circuit(loaded.model, circuit, root)
-    own = {**({} if instruction is None else {"instruction": instruction}), **({"examples": False} if no_examples else {})}
+    own = {} if instruction is None else {"instruction": instruction}
+    if no_examples and loaded.circuit is not None:
+        loaded = replace(loaded, circuit=loaded.circuit.without_examples())
     options: WritingOptions = {**chosen, **own}  # type: ignore[typeddict-item]
     reader = _Reader(judge)
     talk = Chat(loaded, options, reader.shares, system)

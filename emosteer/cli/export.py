@@ -92,6 +92,7 @@ def _steering(
 
     found = resolve(model, progress=note)
     made, path = require_circuit(found, circuit, root)
+    made = made.without_examples()  # nothing stands before the prompts of an exported model
     wanted = parse_emotions(emotion, made.emotions)
     if len(wanted) != 1:
         raise UsageError(f"expected one emotion, found {len(wanted)}; an export carries one (make one folder for each)")

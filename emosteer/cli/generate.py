@@ -198,7 +198,7 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     if found and chosen.vectors is not None:
         found[0].require(chosen.vectors)
-    if found and no_examples:
+    if found and (no_examples or engine != "builtin"):  # an exported model shows none
         found = found[0].without_examples(), found[1]
     if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)

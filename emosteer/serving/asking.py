@@ -153,6 +153,7 @@ def completion_asks(served: Served, wanted: CompletionRequest) -> Wanted:
     decoding = decoding_of(served, wanted, 1.0, wanted.max_tokens)
     prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
     prefix = text_prefix(served.model.tokenizer)
+    served = replace(served, circuit=served.circuit.without_examples())  # nothing stands before a text that goes on
     asks, felt = list[Ask](), list[str]()
     for number, prompt in enumerate(prompts):
         with refusing("prompt"):

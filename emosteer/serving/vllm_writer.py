@@ -27,7 +27,7 @@ from emosteer.models.architecture import context_of
 from emosteer.models.chat_templates import template_of
 from emosteer.models.weights.resolve import Weights
 from emosteer.serving.vllm_process import Task, find_python, run
-from emosteer.writing.jobs import Job, Work, examples_mark, request_of
+from emosteer.writing.jobs import Job, Work, request_of
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 #: Options of vLLM that emosteer sets itself, and those that say where and how fast it computes: resuming may change the latter.
@@ -160,7 +160,6 @@ class VllmWriter:
             self.method,
             self.elicitation,
             {name: value for name, value in self.options.items() if name not in RESOURCES},
-            *examples_mark(self.circuit),
             *(["control tokens"] if self.served.control_tokens else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
@@ -187,7 +186,7 @@ class VllmWriter:
 
     def _written(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Reply]]:
         python = self.python or find_python()
-        requests = [request_of(self.served, job, self.instruction, self.elicitation, circuit=self.circuit) for job in jobs]
+        requests = [request_of(self.served, job, self.instruction, self.elicitation) for job in jobs]
         check_lengths(requests, self.decoding, self.served.context, self.served.name)
         groups: dict[tuple[str, float] | None, list[int]] = {}
         for index, job in enumerate(jobs):

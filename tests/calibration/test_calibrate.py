@@ -729,6 +729,16 @@ def test_the_dial_of_other_examples(call: Callable[..., Any], folder: Path) -> N
     again, none = call(*asked, "shown/c", "--out", "again/c"), call(*asked, "shown/c", "--out", "none/c", "--examples", "none")
     dials = [json.loads(out)["calibration"]["emotions"] for _, out, _ in (bare, other, again, none)]
     assert dials[1] == dials[2] and dials[0] == dials[3]
+    alone = call(
+        "calibrate", *FAST, "--points", "3", "--refine", "0", "--json", "--circuit", "bare/c", "--out", "both/c", "--examples", "own.jsonl"
+    )
+    both, first = Circuit.load(folder / "both/c"), Circuit.load(folder / "bare/c")
+    assert json.loads(alone[1])["calibration"]["emotions"] == dials[1]
+    assert torch.allclose(both.without_examples().strength, first.strength)
+    assert both.without_examples().metrics["calibration"] == first.metrics["calibration"], "its dial without them is kept"
+    assert call(*asked, "both/c", "--out", "both/c")[0] == 0 and Circuit.load(folder / "both/c").metrics["alone"] == both.metrics["alone"]
+    assert call(*asked, "both/c", "--out", "back/c", "--examples", "none")[0] == 0
+    assert "alone" not in Circuit.load(folder / "back/c").metrics
     text = ("generate", "the train was late", "-m", "./tiny", "-e", "anger", "--strength", "4", "--max-new-tokens", "6", "--json")
     written = [call(*text, "--circuit", *which)[1] for which in (("shown/c",), ("shown/c", "--no-examples"), ("none/c",))]
     said = [json.loads(line)["text"] for line in written]

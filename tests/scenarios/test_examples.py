@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from emosteer.base.errors import ArtifactError, DataError
 from emosteer.circuits.arcs import Arc
@@ -23,7 +24,7 @@ from emosteer.writing.contest_writer import Cell, cells_of
 from emosteer.writing.jobs import Job, felt_job, jobs_for, request_of
 from emosteer.writing.writer import Writer
 from tests.helpers import contest_setup
-from tests.helpers.dialled import dialled_model
+from tests.helpers.dialled import TOP, dialled_model
 
 KEEP = "keep the reply"
 
@@ -119,6 +120,22 @@ def test_a_circuit_keeps_its_examples(tmp_path: Path) -> None:
     replace(circuit, examples={"anger": (Exchange("a", ""),)}).save(tmp_path / "empty.safetensors")
     with pytest.raises(ArtifactError, match="reply"):
         Circuit.load(tmp_path / "empty.safetensors")
+
+
+def test_without_examples_a_circuit_has_the_strengths_and_the_dial_that_it_had_before() -> None:
+    """Less steering suffices behind examples: an export, the plain model, `--no-examples` and whatever steers away must not take that."""
+    circuit = steered().circuit
+    dial, half = circuit.metrics["calibration"], dict.fromkeys(EMOTIONS, 0.35)
+    weaker = {**dial, "before": half, "emotions": {e: {**row, "strength": [0, 0.1, 0.2]} for e, row in dial["emotions"].items()}}
+    alone = {"strength": dict.fromkeys(EMOTIONS, 2.5), "calibration": dial}
+    made = replace(circuit, metrics={"calibration": weaker, "alone": alone}).with_strength([0.1] * 6)
+    assert made.strength_at("anger", 100) == 0.2 and made.strength_at("anger", -100) == -TOP / 2, "to steer away nothing is shown"
+    bare = made.without_examples()
+    assert bare.default_strength("anger") == 2.5 and bare.strength_at("anger", 100) == TOP and "alone" not in bare.metrics
+    assert bare.without_examples() is bare and torch.equal(bare.z_delta, made.z_delta)
+    undialled = replace(made, metrics={"calibration": weaker}).without_examples()
+    assert undialled.default_strength("anger") == 0.35 and not undialled.calibrated, "this one never had a dial without them"
+    assert replace(made, metrics={}).without_examples().default_strength("anger") == 0.1
 
 
 # ---- where they stand ------------------------------------------------------------------------------------------------
