@@ -106,6 +106,7 @@ class CalibrateOptions(TypedDict, total=False):
     default_intensity: float | None
     guard: Guard
     ratio: float
+    good_cap: bool
 
 
 class HeadOptions(TypedDict, total=False):

@@ -153,7 +153,8 @@ def calibrate(trials: Trials, settings: CalibrateSettings, data: Mapping[str, st
         if strength <= 0:
             raise UsageError(f"the default strength for {emotion} is {strength:g}; make the circuit with one above 0 to calibrate it")
     reached = climb(trials, {emotion: settings.top * strength for emotion, strength in before.items()}, settings, bool(base.examples))
-    climbs = worthwhile(lowered(reached, settings.ratio))
+    held = lowered(reached, settings.ratio)
+    climbs = worthwhile(held) if settings.good_cap else held
     table = {
         "judge": trials.jury.name,
         "judge_key": trials.jury.key,

@@ -79,7 +79,7 @@ class CalibrateSettings:
     """top: strongest tried, as a multiple of the circuit's default strength; points: of the grid, 0 included; refine: halvings between
     the last strength that holds and the first that does not; default_intensity: what the default strengths are set to, None for the
     strength with the most *good* replies (which takes many prompts where few replies are good); ratio: bound of the perplexity ratio at
-    intensity 100, all emotions together."""
+    intensity 100, all emotions together; good_cap: whether strengths are left out beyond which good replies get fewer."""
 
     top: float = 2.0
     points: int = 7
@@ -87,6 +87,7 @@ class CalibrateSettings:
     default_intensity: float | None = 75.0
     guard: Guard = field(default_factory=Guard)
     ratio: float = 1.75
+    good_cap: bool = True
 
     def __post_init__(self) -> None:
         if self.default_intensity is not None:
@@ -105,11 +106,11 @@ class CalibrateSettings:
     def rule(self) -> str:
         """The rule in words, kept with the circuit."""
         g, usual = self.guard, self.default_intensity
+        worth = "strengths beyond which good replies get fewer by more than two standard errors are left out; " if self.good_cap else ""
         return (
             f"cap: the largest strength with perplexity ratio <= {g.ratio:g}, sound >= {g.sound:g} and naming <= {g.names:g} (or what "
             f"unsteered replies have, where that is worse) such that no weaker one misses a bound by more than a standard error, of "
             f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; then the caps with the highest ratios are "
-            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; strengths beyond which good replies get fewer by more "
-            f"than two standard errors are left out; dial: isotonic regression of judged intensity, even in its rise; default: "
+            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; {worth}dial: isotonic regression of judged intensity, even in its rise; default: "
             f"{'the most good replies, as a mean over neighbouring strengths' if usual is None else f'intensity {usual:g}'}"
         )

@@ -81,6 +81,9 @@ def calibrate(
     each_ratio: Annotated[float, typer.Option(max=1000, help="Cap: highest perplexity ratio of one emotion.")] = Guard.ratio,
     sound: Annotated[float, typer.Option(help="Cap: lowest share of sound replies.")] = Guard.sound,
     names: Annotated[float, typer.Option(help="Cap: highest share of replies that name the emotion.")] = Guard.names,
+    good_cap: Annotated[
+        bool, typer.Option("--good-cap/--no-good-cap", help="Leave out strengths beyond which good replies, by the judges, get fewer.")
+    ] = CalibrateSettings.good_cap,
     default_intensity: Annotated[float, typer.Option(help="What the default strengths are set to.")] = cast(
         float, CalibrateSettings.default_intensity
     ),
@@ -118,7 +121,9 @@ def calibrate(
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
     wanted = parse_kinds(kinds)
     prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
-    settings = CalibrateSettings(top, points, refine, None if most_good else default_intensity, Guard(each_ratio, sound, names), ratio)
+    settings = CalibrateSettings(
+        top, points, refine, None if most_good else default_intensity, Guard(each_ratio, sound, names), ratio, good_cap
+    )
     decoding = Decoding.usual(max_new_tokens=max_new_tokens, guidance=guidance, penalise_prompt=penalise_prompt)
     from emosteer.judges.jury import make_jury
 

@@ -58,7 +58,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "learn_residual": None,  # where gains are learned
     },
     "calibrate": {
-        **{name: vars(CALIBRATE)[name] for name in ("top", "points", "refine", "ratio", "default_intensity")},
+        **{name: vars(CALIBRATE)[name] for name in ("top", "points", "refine", "ratio", "good_cap", "default_intensity")},
         **{"each_ratio": GUARD.ratio, "sound": GUARD.sound, "names": GUARD.names},
         **{"max_new_tokens": Decoding().max_new_tokens, "guidance": GUIDANCE, "batch_size": BATCH_SIZE, **JUDGE},
     },
