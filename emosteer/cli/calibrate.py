@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 #: Options that shape the dial, which `--check` takes as it is.
-FITTING = ("top", "points", "refine", "ratio", "each_ratio", "sound", "names", "default_intensity", "most_good")
+FITTING = ("top", "points", "refine", "ratio", "each_ratio", "sound", "names", "good_cap", "default_intensity", "most_good")
 
 
 def calibrate(
