@@ -111,6 +111,7 @@ class CalibrateSettings:
             f"cap: the largest strength with perplexity ratio <= {g.ratio:g}, sound >= {g.sound:g} and naming <= {g.names:g} (or what "
             f"unsteered replies have, where that is worse) such that no weaker one misses a bound by more than a standard error, of "
             f"{self.points} up to {self.top:g} times the default and {self.refine} halvings; then the caps with the highest ratios are "
-            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; {worth}dial: isotonic regression of judged intensity, even in its rise; default: "
+            f"lowered until the ratio of all emotions together is <= {self.ratio:g}; {worth}"
+            "dial: isotonic regression of judged intensity, even in its rise; default: "
             f"{'the most good replies, as a mean over neighbouring strengths' if usual is None else f'intensity {usual:g}'}"
         )

@@ -703,6 +703,21 @@ def test_the_dial_of_another_instruction(call: Callable[..., Any], folder: Path)
     assert said[0] == said[1] != said[2], "what writes with it goes by its instruction"
 
 
+def test_a_dial_may_go_on_where_good_replies_get_fewer(call: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judges may be wrong about what is good; here they find less and less of it from the first strength on. The other bounds stay."""
+    monkeypatch.setitem(calibrate.__globals__, "_good_bound", lambda held: held[0].good + 1e-9 if len(held) > 1 else -1.0)
+    monkeypatch.setitem(
+        calibrate.__globals__, "worthwhile", lambda climbs: {e: Climb(c.held[:2], (*c.held[2:], *c.broke)) for e, c in climbs.items()}
+    )
+    asked = ("calibrate", *FAST, "--points", "4", "--refine", "0", "--json", "--circuit", "c")
+    usual, whole = (
+        json.loads(call(*asked, "--out", name, *more)[1])["calibration"] for name, more in (("u/c", ()), ("w/c", ("--no-good-cap",)))
+    )
+    sizes = [{emotion: len(curve["strength"]) for emotion, curve in made["emotions"].items()} for made in (usual, whole)]
+    assert all(size <= 2 for size in sizes[0].values()) and any(size > 2 for size in sizes[1].values())
+    assert "left out" in usual["rule"] and "left out" not in whole["rule"]
+
+
 def test_with_examples_two_weak_strengths_are_tried_first() -> None:
     """What the examples do alone, but for next to nothing, and half of the first step; an even grid without them."""
     settings = CalibrateSettings(points=5)
