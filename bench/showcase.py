@@ -41,7 +41,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 #: Prompts in the gallery, and the seed of the draw.
 DRAWN, SEED = 24, 0
 #: The figure's axes, in %: answers, emotion. And how a point's name is set beside it.
-AXES = ((20, 45), (0, 100))
+AXES = ((25, 75), (0, 100))
 BESIDE: Mapping[str, Mapping[str, Any]] = {
     "above": {"dy": -12},
     "right": {"dx": 9, "align": "left", "baseline": "middle"},

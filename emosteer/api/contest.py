@@ -276,6 +276,7 @@ def _provenance(contest: ContestWriter, jury: Jury, seed: int) -> dict[str, Any]
         "judge": {"name": jury.name, "key": jury.key, "soundness": jury.soundness.key, "answers": jury.answers.key},
         "decoding": vars(contest.decoding),
         "instruction": contest.instruction,
+        "examples": {emotion: len(own) for emotion, own in contest.examples.items()},
         "dtype": contest.model.precision.removeprefix("torch."),
         "emotions": list(contest.emotions),
         "added": dict(contest.added),

@@ -48,7 +48,8 @@ class Decoding:
     @classmethod
     def usual(cls, **given: Any) -> Decoding:
         """How replies are written that are to be read: guided by the prompt, whose words may be taken up at no cost. A reply answers in the
-        words of what was said, and a penalty on those keeps a small model from answering (docs/CIRCUITS.md, "Penalties").
+        words of what was said, and a penalty on those keeps a small model from answering (docs/CIRCUITS.md, "Examples, and the words of
+        the prompt").
 
         Args:
             given: fields that are to be otherwise.
