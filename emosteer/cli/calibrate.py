@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -38,6 +39,7 @@ from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.calibration.trials import Trials
+    from emosteer.circuits.circuit import Circuit
 
 
 #: Options that shape the dial, which `--check` takes as it is.
@@ -109,16 +111,10 @@ def calibrate(
     if skip and not check:
         raise UsageError("--skip has a meaning with --check only; calibration itself writes to the development split")
     fitting = typed(context, FITTING)
-    if check and fitting:
-        raise UsageError(f"{', '.join(fitting)} would shape a dial, and --check only tries the one that is there; leave out either")
     if most_good and "--default-intensity" in fitting:
         raise UsageError("expected --most-good or --default-intensity, found both")
-    if check and instruction is not None:
-        raise UsageError("--check writes with the instruction that the dial was fitted with; expected no --instruction beside it")
-    if check and examples is not None:
-        raise UsageError("--check writes with the examples that the dial was fitted with; expected no --examples beside it")
-    if check and out is not None and out.suffix == ".safetensors":
-        raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
+    if check:
+        _check_alone(fitting, {"instruction": instruction, "examples": examples}, out)
     wanted = parse_kinds(kinds)
     prompts = unseen_groups(groups, skip, scenarios, wanted) if check else development_groups(groups, scenarios, wanted)
     settings = CalibrateSettings(
@@ -133,16 +129,12 @@ def calibrate(
     from emosteer.circuits.places import require_circuit
     from emosteer.judges.huggingface import refuse_same_weights
     from emosteer.models.model import Model
-    from emosteer.scenarios.examples import examples_of
-    from emosteer.scenarios.prompts import instruction_for
 
     loaded = Model.load(model, device=device, dtype=dtype)
     found, path = require_circuit(loaded, circuit, root)
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
-    found = replace(found, instruction=instruction_for(instruction, found.instruction))
-    if examples is not None:
-        found = replace(found, examples=examples_of(examples, found.emotions))
+    found = _with(found, instruction, examples)
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:
@@ -166,6 +158,30 @@ def calibrate(
     finally:
         kept.close()
         stack.close()
+
+
+def _check_alone(fitting: Sequence[str], kept: Mapping[str, str | None], out: Path | None) -> None:
+    """What --check refuses beside it.
+
+    Args:
+        fitting: the options of fitting that were typed; kept: those that a dial is fitted with, as given.
+    """
+    if fitting:
+        raise UsageError(f"{', '.join(fitting)} would shape a dial, and --check only tries the one that is there; leave out either")
+    for name, given in kept.items():
+        if given is not None:
+            raise UsageError(f"--check writes with the {name} that the dial was fitted with; expected no --{name} beside it")
+    if out is not None and out.suffix == ".safetensors":
+        raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
+
+
+def _with(circuit: Circuit, instruction: str | None, examples: str | None) -> Circuit:
+    """The circuit with what its dial is to be fitted with; its own where nothing is given."""
+    from emosteer.scenarios.examples import examples_of
+    from emosteer.scenarios.prompts import instruction_for
+
+    shown = circuit.examples if examples is None else examples_of(examples, circuit.emotions)
+    return replace(circuit, instruction=instruction_for(instruction, circuit.instruction), examples=shown)
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:

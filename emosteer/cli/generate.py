@@ -164,10 +164,7 @@ def generate(
     feeling = _feeling(Feeling.of(mix, arc, arc_tokens, fade, personality, vad), strength, method, engine)
     if chosen.kind is not Kind.UNSTEERED and emotion is None and feeling is None:
         raise UsageError(f"--emotion is missing; expected one of {', '.join(EMOTIONS)}, several with commas, or all")
-    if not chosen.steers and strength is not None:
-        raise UsageError(f"--strength has no meaning with --method {method}")
-    if not chosen.steers and no_examples:
-        raise UsageError(f"--no-examples has no meaning with --method {method}: examples stand before what is steered")
+    _check_steering(method, strength, no_examples)
     if fresh and out is None:
         raise UsageError("--fresh replaces --out FILE, and none is named; add it, or leave --fresh out")
     _check_intensity(intensity, strength, method)
@@ -198,8 +195,7 @@ def generate(
         found = require_circuit(loaded, circuit, root)
     if found and chosen.vectors is not None:
         found[0].require(chosen.vectors)
-    if found and (no_examples or engine != "builtin"):  # an exported model shows none
-        found = found[0].without_examples(), found[1]
+    found = _alone(found) if found and (no_examples or engine != "builtin") else found  # an exported model shows none
     if found and (intensity is not None or feeling is not None):
         require_dial(loaded, found, circuit)
     steers = found[0] if found else None
@@ -231,6 +227,21 @@ def _check_processes(text: str | None, source: Path | None, out: Path | None, au
             "several processes need --input FILE (or a text) and --out FILE, and a circuit that is there already (no --auto); "
             "start it without torchrun for anything else"
         )
+
+
+def _check_steering(method: str, strength: float | None, no_examples: bool) -> None:
+    """Refuses what only steering knows."""
+    if METHODS[method].steers:
+        return
+    if strength is not None:
+        raise UsageError(f"--strength has no meaning with --method {method}")
+    if no_examples:
+        raise UsageError(f"--no-examples has no meaning with --method {method}: examples stand before what is steered")
+
+
+def _alone(found: tuple[Circuit, Path]) -> tuple[Circuit, Path]:
+    """The circuit without its examples, and its file."""
+    return found[0].without_examples(), found[1]
 
 
 def _check_intensity(intensity: float | None, strength: float | None, method: str) -> None:
