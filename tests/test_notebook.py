@@ -49,7 +49,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = emosteer.load(str(root / "tiny"))
     data = dict(scenarios=root / "sev.jsonl", replies=root / "bank.jsonl")
     directions = emosteer.extract(model, emotions=EMOTIONS, holdout=0.2, **data)
-    emosteer.assemble(model, directions, gain_steps=0, head_share=0.25, strength=3.0, tune=False, **data).save(root / "circuit.safetensors")
+    tiny = dict(gain_steps=0, head_share=0.25, strength=3.0, tune=False, examples="none")  # whose context is short
+    emosteer.assemble(model, directions, **tiny, **data).save(root / "circuit.safetensors")
     return root
 
 
