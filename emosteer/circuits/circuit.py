@@ -131,10 +131,11 @@ class Circuit:
 
     def without_examples(self) -> Circuit:
         """The same circuit, which shows none before a prompt, with the strengths and the dial that it had before it had examples: with them
-        less steering suffices. Where there was no dial the strengths are those that it was made with."""
+        less steering suffices. Where it never had a dial without them, the strengths are those that it was made with, and the dial is the
+        one that it has, whose strengths are then a little weak."""
         if not self.examples:
             return self
-        metrics = {name: value for name, value in self.metrics.items() if name not in ("calibration", "alone")}
+        metrics = {name: value for name, value in self.metrics.items() if name != "alone"}
         alone, dial = self.metrics.get("alone"), self.metrics.get("calibration")
         strengths = alone["strength"] if alone else dial["before"] if dial else None
         found = replace(self, examples={}, metrics={**metrics, **({"calibration": alone["calibration"]} if alone else {})})
@@ -178,7 +179,7 @@ class Circuit:
         check_intensity(intensity, signed=True)
         if intensity < 0:
             alone = self.without_examples()  # nothing is shown to what is steered away
-            return -(alone if alone.calibrated else self).strength_at(emotion, -intensity * LESS)
+            return -alone.strength_at(emotion, -intensity * LESS)
         if not self.calibrated:
             raise ArtifactError("this circuit is not calibrated, so that intensity has no meaning yet; run `emosteer calibrate` first")
         curve = self.metrics["calibration"]["emotions"][emotion]
