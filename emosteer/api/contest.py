@@ -138,28 +138,31 @@ def with_parts_of(settings: EvaluationSettings, circuit: Circuit, insisted: bool
     Raises:
         ArtifactError: if they were.
     """
+    for method in settings.methods:
+        part, needs = METHODS[method].vectors, f"{method} needs"
+        if METHODS[method].shows and not circuit.examples:
+            message = f"{needs} examples, which this circuit lacks; give it some with `emosteer calibrate --examples FILE`"
+            settings = _without(settings, [method], message, insisted)
+        if part is not None and not circuit.has(part):
+            message = f"{needs} {part.value}, which this circuit lacks; make one with `emosteer circuit --learn-residual`"
+            settings = _without(settings, [method], message, insisted)
+    return settings
+
+
+def _without(settings: EvaluationSettings, methods: Sequence[str], message: str, insisted: bool) -> EvaluationSettings:
+    """The settings without some methods that cannot take part, which is said.
+
+    Raises:
+        ArtifactError: if methods were asked for.
+    """
     from dataclasses import replace
 
     from emosteer.base.progress import note
 
-    if any(METHODS[method].shows for method in settings.methods) and not circuit.examples:
-        showing = " and ".join(method for method in settings.methods if METHODS[method].shows)
-        message = f"{showing} needs examples, which this circuit lacks; give it some with `emosteer calibrate --examples FILE`"
-        if insisted:
-            raise ArtifactError(message)
-        note(f"left out: {message}")
-        settings = replace(settings, methods=tuple(method for method in settings.methods if not METHODS[method].shows))
-    parts = {method: METHODS[method].vectors for method in settings.methods}
-    lacking = [method for method, part in parts.items() if part is not None and not circuit.has(part)]
-    for method in lacking:
-        part = parts[method]
-        message = (
-            f"{method} needs {part.value if part else ''}, which this circuit lacks; make one with `emosteer circuit --learn-residual`"
-        )
-        if insisted:
-            raise ArtifactError(message)
-        note(f"left out: {message}")
-    return replace(settings, methods=tuple(method for method in settings.methods if method not in lacking))
+    if insisted:
+        raise ArtifactError(message)
+    note(f"left out: {message}")
+    return replace(settings, methods=tuple(method for method in settings.methods if method not in methods))
 
 
 def with_directions(
@@ -170,8 +173,6 @@ def with_directions(
     Raises:
         ArtifactError: if they are needed and missing, or another model's.
     """
-    from dataclasses import replace
-
     from emosteer.base.progress import note
 
     needing = [method for method in settings.methods if METHODS[method].needs_directions]
@@ -183,10 +184,7 @@ def with_directions(
         message = (
             f"{who} needs the directions of {model.name} ({places.directions}); make them with `emosteer extract`, or name --directions"
         )
-        if insisted:
-            raise ArtifactError(message)
-        note(f"left out: {message}")
-        return replace(settings, methods=tuple(method for method in settings.methods if method not in needing)), None
+        return _without(settings, needing, message, insisted), None
     directions, sha256, path = directions_of(model, given, root)
     if circuit.provenance.parents.get("directions") not in (None, sha256):
         note(f"the circuit was made from other directions than {path or 'these'}; {who} takes its contrasts from these")

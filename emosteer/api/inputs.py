@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -100,6 +101,19 @@ def circuit_of(model: Model | SteeredModel, given: Circuit | PathLike | None, ro
         return wanted, saved_sha256(wanted.save)
     circuit, path = require_circuit(bare, path_of(wanted), root)
     return circuit, sha256_file(path)
+
+
+def dialled_with(circuit: Circuit, instruction: str | None, examples: PathLike | None) -> Circuit:
+    """The circuit with the instruction and the examples that its dial is to be fitted with; its own where nothing is given.
+
+    Raises:
+        DataError: as `scenarios.examples.examples_of`.
+    """
+    from emosteer.scenarios.examples import examples_of
+    from emosteer.scenarios.prompts import instruction_for
+
+    shown = circuit.examples if examples is None else examples_of(path_of(examples), circuit.emotions)
+    return replace(circuit, instruction=instruction_for(instruction, circuit.instruction), examples=shown)
 
 
 def moving_circuit(model: Model, given: PathLike | None, settings: ProbeSettings, root: Path) -> tuple[Circuit, Path] | None:

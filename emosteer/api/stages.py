@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from emosteer.api.inputs import PathLike, bank_of, circuit_of, directions_of, jury_of, path_of, plain_model
+from emosteer.api.inputs import PathLike, bank_of, circuit_of, dialled_with, directions_of, jury_of, path_of, plain_model
 from emosteer.attribution.settings import AblateSettings
 from emosteer.base.errors import UsageError
 from emosteer.base.processes import ALONE, Crew
@@ -303,17 +303,13 @@ def calibrate(
     from emosteer.calibration import calibrate as stage
     from emosteer.calibration.trials import Trials
     from emosteer.judges.huggingface import refuse_same_weights
-    from emosteer.scenarios.examples import examples_of
-    from emosteer.scenarios.prompts import instruction_for
 
     bare = plain_model(model)
     chosen = CalibrateSettings(**settings)
     prompts = development_groups(groups, path_of(scenarios), kinds)
     panel = jury_of(judge)
     ready, sha256 = circuit_of(model, circuit, Path(artifacts))
-    ready = replace(ready, instruction=instruction_for(instruction, ready.instruction))
-    if examples is not None:
-        ready = replace(ready, examples=examples_of(path_of(examples), ready.emotions))
+    ready = dialled_with(ready, instruction, examples)
     with contextlib.ExitStack() as stack:
         log = path_of(kept) or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "kept.jsonl"
         replies = KeyedLog(log)

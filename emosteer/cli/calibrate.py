@@ -6,7 +6,6 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -39,7 +38,6 @@ from emosteer.writing.settings import BATCH_SIZE
 
 if TYPE_CHECKING:
     from emosteer.calibration.trials import Trials
-    from emosteer.circuits.circuit import Circuit
 
 
 #: Options that shape the dial, which `--check` takes as it is.
@@ -124,6 +122,7 @@ def calibrate(
     from emosteer.judges.jury import make_jury
 
     jury = make_jury(judge, base_url=base_url, key_env=key_env, parallel=parallel, device=device)
+    from emosteer.api.inputs import dialled_with
     from emosteer.base.jsonl import KeyedLog
     from emosteer.calibration.trials import Trials
     from emosteer.circuits.places import require_circuit
@@ -134,7 +133,7 @@ def calibrate(
     found, path = require_circuit(loaded, circuit, root)
     if check and not found.calibrated:
         raise ArtifactError(f"the circuit {path} is not calibrated; run `emosteer calibrate` without --check first")
-    found = _with(found, instruction, examples)
+    found = dialled_with(found, instruction, examples)
     target = out or _target(loaded.name, root, circuit, check)
     log = target.with_suffix(".replies.jsonl" if check else ".calibration.jsonl")
     if fresh and not dry_run:
@@ -173,15 +172,6 @@ def _check_alone(fitting: Sequence[str], kept: Mapping[str, str | None], out: Pa
             raise UsageError(f"--check writes with the {name} that the dial was fitted with; expected no --{name} beside it")
     if out is not None and out.suffix == ".safetensors":
         raise UsageError(f"--check writes its figures as JSON, not a circuit; expected --out FILE.json, found {out}")
-
-
-def _with(circuit: Circuit, instruction: str | None, examples: str | None) -> Circuit:
-    """The circuit with what its dial is to be fitted with; its own where nothing is given."""
-    from emosteer.scenarios.examples import examples_of
-    from emosteer.scenarios.prompts import instruction_for
-
-    shown = circuit.examples if examples is None else examples_of(examples, circuit.emotions)
-    return replace(circuit, instruction=instruction_for(instruction, circuit.instruction), examples=shown)
 
 
 def _target(name: str, root: Path, circuit: Path | None, check: bool) -> Path:

@@ -91,19 +91,20 @@ class ContestWriter:
         """The prompt. The seed is drawn from the scenario-event alone, so that all methods and emotions meet the same chances."""
         elicitation = METHODS[cell.method].elicitation
         group, guides = cell.group, self.decoding.guides
-        turns = shown(self.examples, [cell.emotion], self.instruction) if self.shows(cell) else ()
-        asked = f"{cell.method}/{cell.emotion}" if elicitation else cell.emotion if turns else ""
+        shows = self.shows(cell)
+        asked = f"{cell.method}/{cell.emotion}" if elicitation else cell.emotion if shows else ""
         place = asked, group  # by its text, too: two files may hold one key
         if place not in self._prompts:  # most prompts are met many times: with every method, emotion and strength
+            turns = shown(self.examples, [cell.emotion], self.instruction) if shows else ()
             self._prompts[place] = asked_request(
                 self.model, str(group.key), elicitation, group.text, cell.emotion, self.instruction, group.earlier, guides, turns
             )
         return self._prompts[place]
 
     def shows(self, cell: Cell) -> bool:
-        """Whether examples of the emotion stand before a reply's prompt, if there are any."""
+        """Whether examples of the emotion stand before a reply's prompt."""
         method = METHODS[cell.method]
-        return method.shows or (method.steers and (cell.strength or 0.0) > 0)
+        return cell.emotion in self.examples and (method.shows or (method.steers and (cell.strength or 0.0) > 0))
 
     def plan(self, cells: Sequence[Cell]) -> SteeringPlan:
         """What is added per row; the methods may differ from row to row, a site that a method does not use adds zero."""
