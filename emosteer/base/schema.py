@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from emosteer.base.errors import ArtifactError
+from emosteer.base.strict_json import UNPRINTABLE
 
 #: Layers, emotions and neurons of a layer that a file may speak of; well above any model that there is.
 MAX_LAYERS, MAX_EMOTIONS, MAX_WIDTH = 4096, 256, 2**20
@@ -31,7 +32,7 @@ Checked = TypeVar("Checked")
 
 def _plain(text: str) -> str:
     """Nothing that would steer a terminal, and no half of a character."""
-    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
+    if UNPRINTABLE.search(text):
         raise PydanticCustomError("plain", "Input should be a text without control characters")
     return text
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 #: Digits that an integer may have; more than any count, size or seed needs, and few enough to be a finite float.
 MAX_DIGITS = 300
+
+
+#: What would steer a terminal, and halves of characters: no text that is kept in an artefact holds any.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Malformed(ValueError):

@@ -12,6 +12,7 @@ from emosteer.base.artifacts import Artifact
 from emosteer.base.errors import ArtifactError
 from emosteer.base.schema import MISSING, Count, Fields, Layers, Names, Record, Share, Text
 from emosteer.circuits.dial import MAX_STRENGTH
+from emosteer.scenarios.examples import MAX_EXAMPLES
 
 #: Name -> type and dimensions of every tensor (`Circuit`).
 TENSORS = {
@@ -25,8 +26,6 @@ TENSORS = {
     "rms": "float n_layers",
     "learned_residual": "float? emotion residual d_model",
 }
-#: Examples that an emotion may have; more would fill a model's context.
-MAX_EXAMPLES = 100
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _Strengths = Annotated[list[Annotated[float, Field(ge=0, le=MAX_STRENGTH)]], Field(min_length=1, max_length=10_000)]
 _Ratio = Annotated[float, Field(gt=0, le=1e9)]

@@ -1,8 +1,8 @@
 """Examples: a few exchanges that stand before a prompt, in which somebody says something and is answered in the wanted emotion.
 
 A small model that is told nothing answers seldom, steered or not. Shown how one replies in this mood, it goes on so, and less steering
-suffices (docs/CIRCUITS.md, "Examples"). An exchange has the same first turn for every emotion, so that what is shown differs in the replies
-alone. No torch here.
+suffices (docs/CIRCUITS.md, "Examples, and the words of the prompt"). An exchange has the same first turn for every emotion, so that what is
+shown differs in the replies alone. No torch here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 from emosteer.base.errors import DataError
 from emosteer.base.files import read_jsonl
+from emosteer.base.strict_json import UNPRINTABLE
 from emosteer.scenarios.data_files import data_path
 from emosteer.scenarios.emotions import label_of
 from emosteer.scenarios.scenarios import Message, text_field
 
 #: The file that circuits take their examples from unless told otherwise, and what stands for "none" in its place.
 EXAMPLES, NO_EXAMPLES = "examples.jsonl", "none"
+#: Examples that an emotion may have; more would fill a model's context.
+MAX_EXAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ def read_examples(path: Path | str) -> dict[str, tuple[Exchange, ...]]:
     """Reads `{"prompt": "...", "replies": {emotion: "..."}}` a line.
 
     Raises:
-        DataError: naming file and line, for whatever is missing, empty or of the wrong type.
+        DataError: naming file and line, for whatever is missing, empty or of the wrong type, and for what no circuit's file may hold:
+            control characters, and too many for an emotion.
     """
     found: dict[str, list[Exchange]] = {}
     for number, row in read_jsonl(Path(path), "file of examples"):
@@ -47,8 +51,12 @@ def read_examples(path: Path | str) -> dict[str, tuple[Exchange, ...]]:
         if not isinstance(replies, Mapping) or not replies:
             raise DataError(f"{where}: expected 'replies' to be an object of emotions and texts, found {str(replies)[:40]}")
         for name, text in replies.items():
-            exchange = Exchange(said, text_field(text, f"replies.{name}", where))
-            found.setdefault(label_of(name, where), []).append(exchange)
+            exchange, own = Exchange(said, text_field(text, f"replies.{name}", where)), found.setdefault(label_of(name, where), [])
+            if UNPRINTABLE.search(exchange.said + exchange.reply):
+                raise DataError(f"{where}: expected texts without control characters, found one in the exchange for {name[:60]}")
+            if len(own) == MAX_EXAMPLES:
+                raise DataError(f"{where}: expected at most {MAX_EXAMPLES} examples for {name[:60]}, found more")
+            own.append(exchange)
     return {emotion: tuple(some) for emotion, some in found.items()}
 
 

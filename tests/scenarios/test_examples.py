@@ -16,7 +16,7 @@ from emosteer.circuits.arcs import Arc
 from emosteer.circuits.circuit import Circuit
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request, generate
-from emosteer.scenarios.examples import EXAMPLES, NO_EXAMPLES, Exchange, examples_of, preceded, read_examples, shown
+from emosteer.scenarios.examples import EXAMPLES, MAX_EXAMPLES, NO_EXAMPLES, Exchange, examples_of, preceded, read_examples, shown
 from emosteer.scenarios.prompts import plain
 from emosteer.scenarios.scenarios import EMOTIONS, Group, GroupKey, Message, data_path
 from emosteer.scenarios.words import stem_pattern
@@ -92,12 +92,23 @@ def test_shipped_examples_are_in_no_set_of_prompts() -> None:
         ({"prompt": "a", "replies": {}}, "1: expected 'replies'"),
         ({"prompt": "a", "replies": {"anger": ""}}, "1: expected 'replies.anger'"),
         ({"prompt": "a", "replies": {"a<b": "c"}}, "a<b"),
+        ({"prompt": "a\x1b[2J", "replies": {"anger": "b"}}, "1: expected texts without control characters"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, row: Mapping[str, Any], message: str) -> None:
     path = write(tmp_path / "own.jsonl", row)
     with pytest.raises(DataError, match=message):
         read_examples(path)
+
+
+def test_a_file_is_refused_that_would_make_a_circuit_that_is(tmp_path: Path) -> None:
+    """Before a dial is fitted with it for minutes: as many as a circuit's file may hold are taken, and one more is not."""
+    row = {"prompt": "a", "replies": {"anger": "b"}}
+    most = read_examples(write(tmp_path / "most.jsonl", *[row] * MAX_EXAMPLES))
+    replace(contest_setup.parts()[1], examples=most).save(tmp_path / "circuit.safetensors")
+    assert len(Circuit.load(tmp_path / "circuit.safetensors").examples["anger"]) == MAX_EXAMPLES
+    with pytest.raises(DataError, match="101: expected at most 100 examples for anger, found more"):
+        read_examples(write(tmp_path / "more.jsonl", *[row] * (MAX_EXAMPLES + 1)))
 
 
 def test_a_file_gives_what_it_has_of_the_wanted_emotions(tmp_path: Path) -> None:
