@@ -17,7 +17,7 @@ TORCH ?= torch==2.13.0
 # Processes that share the tests of `make test`, a file of tests each at a time.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo serve test test-everywhere fuzz from-wheel check format clean circuits judge evaluate report reproduce bench notebook families commands showcase docs cuda
+.PHONY: help setup demo serve test test-everywhere fuzz from-wheel check format clean circuits judge chooser evaluate report reproduce bench notebook families commands showcase docs cuda
 
 help:
 	@echo "make demo         replies of the shipped circuit beside unsteered ones, read by the judges, and a small extraction (half a minute)"
@@ -29,6 +29,7 @@ help:
 	@echo "make check        formatter, linter, type checker"
 	@echo "make circuits     directions, scores and circuit of MODEL=$(MODEL) into artifacts/"
 	@echo "make judge        fit the judges again from data/judge/ and PUBLIC=FOLDER (bit for bit on one machine) and print their card"
+	@echo "make chooser      fit what chooses the best of several replies again, from data/judge/, and print its card (ten minutes)"
 	@echo "make evaluate     the contest of all methods for MODEL=$(MODEL)"
 	@echo "make report       one HTML page from what is in artifacts/"
 	@echo "make bench        every figure of docs/SPEED.md again, as ratios on this machine; OPTIONS=\"--only startup\" for a part"
@@ -87,6 +88,9 @@ circuits: setup
 judge: setup
 	$(if $(PUBLIC),,$(error make judge needs PUBLIC=FOLDER, the folder of public labelled texts; docs/JUDGES.md says which, and `python -m emosteer.judges.sources FOLDER` fetches them))
 	$(BIN)/python -m emosteer.judges.training $(PUBLIC) $(OPTIONS)
+
+chooser: setup
+	$(BIN)/python -m emosteer.judges.choosing.training $(OPTIONS)
 
 evaluate: setup
 	$(BIN)/emosteer evaluate --model $(MODEL) $(CONTEST) $(OPTIONS)

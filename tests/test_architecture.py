@@ -37,7 +37,7 @@ ROW = {name: index for index, row in enumerate(ROWS) for name in row}
 
 #: The only files that import a library, and the only places that print.
 IMPORTERS = {"transformer_lens": ("models/model.py",), "huggingface_hub": ("models/weights/",), "typer": ("cli/",)}
-PRINTERS = ("cli/", "base/", "judges/training.py", "serving/vllm_worker.py")
+PRINTERS = ("cli/", "base/", "judges/training.py", "judges/choosing/training.py", "serving/vllm_worker.py")
 
 #: Modules that are imported where --help must be instant, or that have no use for tensors; what they import counts as well.
 LIGHT = (

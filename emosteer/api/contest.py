@@ -204,6 +204,7 @@ def contest_of(
     from emosteer.base.jsonl import KeyedLog
     from emosteer.base.processes import part
     from emosteer.evaluation.controls import added_key, vectors_of
+    from emosteer.writing.best_of import chooser_for
     from emosteer.writing.contest_writer import ContestWriter
 
     if not crew.lead:
@@ -219,6 +220,7 @@ def contest_of(
         batch_size=batch_size,
         crew=crew,
         examples=circuit.examples,
+        chooser=chooser_for(model, decoding),
     )
     if crew.lead:
         contest.adopt()

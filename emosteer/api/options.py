@@ -24,6 +24,7 @@ class DecodingOptions(TypedDict, total=False):
     penalise_prompt: bool
     seed: int
     guidance: float
+    best_of: int
 
 
 #: One strength or intensity for all prompts, or one per prompt.

@@ -106,19 +106,15 @@ class SteeredModel:
                 examples stand before a prompt that is steered, as they do by default.
             positions: where steering acts: "reply" (the default), or "all" as in an exported model.
             batch_size: replies written at once, 32 by default.
-            max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance: fields of `emosteer.Decoding`; guidance is
-                1.5 by default.
+            max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance, best_of: fields of `emosteer.Decoding`; guidance
+                is 1.5 by default.
 
         Raises:
             UsageError: for arguments that make no sense. ArtifactError: if the circuit is missing, or has no dial and an intensity is asked
                 for. DataError: if a prompt does not fit the model's context.
         """
         work = self._work(prompts, emotion, options).checked()
-        written = work.writer.work(work.jobs)
-        replies: dict[int, Reply] = {}
-        for batch in written.order:
-            for done in written.write(batch):
-                replies |= dict(done)
+        replies = dict(work.written())
         return replies[0] if is_single(prompts) else [replies[row] for row in range(len(work.jobs))]
 
     @overload
@@ -134,10 +130,13 @@ class SteeredModel:
         Returns:
             For one prompt its pieces of text. For a list, which is written as one batch, `Piece(row, text, finish_reason)`.
         """
-        from emosteer.generation.streaming import stream
+        from emosteer.generation.streaming import Piece, stream
 
         work = self._work(prompts, emotion, options).checked()
-        pieces = stream(self.model, work.requests, work.writer.plan(work.jobs), work.writer.decoding)
+        if work.writer.decoding.chooses:  # which is the best is known when all are there
+            pieces: Iterator[Piece] = (Piece(row, reply.text, reply.finish_reason) for row, reply in work.written())
+        else:
+            pieces = stream(self.model, work.requests, work.writer.plan(work.jobs), work.writer.decoding)
         return (piece.text for piece in pieces if piece.text) if is_single(prompts) else pieces
 
     # ---- the plain model -----------------------------------------------------------------------------------------------------
@@ -282,6 +281,7 @@ class SteeredModel:
         return self.circuit, known
 
     def _writer(self, options: WritingOptions) -> Writer:
+        from emosteer.writing.best_of import chooser_for
         from emosteer.writing.writer import Writer
 
         unknown = [name for name in options if name not in (*WritingOptions.__annotations__, *DecodingOptions.__annotations__)]
@@ -289,14 +289,16 @@ class SteeredModel:
             known = sorted(WritingOptions.__annotations__)
             raise UsageError(f"unknown option '{unknown[0]}'{suggest(unknown[0], known)}; expected some of {', '.join(known)}")
         chosen = {name: value for name, value in options.items() if name in DecodingOptions.__annotations__}
+        decoding = Decoding.usual(**cast(DecodingOptions, chosen))
         return Writer(
             self.model,
             self.circuit,
-            Decoding.usual(**cast(DecodingOptions, chosen)),
+            decoding,
             instruction_for(options.get("instruction"), self.circuit.instruction if self.circuit else None),
             self._method(options),
             options.get("batch_size", BATCH_SIZE),
             positions=options.get("positions", "reply"),
+            chooser=chooser_for(self.model, decoding),
         )
 
 
@@ -321,6 +323,11 @@ class _Work:
         refuse_steered(model)
         check_lengths(self.requests, self.writer.decoding, model.shape.context, model.name)
         return self
+
+    def written(self) -> Iterator[tuple[int, Reply]]:
+        """The replies with their rows, each as soon as its batch is done."""
+        work = self.writer.work(self.jobs)
+        return (done for batch in work.order for some in work.write(batch) for done in some)
 
 
 def is_single(prompts: Prompts) -> bool:

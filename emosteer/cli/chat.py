@@ -20,6 +20,7 @@ from emosteer.base.tables import print_table
 from emosteer.circuits.places import ARTIFACTS
 from emosteer.cli.options import (
     DEFAULT_MODEL,
+    BestOfOption,
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
@@ -62,6 +63,7 @@ def chat(
     ] = None,
     penalise_prompt: PenalisePromptOption = False,
     no_examples: NoExamplesOption = False,
+    best_of: BestOfOption = Decoding.best_of,
     seed: SeedOption = Decoding.seed,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
@@ -81,6 +83,7 @@ def chat(
         raise UsageError("--intensity has no meaning without --emotion")
     chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     chosen |= {"repetition_penalty": repetition_penalty, "guidance": guidance, "seed": seed, "penalise_prompt": penalise_prompt}
+    chosen["best_of"] = best_of
     Decoding(**chosen)
     from emosteer.api.loading import load
 

@@ -16,6 +16,7 @@ from emosteer.cli.announce import DryRunOption, announced
 from emosteer.cli.command_line import command_line
 from emosteer.cli.options import (
     DEFAULT_MODEL,
+    BestOfOption,
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
@@ -85,6 +86,7 @@ def evaluate(
     guidance: GuidanceOption = GUIDANCE,
     penalise_prompt: PenalisePromptOption = False,
     no_examples: NoExamplesOption = False,
+    best_of: BestOfOption = Decoding.best_of,
     seed: SeedOption = EvaluationSettings.seed,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Replies written at once.")] = CONTEST_BATCH_SIZE,
     out: Annotated[
@@ -99,7 +101,7 @@ def evaluate(
 ) -> None:
     """Hold the contest: prompts, residual steering, plain and learned, the circuit and random controls, judged blind. A rerun goes on."""
     sizes = {**FULL, **(FAST if fast else {}), **_given(groups=groups, dev_groups=dev_groups, doses=doses)}
-    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance, penalise_prompt)
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, guidance, penalise_prompt, best_of)
     from emosteer.api.contest import Splits, contest_of, hold, with_directions, with_parts_of
 
     settings = _settings(methods, sizes["doses"], sizes["dev_groups"], budget, seed)

@@ -20,6 +20,7 @@ from emosteer.cli.generate_inputs import Input, inputs_of
 from emosteer.cli.limits import MaxHarmOption, warn_of_harm
 from emosteer.cli.options import (
     DEFAULT_MODEL,
+    BestOfOption,
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
@@ -136,6 +137,7 @@ def generate(
     ] = None,
     penalise_prompt: PenalisePromptOption = False,
     no_examples: NoExamplesOption = False,
+    best_of: BestOfOption = Decoding.best_of,
     control_tokens: Annotated[
         bool, typer.Option("--control-tokens", help="Let control tokens that are typed in a prompt (<|im_end|>) act; else they are text.")
     ] = False,
@@ -177,7 +179,9 @@ def generate(
     limits = Limits.parse(max_harm) if max_harm else None
     inputs = inputs_of(text, source)
 
-    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning, penalise_prompt or engine != "builtin")
+    penalised = penalise_prompt or engine != "builtin"
+    decoding = Decoding(max_new_tokens, temperature, top_p, repetition_penalty, seed, leaning, penalised, best_of)
+    _check_choosing(decoding, engine)
     from emosteer.base.processes import join
     from emosteer.circuits.places import require_circuit, require_dial
     from emosteer.writing.jobs import jobs_for
@@ -237,6 +241,12 @@ def _check_steering(method: str, strength: float | None, no_examples: bool) -> N
         raise UsageError(f"--strength has no meaning with --method {method}")
     if no_examples:
         raise UsageError(f"--no-examples has no meaning with --method {method}: examples stand before what is steered")
+
+
+def _check_choosing(decoding: Decoding, engine: str) -> None:
+    """Refuses candidates where nobody can choose among them."""
+    if decoding.chooses and engine != "builtin":
+        raise UsageError("replies are chosen among several by the built-in engine alone; leave --best-of out, or use the built-in engine")
 
 
 def _alone(found: tuple[Circuit, Path]) -> tuple[Circuit, Path]:
@@ -355,10 +365,13 @@ def _author(
     options: Mapping[str, Any],
 ) -> ReplyWriter:
     from emosteer.models.model import Model
+    from emosteer.writing.best_of import chooser_for
     from emosteer.writing.writer import Writer
 
     if isinstance(loaded, Model):
-        return Writer(loaded, found[0] if found else None, decoding, instruction, method, batch_size or BATCH_SIZE, positions=positions)
+        chooser = chooser_for(loaded, decoding)
+        circuit, rows = found[0] if found else None, batch_size or BATCH_SIZE
+        return Writer(loaded, circuit, decoding, instruction, method, rows, positions=positions, chooser=chooser)
     from emosteer.serving.vllm_writer import VllmWriter
 
     return VllmWriter(loaded, found, decoding, instruction, method, batch_size, options=options)

@@ -11,6 +11,7 @@ import typer
 from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import DEFAULT_MODEL as DEFAULT_MODEL
+from emosteer.generation.decoding import DRAWN_TEMPERATURE
 from emosteer.judges.registry import JUDGE_FORMS
 from emosteer.scenarios.emotions import EMOTIONS
 from emosteer.scenarios.prompt_sets import KINDS
@@ -67,6 +68,15 @@ PenalisePromptOption = Annotated[
     bool,
     typer.Option(
         "--penalise-prompt", help="The repetition penalty is on the prompt's tokens, too, as Hugging Face and vLLM have it; answers fewer."
+    ),
+]
+BestOfOption = Annotated[
+    int,
+    typer.Option(
+        "--best-of",
+        help=f"Candidates that each reply is chosen from, drawn at temperature {DRAWN_TEMPERATURE:g} unless told otherwise, each as it is "
+        "or ended after one of its sentences; 1 is none, and faster.",
+        metavar="N",
     ),
 ]
 NoExamplesOption = Annotated[

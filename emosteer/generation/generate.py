@@ -103,6 +103,8 @@ def steps(
     """
     decoding = decoding or Decoding()
     plan = plan or SteeringPlan.none(len(requests))
+    if decoding.chooses:
+        raise ValueError("replies are chosen where whole ones are there (`writing.best_of`), not token by token")
     if plan.n_rows != len(requests):
         raise ValueError(f"the plan has {plan.n_rows} rows, the batch {len(requests)}")
     if not requests:

@@ -137,8 +137,9 @@ def fit_soundness(
     """Both heads of the check, and what it does on texts that were held out.
 
     Args:
-        texts: sound ones; foreign: in other languages; read, strictly: as `read_replies` gives them; how strict the check is goes by the
-            first alone, whose readers were told what *sound* means here. replies: further texts that make sense, of the reply banks.
+        texts: sound ones; foreign: in other languages; read, strictly: as `read_replies` gives them; what makes sense is learned from the
+            second alone, where there are any: readers agree on what that is where they were told to be strict, and hardly where not.
+            replies: further texts that make sense, of the reply banks.
     """
     names = (SOUND, *FAULTS)
     made = {
@@ -154,31 +155,31 @@ def fit_soundness(
     sensible = [text for text in replies if not held_out(text)]
     more = encoder.features([*sensible, *still_sound(sensible, random.Random(0))]) if sensible else shown[:0]
     heads = SoundnessHeads(
-        fit_head(shown, places, names), fit_sense(encoder, drawn([*sound, *more], SENSIBLE), read[False], strictly[False])
+        fit_head(shown, places, names), fit_sense(encoder, drawn([*sound, *more], SENSIBLE), strictly[False] or read[False])
     )
     apart = [(SOUND, text) for text in replies if held_out(text)]
     return heads, measure_soundness(heads, encoder, [*made[True], *apart], read[True], strictly[True])
 
 
-def fit_sense(encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply], strictly: Sequence[ReadReply]) -> LinearHead:
-    """The head that tells sense from no sense, as strict as the readers of `read`.
+def fit_sense(encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply]) -> LinearHead:
+    """The head that tells sense from no sense, as strict as the readers.
 
     Args:
         sensible: features of texts that make sense, [feature] each.
     """
-    labels, both = (SOUND, SENSE), [*strictly, *read]
-    if not both:
+    labels = SOUND, SENSE
+    if not read:
         return LinearHead(labels, *_content(sensible[0]))
-    shown = torch.stack([*sensible, *encoder.features([reply.pair[1] for reply in both])])
-    places = torch.tensor([0] * len(sensible) + [labels.index(SOUND if reply.sound else SENSE) for reply in both])
+    shown = torch.stack([*sensible, *encoder.features([reply.pair[1] for reply in read])])
+    places = torch.tensor([0] * len(sensible) + [labels.index(SOUND if reply.sound else SENSE) for reply in read])
     shares = SENSIBLE_SHARE, 1 - SENSIBLE_SHARE
-    counts = torch.cat([torch.full((len(part),), share / len(part)) for share, part in zip(shares, (sensible, both), strict=True) if part])
+    counts = torch.cat([torch.full((len(part),), share / len(part)) for share, part in zip(shares, (sensible, read), strict=True) if part])
 
     def fit(rows: Tensor) -> LinearHead:
         return fit_head(shown[rows], places[rows], labels, SENSE_RIDGE, counts=counts[rows])
 
-    head, margins = left_out_margins(fit, shown, SOUND, folds_of(both), len(both))
-    return as_strict(head, SOUND, margins[len(strictly) :], torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD)
+    head, margins = left_out_margins(fit, shown, SOUND, folds_of(read), len(read))
+    return as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD)
 
 
 def _content(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -43,8 +43,14 @@ from emosteer.scenarios.splits import stable_share
 READ = "judge/model_replies.jsonl"
 #: More of them; of the last, those to development prompts are fitted on by nothing.
 CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
-#: More again; their readers were strict about soundness: they teach which of two replies makes more sense, not how much is enough.
+#: More again, whose readers were strict about soundness: what makes sense, and how much of it is enough, is learned from them alone. The
+#: checks learn from all of them, the judges of emotions from the first.
 STRICTLY = "judge/strictly_read.jsonl"
+ALSO_STRICTLY = ("judge/greedy_read.jsonl", "judge/sampled_read.jsonl")
+#: Replies to development prompts that strict readers read: fitted on by nothing.
+UNSEEN = "judge/examples_read.jsonl"
+#: Whom the checks are set beside, in the card: those of `READ` and `CHECKED`, of the strict files, and of `UNSEEN`.
+BESIDE = ("readers", "strict readers", "strict readers of development prompts")
 #: The source that the replies of `CHECKED` and `STRICTLY` are, of which whole prompts are held out.
 READ_REPLIES = "read-replies"
 OWN = {
@@ -264,26 +270,29 @@ def fit_checks(
         own: the project's own sources; banks, answered: as `read_banks` gives them.
     """
     encoder = shared_encoder()
-    read, strictly = read_replies(*map(data_path, (READ, *CHECKED))), read_replies(data_path(STRICTLY))
+    read, strictly = (read_replies(*map(data_path, files)) for files in ((READ, *CHECKED), (STRICTLY, *ALSO_STRICTLY)))
+    unseen = [reply for part in read_replies(data_path(UNSEEN)).values() for reply in part]
+    known = {reply.pair[0] for reply in (*read[True], *strictly[True], *unseen)}  # held out by one file, held out in every other
+    read, strictly = ({**both, False: [r for r in both[False] if r.pair[0] not in known]} for both in (read, strictly))
     plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     note("fitting the check of soundness")
     replies = [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
     soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies)
     note("fitting the check of answers")
-    check = fit_answers(encoder, answered, read[False])
+    check = fit_answers(encoder, answered, [*read[False], *strictly[False]])
     pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
     card = {
         "soundness": measured_soundness,
-        "answers": measure_answers(check, pairs, read[True]),
-        "readers": beside_readers(check, soundness, read[True]),
+        "answers": measure_answers(check, pairs, [*read[True], *strictly[True]]),
+        **{who: beside_readers(check, soundness, some) for who, some in zip(BESIDE, (read[True], strictly[True], unseen), strict=True)},
     }
     return {**soundness.stored(), "answers": check.head}, card
 
 
 def hashes_of_checks() -> dict[str, str]:
     """The files that checks are fitted on and measured with, and the banks that judges are measured with."""
-    files = (FOREIGN, PAIRS, *CHECKED, STRICTLY, *(file for both in BANKS.values() for file in both))
+    files = (FOREIGN, PAIRS, *CHECKED, STRICTLY, *ALSO_STRICTLY, UNSEEN, *(file for both in BANKS.values() for file in both))
     return {file: sha256_file(data_path(file)) for file in files}
 
 
@@ -317,11 +326,12 @@ def print_card(card: Mapping[str, Any]) -> None:
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
     print_table(("text", "n", "called unsound"), [(name, row["n"], row["called_unsound"]) for name, row in card["soundness"].items()])
     print_table(("pair", "n", "called an answer"), [(name, row["n"], row["called_answer"]) for name, row in card["answers"].items()])
-    for check, row in card.get("readers", {}).items():
-        agreed = f"agrees with readers in {row['accuracy']:.1%}, {row['balanced_accuracy']:.1%} balanced"
-        print(f"\n{check}: the check {agreed}; shares that pass, on prompts that were held out")
-        lines = [(name, of["n"], of["readers"], of["check"]) for name, of in row["by_method"].items()]
-        print_table(("method", "n", "readers", "check"), lines)
+    for who in BESIDE:
+        for check, row in card.get(who, {}).items():
+            agreed = f"agrees with {who} in {row['accuracy']:.1%}, {row['balanced_accuracy']:.1%} balanced"
+            print(f"\n{check}: the check {agreed}; shares that pass, on prompts that were held out")
+            lines = [(name, of["n"], of["readers"], of["check"]) for name, of in row["by_method"].items()]
+            print_table(("method", "n", "readers", "check"), lines)
 
 
 def _line(source: str, row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -22,12 +22,14 @@ from emosteer.base.strict_json import loads
 from emosteer.circuits.methods import METHODS, NONE
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
-from emosteer.generation.generate import Reply, Request, batches, generate
+from emosteer.generation.generate import Reply, Request, batches
 from emosteer.generation.steering import SteeringPlan
+from emosteer.judges.choosing.chooser import Chooser
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
 from emosteer.scenarios.examples import Examples, shown
 from emosteer.scenarios.scenarios import Group, GroupKey, Message
+from emosteer.writing.best_of import Asked, rows_of, write_batch
 from emosteer.writing.jobs import asked_request
 from emosteer.writing.resumable import Row, WriteBatch, halving, missing, write_batches
 from emosteer.writing.settings import CONTEST_BATCH_SIZE
@@ -59,7 +61,7 @@ class ContestWriter:
     """Who writes, and how. vectors: method -> site -> [emotion, d_model], what it adds at strength 1; added: method -> hash of that;
     crew: the processes that share the batches: process 0 holds the contest, the others `serve` it, with a file of their own each; fluent:
     whether replies are read again for their nats per token; examples: stand before the prompts of what steers, and of the prompt that shows
-    them."""
+    them; chooser: who chooses where the decoding writes several candidates, of every method alike."""
 
     model: Model
     emotions: tuple[str, ...]
@@ -72,6 +74,7 @@ class ContestWriter:
     crew: Crew = ALONE
     fluent: bool = True
     examples: Examples = field(default_factory=dict)
+    chooser: Chooser | None = None
     _prompts: dict[tuple[str, Group], Request] = field(default_factory=dict)
 
     def key(self, cell: Cell) -> str:
@@ -84,6 +87,7 @@ class ContestWriter:
             self.decoding.shaping,
             self.instruction,
             [cell.method, cell.emotion, cell.strength, str(cell.group.key), self.request(cell).ids],
+            *([self.chooser.key, cell.group.said] if self.chooser is not None else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))
 
@@ -141,7 +145,7 @@ class ContestWriter:
         """Indices of cells, one method per batch."""
         for method in dict.fromkeys(cell.method for cell in cells):
             mine = [i for i, cell in enumerate(cells) if cell.method == method]
-            for index in batches([self.request(cells[i]) for i in mine], self.batch_size):
+            for index in batches([self.request(cells[i]) for i in mine], rows_of(self.batch_size, self.decoding)):
                 yield [mine[i] for i in index]
 
     # ---- several processes -----------------------------------------------------------------------------------------
@@ -187,7 +191,9 @@ class ContestWriter:
 
         def compute(batch: list[int]) -> list[tuple[int, Row]]:
             members = [cells[i] for i in batch]
-            replies = generate(self.model, [self.request(cell) for cell in members], self.plan(members), self.decoding)
+            requests = [self.request(cell) for cell in members]
+            asked = [Asked(cell.group.said, () if cell.emotion == NONE else (cell.emotion,)) for cell in members]
+            replies = write_batch(self.model, requests, self.plan(members), self.decoding, asked, self.chooser)
             costs = reply_nll(self.model, [reply.text for reply in replies]) if self.fluent else [math.nan] * len(replies)
             return [(i, _row(cells[i], reply, cost)) for i, reply, cost in zip(batch, replies, costs, strict=True)]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from emosteer.base.errors import UsageError
 from emosteer.circuits.arcs import Arc, strengths_along
 from emosteer.circuits.circuit import Circuit
-from emosteer.circuits.methods import CIRCUIT, METHODS
+from emosteer.circuits.methods import CIRCUIT, METHODS, NONE
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Reply, Request
 from emosteer.generation.steering import Course, SteeringPlan, plan_for
@@ -219,6 +219,20 @@ def strengths_of(job: Job, circuit: Circuit) -> tuple[tuple[float, ...], ...]:
     if METHODS[job.method].steers and job.strength:
         strengths[circuit.index(job.emotion)] = job.strength
     return (tuple(strengths),)
+
+
+def felt_in(job: Job, circuit: Circuit | None) -> tuple[str, ...]:
+    """The emotions that a reply is to voice: those that are added, or the one that its prompt asks for; none for an unsteered reply, and
+    for one that is steered away from an emotion."""
+    if circuit is None or METHODS[job.method].asks:
+        return () if job.emotion == NONE else (job.emotion,)
+    course = strengths_of(job, circuit)
+    return tuple(name for number, name in enumerate(circuit.emotions) if any(strengths[number] > 0 for strengths in course))
+
+
+def said_in(messages: Sequence[Message]) -> str:
+    """What was said, as one text (as `Group.said`)."""
+    return " ".join(message.content for message in messages if message.role != "system")
 
 
 def row_of(job: Job, reply: Reply, run: str, marks: Mapping[str, Any] | None = None) -> dict[str, Any]:

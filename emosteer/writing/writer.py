@@ -13,13 +13,15 @@ from emosteer.base.files import sha256_text
 from emosteer.circuits.circuit import Circuit
 from emosteer.circuits.methods import METHODS
 from emosteer.generation.decoding import Decoding
-from emosteer.generation.generate import Reply, Request, batches, generate
+from emosteer.generation.generate import Reply, Request, batches
 from emosteer.generation.steering import SteeringPlan
 from emosteer.generation.streaming import stream
+from emosteer.judges.choosing.chooser import Chooser
 from emosteer.models.memory import is_out_of_memory, single_item_too_large
 from emosteer.models.model import Model
 from emosteer.models.sites import Site
-from emosteer.writing.jobs import Job, Work, examples_mark, plan_of, request_of
+from emosteer.writing.best_of import Asked, rows_of, write_batch
+from emosteer.writing.jobs import Job, Work, examples_mark, felt_in, plan_of, request_of, said_in
 from emosteer.writing.resumable import halving
 from emosteer.writing.settings import BATCH_SIZE
 
@@ -27,7 +29,7 @@ from emosteer.writing.settings import BATCH_SIZE
 @dataclass(frozen=True)
 class Writer:
     """The built-in engine: a model, a circuit and a decoding, ready to write jobs of one method. positions: where steering acts
-    (`SteeringPlan`)."""
+    (`SteeringPlan`); chooser: who chooses where the decoding writes several candidates."""
 
     model: Model
     circuit: Circuit | None
@@ -37,6 +39,7 @@ class Writer:
     batch_size: int = BATCH_SIZE
     elicitation: str = "tone"
     positions: str = "reply"
+    chooser: Chooser | None = None
 
     @property
     def marks(self) -> Mapping[str, Any]:
@@ -57,15 +60,19 @@ class Writer:
             *([self.positions] if self.positions != "reply" else []),
             *examples_mark(self.circuit),
             *(["control tokens"] if self.model.control_tokens else []),
+            *([self.chooser.key] if self.chooser is not None else []),
         ]
         return sha256_text(json.dumps(parts, sort_keys=True))[:12]
 
     def stream(self, job: Job) -> Iterator[str]:
-        """The text of one job's reply, in pieces as it is written.
+        """The text of one job's reply, in pieces as it is written; in one piece where it is chosen among several.
 
         Raises:
             OutOfMemory: if it does not fit in memory.
         """
+        if self.decoding.chooses:
+            yield from (reply.text for _, reply in self.write([job]))
+            return
         try:
             yield from (piece.text for piece in stream(self.model, self.requests([job]), self.plan([job]), self.decoding))
         except (RuntimeError, MemoryError) as error:
@@ -100,7 +107,10 @@ class Writer:
         requests, vectors = self.requests(jobs), self._vectors()
 
         def compute(batch: list[int]) -> list[tuple[int, Reply]]:
-            plan = plan_of([jobs[i] for i in batch], self.circuit, vectors, self.positions)
-            return list(zip(batch, generate(self.model, [requests[i] for i in batch], plan, self.decoding), strict=True))
+            members = [jobs[i] for i in batch]
+            plan = plan_of(members, self.circuit, vectors, self.positions)
+            asked = [Asked(said_in(job.messages), felt_in(job, self.circuit)) for job in members]
+            written = write_batch(self.model, [requests[i] for i in batch], plan, self.decoding, asked, self.chooser)
+            return list(zip(batch, written, strict=True))
 
-        return Work(list(batches(requests, self.batch_size)), halving(compute))
+        return Work(list(batches(requests, rows_of(self.batch_size, self.decoding))), halving(compute))

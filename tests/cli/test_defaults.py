@@ -24,7 +24,7 @@ from emosteer.serving.settings import ServeSettings
 from emosteer.side_effects.settings import EffectsSettings, Limits
 from emosteer.writing.settings import BATCH_SIZE, CONTEST_BATCH_SIZE
 
-DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+DECODING = {name: vars(Decoding())[name] for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "best_of")}
 GUIDED = {**DECODING, "guidance": GUIDANCE}
 JUDGE = {"judge": PANEL, "key_env": KEY_ENV, "parallel": PARALLEL}
 EXTRACT, ABLATE, CURVES, CIRCUIT, GAINS = Settings(()), AblateSettings(), CurveSettings(), CircuitSettings(), GainSettings()

@@ -29,7 +29,7 @@ from emosteer.judges.check_training import (
 )
 from emosteer.judges.embedded import LinearHead, fit_head
 from emosteer.judges.protocol import LABELS
-from emosteer.judges.soundness import FAULTS, SENSE, SOUND, THRESHOLD, SoundnessHeads, verdicts_of
+from emosteer.judges.soundness import FAULTS, SENSE, SOUND, SoundnessHeads, verdicts_of
 from emosteer.judges.sources import held_out
 from tests.helpers.judge_setup import FEATURES, FILLERS, tiny_encoder
 
@@ -203,15 +203,14 @@ def test_the_soundness_check_learns_what_readers_call_nonsense() -> None:
     assert blind.broken.key == heads.broken.key, "the head of broken texts sees no reply that was read"
 
 
-def test_strict_readers_say_what_is_worse_and_not_how_much_is_too_much() -> None:
-    """The nonsense word is known from the strict readers alone; where the others find all sound, nothing is called unsound for it."""
-    texts, read = planted()
+def test_what_makes_sense_is_learned_from_strict_readers_alone() -> None:
+    """The nonsense word is known from them; that the others find all of it sound changes nothing."""
+    texts, strictly = planted()
     encoder = tiny_encoder()
-    half = {part: [ReadReply(r.pair, True, r.sound) for r in replies] for part, replies in read.items()}
-    content = {part: [ReadReply((r.pair[0], f"{r.pair[1]} the"), True, True) for r in replies] for part, replies in read.items()}
-    heads, _ = fit_soundness(encoder, texts, ["[UNK] nada"], content, half)
-    worse, better = heads.sense.probabilities(encoder.features([f"{texts[0]} cry the", f"{texts[0]} home the"]))[:, 1].tolist()
-    assert better < worse < THRESHOLD
+    content = {part: [ReadReply(r.pair, True, True) for r in replies] for part, replies in strictly.items()}
+    heads, measured = fit_soundness(encoder, texts, ["[UNK] nada"], content, strictly)
+    assert measured["strictly: unsound"]["called_unsound"] > 0.9 > 0.3 > measured["strictly: sound"]["called_unsound"]
+    assert heads.sense.key == fit_soundness(encoder, texts, ["[UNK] nada"], NOTHING, strictly)[0].sense.key
 
 
 def test_sound_replies_of_a_bank_are_known_to_make_sense() -> None:

@@ -45,6 +45,10 @@ from tests.helpers.judge_setup import FILLERS, TELLING, card_of, shipped_adapter
 # ---- the project's own texts -----------------------------------------------------------------------------------------
 
 
+#: What both checks learn from or are measured on, beside the sources.
+OTHERS = (FOREIGN, training.PAIRS, *training.CHECKED, training.STRICTLY, *training.ALSO_STRICTLY, training.UNSEEN)
+
+
 @pytest.fixture(scope="module")
 def own() -> list[Source]:
     return [read_own(name, file) for name, file in OWN.items()]
@@ -225,8 +229,8 @@ def write_data(folder: Path, flipped: str = "") -> None:
         if file == training.READ:
             rows = [{**row, "prompt": f"we {n}", "answers": True, "sound": n % 3 > 0} for n, row in enumerate(rows)]
         jsonl(folder / file, rows)
-    for seed, file in enumerate((*training.CHECKED, training.STRICTLY), 11):
-        strict = file == training.STRICTLY
+    for seed, file in enumerate((*training.CHECKED, training.STRICTLY, *training.ALSO_STRICTLY, training.UNSEEN), 11):
+        strict = file not in training.CHECKED
         texts = made(5, seed, "reply")
         more = [
             {
@@ -294,9 +298,16 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     assert {*faults, *(f"{how}: {word}" for how in ("read", "strictly") for word in ("sound", "unsound"))} == card[
         "soundness"
     ].keys() and card["answers"]["right"]["n"] == 4
-    held = sum(held_out(row["prompt"]) for row in map(json.loads, (tmp_path / training.READ).read_text(encoding="utf-8").splitlines()))
-    assert card["answers"]["read: answers"]["n"] == held > 0
-    assert card["readers"]["answers"]["by_method"]["all"]["n"] == held + card["answers"]["read: does not"]["n"]
+    held = {
+        who: sum(held_out(row["prompt"]) for file in files for row in map(json.loads, (tmp_path / file).read_text("utf-8").splitlines()))
+        for who, files in (
+            ("readers", (training.READ, *training.CHECKED)),
+            ("strict readers", (training.STRICTLY, *training.ALSO_STRICTLY)),
+        )
+    }
+    assert sum(card["answers"][f"read: {word}"]["n"] for word in ("answers", "does not")) == sum(held.values()) > 0
+    for who, count in {**held, training.BESIDE[2]: len((tmp_path / training.UNSEEN).read_text("utf-8").splitlines())}.items():
+        assert card[who]["answers"]["by_method"]["all"]["n"] == count, who
     assert json.loads(json.dumps(card_of(tmp_path / "judge.safetensors"))) == json.loads(json.dumps(card))
 
 
@@ -316,10 +327,7 @@ def test_the_file_holds_what_was_measured_and_comes_out_the_same_twice(tmp_path:
         assert measure(judge.probabilities([text for text, _ in film.test]), answers) == card["emotions"][name]["film"]
     data = artifacts.load(out, KIND).provenance.data
     files = {"film.jsonl": "public/film.jsonl", "forum.jsonl": "public/forum.jsonl"}
-    files |= {
-        file: file
-        for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, training.STRICTLY, "sev/train.jsonl", "replies/train.jsonl")
-    }
+    files |= {file: file for file in (*OWN.values(), *OTHERS, "sev/train.jsonl", "replies/train.jsonl")}
     assert data == {name: sha256_file(tmp_path / file) for name, file in files.items()}
 
 
@@ -425,5 +433,5 @@ def test_the_shipped_card_agrees_with_itself(own: list[Source]) -> None:
 def test_the_shipped_judges_were_fitted_on_the_texts_as_they_are() -> None:
     shipped_adapters()
     data = artifacts.load(ASSET, KIND).provenance.data
-    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), FOREIGN, training.PAIRS, *training.CHECKED, training.STRICTLY)}
+    here = {file: sha256_file(data_path(file)) for file in (*OWN.values(), *OTHERS)}
     assert {name: data[name] for name in here} == here, "data/judge/ has changed since the judges were fitted: run `make judge`"

@@ -27,6 +27,7 @@ from emosteer.scenarios.prompts import STIMULI, elicit, plain
 from emosteer.scenarios.scenarios import EMOTIONS as SIX
 from emosteer.scenarios.scenarios import Group
 from emosteer.scenarios.words import feeling_pattern, name_pattern
+from emosteer.writing import best_of as best_module
 from emosteer.writing import contest_writer as contest_module
 from emosteer.writing.contest_writer import Cell, cells_of
 from tests.circuits.test_assemble import direction_by_hand
@@ -153,7 +154,7 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         written.append(len(requests))
         return generate(model, requests, *rest, **options)
 
-    monkeypatch.setattr(contest_module, "generate", counting)
+    monkeypatch.setattr(best_module, "generate", counting)
     return written
 
 
@@ -178,7 +179,7 @@ def test_a_killed_run_ends_in_the_same_rows(tmp_path: Path, monkeypatch: pytest.
         batch = setup.chance(" ".join(f"{request.key}{request.ids}" for request in requests))
         return [replace(reply, text=f"{reply.text} {batch:.6f}") for reply in generate(model, requests, *rest)]
 
-    monkeypatch.setattr(contest_module, "generate", neighbourly)
+    monkeypatch.setattr(best_module, "generate", neighbourly)
     cells = all_cells(3)[:40]
     wanted = contest(tmp_path / "whole").write(cells, "test")
     assert len({row["text"].split()[-1] for row in wanted}) > 4

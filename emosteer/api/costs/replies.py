@@ -48,7 +48,8 @@ def of_generate(writer: Writer, jobs: Sequence[Job], out: Path | None = None, ci
     seconds: float | None = 0.0
     if left:
         requests = writer.requests(evenly(left, size))
-        seconds = trials.writing(writer.model, writer.circuit if steers else None, requests, writer.decoding, size, judged=False)
+        circuit = writer.circuit if steers else None
+        seconds = trials.writing(writer.model, circuit, requests, writer.decoding, size, judged=False, chooser=writer.chooser)
     kept = len(jobs) - len(left)
     return Cost(
         "generate",

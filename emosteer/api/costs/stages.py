@@ -29,6 +29,7 @@ from emosteer.evaluation.evaluate import Strengths, absolute_strength
 from emosteer.evaluation.settings import EvaluationSettings
 from emosteer.generation.decoding import Decoding
 from emosteer.generation.generate import Request
+from emosteer.judges.choosing.chooser import Chooser
 from emosteer.judges.jury import Jury
 from emosteer.models.model import Model
 from emosteer.models.sites import RESID_POST, Head, Site
@@ -189,7 +190,10 @@ def of_evaluate(
     kept = mine + min(len(there - keys), reading) if mine else 0
     examples = shown(contest.examples, contest.emotions[:1], contest.instruction)
     requests = [_request(contest.model, group, contest.instruction, contest.decoding, examples) for group in test]
-    return _written("evaluate", contest.model, circuit, jury, requests, contest.decoding, contest.batch_size, wanted, kept, test)
+    return _written(
+        *("evaluate", contest.model, circuit, jury, requests, contest.decoding, contest.batch_size, wanted, kept, test),
+        contest.chooser,
+    )
 
 
 def _request(model: Model, group: Group, instruction: str, decoding: Decoding, examples: Sequence[Message]) -> Request:
@@ -207,11 +211,12 @@ def _written(
     wanted: int,
     kept: int,
     groups: Sequence[Group],
+    chooser: Chooser | None = None,
 ) -> Cost:
     """Replies written, their likelihood, and what the judges read."""
     left = wanted - kept
     size = min(batch_size, max(1, left))
-    seconds = trials.writing(model, circuit, requests, decoding, size) if left else 0.0
+    seconds = trials.writing(model, circuit, requests, decoding, size, chooser=chooser) if left else 0.0
     read = trials.judging(jury, [group.said for group in groups]) if left else 0.0
     notes = tuple(f"asks {judge.name} {left:,} times, which is not in the time" for judge in jury.judges if judge.key in jury.paid)
     return Cost(

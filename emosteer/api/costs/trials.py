@@ -28,6 +28,7 @@ from emosteer.generation.decoding import Decoding
 from emosteer.generation.fluency import reply_nll
 from emosteer.generation.generate import Request, generate
 from emosteer.generation.steering import SteeringPlan
+from emosteer.judges.choosing.chooser import Chooser
 from emosteer.judges.jury import Jury
 from emosteer.judges.protocol import EmotionJudge
 from emosteer.models.interventions import RowEdits
@@ -43,6 +44,8 @@ from emosteer.side_effects.battery import evenly
 Made = TypeVar("Made")
 #: Tokens that a trial of writing goes on for, beside the first two.
 STEPS = 8
+#: Sentences after which a candidate may end, about.
+SENTENCES = 2
 #: Seconds beside which what comes with a first time is little.
 LONG = 1.0
 #: Texts that a trial of judging reads.
@@ -128,13 +131,16 @@ def writing(
     size: int,
     judged: bool = True,
     edits: RowEdits | None = None,
+    chooser: Chooser | None = None,
 ) -> float | None:
-    """Seconds for each reply at its longest, in batches of a size: the prompt, some steps, and its likelihood where that is asked for.
+    """Seconds for each reply at its longest, in batches of a size: the prompt, some steps, and its likelihood where that is asked for; all
+    candidates of it, and the choice, where it is the best of several.
 
     Args:
         requests: of the work, as many as there are; they are repeated to fill one batch.
-        edits: of units, one row for each of the batch.
+        edits: of units, one row for each of the batch; chooser: who chooses.
     """
+    each, decoding = decoding.best_of, decoding.drawing
     batch = [requests[number % len(requests)] for number in range(size)]
     plan = SteeringPlan(_added(model, circuit, size), size) if circuit is not None else SteeringPlan.none(size)
     few, some = (replace(decoding, max_new_tokens=min(tokens, decoding.max_new_tokens)) for tokens in (2, 2 + STEPS))
@@ -148,9 +154,12 @@ def writing(
     if short is None or long is None:
         return None
     if decoding.max_new_tokens <= few.max_new_tokens:
-        return short / size
+        return each * short / size
     step = max(0.0, long - short) / max(1, some.max_new_tokens - few.max_new_tokens)
-    seconds = short + step * (decoding.max_new_tokens - few.max_new_tokens)
+    seconds = each * (short + step * (decoding.max_new_tokens - few.max_new_tokens))
+    if chooser is not None:
+        read = timed(lambda: chooser.chances([(text, text) for text in texts], [()] * size))
+        seconds += (times(each * SENTENCES * decoding.max_new_tokens / some.max_new_tokens, read)) or 0.0
     if judged:
         seconds += times(decoding.max_new_tokens / some.max_new_tokens, timed(lambda: reply_nll(model, texts))) or 0.0
     return seconds / size
