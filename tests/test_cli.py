@@ -19,6 +19,7 @@ from emosteer.generation.native.build import library
 from emosteer.scenarios.data_files import data_path
 from emosteer.scenarios.shipped import read_data
 from tests.conftest import build
+from tests.helpers.choosing import choose_by
 from tests.helpers.precision import forward_bound
 from tests.helpers.tiny_project import EMOTIONS, write_tiny_project
 
@@ -92,6 +93,28 @@ def test_the_circuit_knows_its_parent_and_its_units(run: Callable[..., Any], mad
     assert [found["content"]["emotions"][e]["heads"] for e in EMOTIONS] == [3, 3, 3]
     assert found["content"]["strength"] == {e: 2.0 for e in EMOTIONS}
     assert run("inspect", "artifacts/tiny/circuit.safetensors")[0] == 0
+
+
+def test_the_best_of_several_is_printed_and_kept_and_vllm_knows_none(
+    run: Callable[..., Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, also where a reply is printed as it is written; a file of other settings is refused; the estimate counts candidates."""
+    chooser = choose_by(monkeypatch)
+    some = ["generate", "the train was late", "-m", "./tiny", "-e", "anger", "--max-new-tokens", "8", "--seed", "5"]
+    code, out, err = run(*some, "--best-of", "4")
+    assert code == 0, err
+    assert out.strip() == max((text for _, text, _ in chooser.shown), key=len)
+    file = tmp_path / "replies.jsonl"
+    assert run(*some, "--best-of", "4", "--out", str(file))[0] == 0
+    assert json.loads(file.read_text())["text"] == out.strip()
+    code, _, err = run(*some, "--best-of", "3", "--out", str(file))
+    assert code != 0 and one_line(err)
+    code, out, err = run(*some, "--best-of", "4", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["parts"], err
+    code, out, err = run(*some, "--best-of", "4", "--engine", "vllm")
+    assert code == 2 and out == "" and one_line(err) and "--best-of" in err
+    code, _, err = run(*some, "--best-of", "99")
+    assert code == 2 and one_line(err) and "between 1 and 64" in err
 
 
 def test_the_default_circuit_learns_how_much_each_head_adds(run: Callable[..., Any], made: Path, tmp_path: Path) -> None:

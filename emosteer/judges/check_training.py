@@ -1,8 +1,8 @@
 """What `make judge` fits beside the judges of emotions: the check for sound text and the check for answers, and how they are measured.
 
 Both learn from texts that are made for them (sound texts broken on purpose, replies put to other prompts) and from replies that models
-wrote and readers read: what models get wrong is seldom what can be broken on purpose. They are then set as strict as the readers: on
-prompts that were left out, they pass as many replies as readers do.
+wrote and readers read: what models get wrong is seldom what can be broken on purpose. They are then set together, as strict as the
+readers: on prompts that were left out, as many replies pass both as readers find sound and an answer.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ MADE = 6000
 #: Of the head that tells sense from no sense; texts that are known to make sense, drawn for it from all that could be, and their weight
 #: beside the replies that were read. Fewer of them, and sound texts in the manner of the reply banks do not pass.
 SENSE_RIDGE, SENSIBLE, SENSIBLE_SHARE = 1e-4, 4000, 0.35
+#: In the card of the check of soundness: how many times more replies than readers both checks pass, each by itself.
+FACTOR = "factor"
 #: Parts of the prompts that are left out in turn to find how strict a check is.
 FOLDS = 5
 
@@ -84,22 +86,43 @@ def drawn(examples: Sequence[Any], most: int = MADE) -> list[Any]:
     return random.Random(0).sample(list(examples), most) if len(examples) > most else list(examples)
 
 
-def as_strict(head: LinearHead, label: str, margins: Tensor, readers: Tensor, least: float) -> LinearHead:
+def as_strict(head: LinearHead, label: str, margins: Tensor, readers: Tensor, least: float, factor: float = 1.0) -> LinearHead:
     """The head with one label's bias moved so that it gives as many texts at least `least` of that label as readers give it.
 
     Args:
-        margins: [text], log odds of the label as heads see them that were not fitted on the text's prompt; readers: [text], true or false.
+        margins: [text], log odds of the label as heads see them that were not fitted on the text's prompt; readers: [text], true or false;
+            factor: as many times more (`factor_together`).
     """
     if not len(margins):
         return head
-    wanted = int(readers.sum())
+    bias = head.bias.clone()
+    bias[head.labels.index(label)] += torch.tensor(least).logit() - boundary(margins, readers, factor)
+    return replace(head, bias=bias.half().float())
+
+
+def boundary(margins: Tensor, readers: Tensor, factor: float = 1.0) -> Tensor:
+    """The margin from which on as many texts lie as readers pass, times a factor."""
+    wanted = min(len(margins), round(factor * int(readers.sum())))
     order = margins.sort(descending=True).values
     # between the last that passes and the first that does not; all or none pass where readers are of one mind
     edges = torch.cat([order[:1] + 1, order, order[-1:] - 1])
-    boundary = (edges[wanted] + edges[wanted + 1]) / 2
-    bias = head.bias.clone()
-    bias[head.labels.index(label)] += torch.tensor(least).logit() - boundary
-    return replace(head, bias=bias.half().float())
+    return (edges[wanted] + edges[wanted + 1]) / 2
+
+
+def factor_together(sense: Tensor, answering: Tensor, read: Sequence[ReadReply]) -> float:
+    """How many times more replies each check passes than readers do, so that as many pass *both* as readers find both sound and an answer.
+
+    For readers the two go together: what answers makes sense. Two checks that err each on its own, and are each as strict as readers, pass
+    far fewer of both.
+
+    Args:
+        sense, answering: [reply], margins of replies that were left out.
+    """
+    told = [torch.tensor([getattr(reply, name) for reply in read]) for name in ("sound", "answers")]
+    wanted, factor = int((told[0] & told[1]).sum()), 1.0
+    while int(((sense > boundary(sense, told[0], factor)) & (answering > boundary(answering, told[1], factor))).sum()) < wanted:
+        factor += 0.02
+    return round(factor, 2)
 
 
 def left_out_margins(
@@ -132,14 +155,21 @@ Read = Mapping[bool, Sequence[ReadReply]]
 
 
 def fit_soundness(
-    encoder: SentenceEncoder, texts: Sequence[str], foreign: Sequence[str], read: Read, strictly: Read, replies: Sequence[str] = ()
+    encoder: SentenceEncoder,
+    texts: Sequence[str],
+    foreign: Sequence[str],
+    read: Read,
+    strictly: Read,
+    replies: Sequence[str] = (),
+    answering: Mapping[Pair, float] | None = None,
 ) -> tuple[SoundnessHeads, dict[str, Any]]:
     """Both heads of the check, and what it does on texts that were held out.
 
     Args:
         texts: sound ones; foreign: in other languages; read, strictly: as `read_replies` gives them; what makes sense is learned from the
             second alone, where there are any: readers agree on what that is where they were told to be strict, and hardly where not.
-            replies: further texts that make sense, of the reply banks.
+            replies: further texts that make sense, of the reply banks. answering: margins of the check of answers for the second, left
+            out: both checks are then set together, by the factor that is measured (`factor_together`).
     """
     names = (SOUND, *FAULTS)
     made = {
@@ -154,22 +184,23 @@ def fit_soundness(
     sound = [row for row, (label, _) in zip(shown, made[False], strict=True) if label == SOUND]
     sensible = [text for text in replies if not held_out(text)]
     more = encoder.features([*sensible, *still_sound(sensible, random.Random(0))]) if sensible else shown[:0]
-    heads = SoundnessHeads(
-        fit_head(shown, places, names), fit_sense(encoder, drawn([*sound, *more], SENSIBLE), strictly[False] or read[False])
-    )
+    sense, factor = fit_sense(encoder, drawn([*sound, *more], SENSIBLE), strictly[False] or read[False], answering)
+    heads = SoundnessHeads(fit_head(shown, places, names), sense)
     apart = [(SOUND, text) for text in replies if held_out(text)]
-    return heads, measure_soundness(heads, encoder, [*made[True], *apart], read[True], strictly[True])
+    return heads, {**measure_soundness(heads, encoder, [*made[True], *apart], read[True], strictly[True]), FACTOR: factor}
 
 
-def fit_sense(encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply]) -> LinearHead:
-    """The head that tells sense from no sense, as strict as the readers.
+def fit_sense(
+    encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply], answering: Mapping[Pair, float] | None = None
+) -> tuple[LinearHead, float]:
+    """The head that tells sense from no sense, as strict as the readers, and the factor that it passes more.
 
     Args:
-        sensible: features of texts that make sense, [feature] each.
+        sensible: features of texts that make sense, [feature] each; answering: as for `fit_soundness`.
     """
     labels = SOUND, SENSE
     if not read:
-        return LinearHead(labels, *_content(sensible[0]))
+        return LinearHead(labels, *_content(sensible[0])), 1.0
     shown = torch.stack([*sensible, *encoder.features([reply.pair[1] for reply in read])])
     places = torch.tensor([0] * len(sensible) + [labels.index(SOUND if reply.sound else SENSE) for reply in read])
     shares = SENSIBLE_SHARE, 1 - SENSIBLE_SHARE
@@ -179,7 +210,10 @@ def fit_sense(encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequen
         return fit_head(shown[rows], places[rows], labels, SENSE_RIDGE, counts=counts[rows])
 
     head, margins = left_out_margins(fit, shown, SOUND, folds_of(read), len(read))
-    return as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD)
+    factor = 1.0
+    if answering is not None:
+        factor = factor_together(margins, torch.tensor([answering[reply.pair] for reply in read]), read)
+    return as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD, factor), factor
 
 
 def _content(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,8 +248,8 @@ def measure_soundness(
 # ---- answers -----------------------------------------------------------------------------------------------------------------------
 
 
-def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Sequence[ReadReply]) -> AnswerCheck:
-    """The check of answers.
+def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Sequence[ReadReply]) -> tuple[AnswerCheck, Tensor]:
+    """The check of answers, as strict as the readers, and its margins for what they read, each left out [read].
 
     Args:
         answered: replies of the banks with their prompts; read: models' replies.
@@ -229,7 +263,20 @@ def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Se
         return fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE, weights, counts[rows])
 
     head, margins = left_out_margins(fit, shown, ANSWERS, folds_of(read), len(read))
-    return AnswerCheck(encoder, as_strict(head, ANSWERS, margins, torch.tensor([reply.answers for reply in read]), ANSWERED))
+    return AnswerCheck(encoder, as_strict(head, ANSWERS, margins, torch.tensor([reply.answers for reply in read]), ANSWERED)), margins
+
+
+def set_by(check: AnswerCheck, margins: Tensor, read: Sequence[ReadReply], last: int, factor: float) -> AnswerCheck:
+    """A check of answers that was set by all readers, set by the last of them alone, and by a factor less strict.
+
+    Args:
+        margins: [reply], as `fit_answers` gives them; read: what it was fitted on; last: how many replies, at the end, the check is set by.
+    """
+    told = torch.tensor([reply.answers for reply in read])
+    moved = boundary(margins, told) - boundary(margins[-last:], told[-last:], factor)
+    bias = check.head.bias.clone()
+    bias[check.head.labels.index(ANSWERS)] += moved
+    return replace(check, head=replace(check.head, bias=bias.half().float()))
 
 
 def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read: Sequence[ReadReply] = ()) -> dict[str, Any]:
@@ -246,8 +293,8 @@ def measure_answers(check: AnswerCheck, pairs: Sequence[Mapping[str, Any]], read
 
 
 def beside_readers(check: AnswerCheck, soundness: SoundnessHeads, read: Sequence[ReadReply]) -> dict[str, Any]:
-    """Both checks against the readers of replies that were held out: the share of replies on which they agree, the mean of that over what
-    readers pass and what they do not, and, by method ("all" first), how many pass by the readers and by the check."""
+    """Both checks, and what passes both, against the readers of replies that were held out: the share of replies on which they agree, the
+    mean of that over what readers pass and what they do not, and, by method ("all" first), how many pass by readers and by the check."""
     if not read:
         return {}
     texts = [reply.pair[1] for reply in read]
@@ -256,7 +303,10 @@ def beside_readers(check: AnswerCheck, soundness: SoundnessHeads, read: Sequence
         "answers": [share >= ANSWERED for share in check.probabilities([reply.pair for reply in read])],
         "sound": [verdict.sound for verdict in verdicts],
     }
-    return {name: _agreement([getattr(reply, name) for reply in read], given, [r.method for r in read]) for name, given in said.items()}
+    told = {name: [bool(getattr(reply, name)) for reply in read] for name in said}
+    for who in (said, told):
+        who["both"] = [answers and sound for answers, sound in zip(who["answers"], who["sound"], strict=True)]
+    return {name: _agreement(told[name], given, [reply.method for reply in read]) for name, given in said.items()}
 
 
 def _agreement(readers: Sequence[bool], check: Sequence[bool], methods: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from emosteer.base.progress import note
 from emosteer.base.tables import print_table
 from emosteer.judges.adapters import Adapter, TunedJudge
 from emosteer.judges.answers import Answered
-from emosteer.judges.check_training import beside_readers, fit_answers, fit_soundness, measure_answers, read_replies
+from emosteer.judges.check_training import FACTOR, beside_readers, fit_answers, fit_soundness, measure_answers, read_replies, set_by
 from emosteer.judges.embedded import ASSET, ENCODER, KIND, LinearHead, LinearJudge, fit_head, shared_encoder
 from emosteer.judges.fine_tuning import DTYPES, FineTuneSettings, calibrated, fine_tune, quicker_dtype
 from emosteer.judges.measuring import measured, some_of
@@ -276,11 +276,15 @@ def fit_checks(
     read, strictly = ({**both, False: [r for r in both[False] if r.pair[0] not in known]} for both in (read, strictly))
     plain = [text for source in own if source.name in SOUND_TEXTS for text, _ in (*source.train, *source.test)]
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
+    note("fitting the check of answers")
+    learned, strict = [*read[False], *strictly[False]], len(strictly[False])
+    check, margins = fit_answers(encoder, answered, learned)
     note("fitting the check of soundness")
     replies = [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
-    soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies)
-    note("fitting the check of answers")
-    check = fit_answers(encoder, answered, [*read[False], *strictly[False]])
+    answering = {reply.pair: margin for reply, margin in zip(learned, margins.tolist(), strict=True)}
+    soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies, answering)
+    if strict:
+        check = set_by(check, margins, learned, strict, measured_soundness[FACTOR])
     pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
     card = {
         "soundness": measured_soundness,
@@ -324,7 +328,10 @@ def print_card(card: Mapping[str, Any]) -> None:
         print("\nfitted without the source that it is measured on (for the project's own: without all of its own, which is `public`)")
         print_table(columns, [_line(source, row) for source, row in card["left_out"].items()])
     print("\nsoundness, and whether a reply answers its prompt (hand-made pairs)")
-    print_table(("text", "n", "called unsound"), [(name, row["n"], row["called_unsound"]) for name, row in card["soundness"].items()])
+    print_table(
+        ("text", "n", "called unsound"),
+        [(name, row["n"], row["called_unsound"]) for name, row in card["soundness"].items() if name != FACTOR],
+    )
     print_table(("pair", "n", "called an answer"), [(name, row["n"], row["called_answer"]) for name, row in card["answers"].items()])
     for who in BESIDE:
         for check, row in card.get(who, {}).items():

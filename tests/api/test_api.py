@@ -33,6 +33,7 @@ from emosteer.probing.settings import ProbeSettings
 from emosteer.side_effects.settings import EffectsSettings
 from emosteer.writing.settings import BATCH_SIZE
 from tests.conftest import build
+from tests.helpers.choosing import choose_by
 from tests.helpers.tiny_project import EMOTIONS, write_tiny_project
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,25 @@ def test_a_stream_joined_is_the_whole_reply_also_in_a_batch_of_eight_mixed_emoti
         parts[piece.row] += piece.text
     assert [parts[row] for row in range(8)] == [reply.text for reply in whole] and len(set(parts.values())) >= 3
     assert "".join(steered.stream(TEXTS[0], "anger", **LONG)) == steered.generate(TEXTS[0], "anger", **LONG).text
+
+
+def test_the_best_of_several_is_chosen_for_each_prompt_and_streams_as_one_piece(
+    steered: SteeredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever chooses, in the emotions that are added; a mixture's count together. One candidate is none."""
+    chooser = choose_by(monkeypatch)
+    best = steered.generate(TEXTS, MIXED, best_of=4, **LONG)
+    assert {names for _, _, names in chooser.shown} == {("anger",), ("sadness",), ("fear",), ()}
+    assert [reply.text for reply in best] == [max((t for said, t, _ in chooser.shown if said == text), key=len) for text in TEXTS]
+    assert list(steered.stream(TEXTS[0], "anger", best_of=4, **LONG)) == [steered.generate(TEXTS[0], "anger", best_of=4, **LONG).text]
+    pieces = {piece.row: (piece.text, piece.finish_reason) for piece in steered.stream(TEXTS, MIXED, best_of=4, **LONG)}
+    assert pieces == {row: (reply.text, reply.finish_reason) for row, reply in enumerate(best)}
+    seen = len(chooser.shown)
+    assert steered.generate(TEXTS[0], "anger", best_of=1, **LONG) == steered.generate(TEXTS[0], "anger", **LONG)
+    assert len(chooser.shown) == seen
+    for wrong in (0, 65):
+        with pytest.raises(UsageError, match="--best-of must lie between 1 and 64"):
+            steered.generate(TEXTS[0], "anger", best_of=wrong)
 
 
 def test_prompts_end_with_the_instruction_of_the_circuit(steered: SteeredModel) -> None:

@@ -189,14 +189,16 @@ def test_a_check_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shipped_check_follows_its_readers_and_tells_hand_made_pairs_apart() -> None:
-    """About as strict as the readers of models' replies, on prompts that were held out, by method too; ramblings are its weak side."""
-    rows, beside = card_of()["answers"], card_of()["readers"]["answers"]
+    """About as strict as the readers of models' replies, on prompts that were held out, by method too, and with the check of soundness as
+    strict readers; ramblings are its weak side."""
+    rows, beside, strictly = card_of()["answers"], card_of()["readers"]["answers"], card_of()["strict readers"]["both"]
     called = {relation: row["called_answer"] for relation, row in rows.items()}
     assert called["read: answers"] > 2 * called["read: does not"]
     assert called["right"] > max(called["rambling"], 2 * called["other-event"]) and called["other-scenario"] < 0.05
     yes, no = rows["read: answers"]["n"], rows["read: does not"]["n"]
     passed = (yes * called["read: answers"] + no * called["read: does not"]) / (yes + no)
     assert passed == pytest.approx(yes / (yes + no), abs=0.08), "it passes about as many as the readers"
-    assert beside["balanced_accuracy"] > 0.65
+    assert beside["balanced_accuracy"] > 0.6
+    assert all(row["check"] == pytest.approx(row["readers"], abs=0.05) for row in strictly["by_method"].values() if row["n"] >= 60)
     many = [row for row in beside["by_method"].values() if row["n"] >= 60]
     assert len(many) >= 4 and all(row["check"] == pytest.approx(row["readers"], abs=0.12) for row in many)

@@ -14,10 +14,13 @@ from torch import Tensor
 from emosteer.base.errors import DataError
 from emosteer.judges.answers import Answered, labelled_pairs
 from emosteer.judges.check_training import (
+    FACTOR,
     ReadReply,
     as_strict,
     beside_readers,
+    boundary,
     drawn,
+    factor_together,
     fit_answers,
     fit_soundness,
     folds_of,
@@ -26,6 +29,7 @@ from emosteer.judges.check_training import (
     measure_answers,
     measure_soundness,
     read_replies,
+    set_by,
 )
 from emosteer.judges.embedded import LinearHead, fit_head
 from emosteer.judges.protocol import LABELS
@@ -211,6 +215,12 @@ def test_what_makes_sense_is_learned_from_strict_readers_alone() -> None:
     heads, measured = fit_soundness(encoder, texts, ["[UNK] nada"], content, strictly)
     assert measured["strictly: unsound"]["called_unsound"] > 0.9 > 0.3 > measured["strictly: sound"]["called_unsound"]
     assert heads.sense.key == fit_soundness(encoder, texts, ["[UNK] nada"], NOTHING, strictly)[0].sense.key
+    assert measured[FACTOR] == 1.0
+    answering = {reply.pair: float(n // 2 % 2) - 0.5 + n * 1e-4 for n, reply in enumerate(strictly[False])}
+    told = {part: [ReadReply(r.pair, r.sound, r.sound) for r in replies] for part, replies in strictly.items()}
+    looser, found = fit_soundness(encoder, texts, ["[UNK] nada"], content, told, answering=answering)
+    assert found[FACTOR] > 1.2, "where answers are told by chance, more has to make sense"
+    assert looser.sense.bias[0] > heads.sense.bias[0]
 
 
 def test_sound_replies_of_a_bank_are_known_to_make_sense() -> None:
@@ -225,6 +235,39 @@ def test_sound_replies_of_a_bank_are_known_to_make_sense() -> None:
     assert said[0] < said[1]
 
 
+def read_of(*told: tuple[bool, bool]) -> list[ReadReply]:
+    """Replies by (answers, sound)."""
+    return [ReadReply((f"p{n}", f"t{n}"), answers, sound) for n, (answers, sound) in enumerate(told)]
+
+
+def test_checks_that_err_apart_are_set_so_that_as_many_pass_both() -> None:
+    """Readers pass two of eight in all; the checks' two best are others, and each has to pass four for two in common."""
+    read = read_of((True, True), (True, True), *[(False, False)] * 6)
+    sense = torch.tensor([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    answering = torch.tensor([1.0, 2.0, 7.0, 6.5, 8.0, 7.5, 3.0, 4.0])
+    factor = factor_together(sense, answering, read)
+    both = (sense > boundary(sense, torch.tensor([r.sound for r in read]), factor)) & (
+        answering > boundary(answering, torch.tensor([r.answers for r in read]), factor)
+    )
+    assert both.sum() == 2 and 1.7 < factor < 2.3
+    assert factor_together(sense, sense, read) == 1.0, "checks that agree are each as strict as readers"
+    assert factor_together(sense, -sense, read_of(*[(True, False)] * 4, *[(False, True)] * 4)) == 1.0, "nothing has to pass both"
+
+
+def test_a_check_of_answers_is_set_by_the_last_of_its_readers() -> None:
+    """The first call everything an answer, the last a quarter; at a factor of two it passes half of theirs."""
+    encoder, names = tiny_encoder(), FILLERS[:7]
+    banks = [Answered(f"{one} we {other}", f"{one} {other}", "anger") for one in names for other in names if one != other]
+    pairs = [(f"{one} {other}", f"{other} sing") for one in names for other in names if one != other][:40]
+    read = [*(ReadReply(pair, True, True) for pair in pairs[:20]), *(ReadReply(p, n % 4 == 0, True) for n, p in enumerate(pairs[20:]))]
+    check, margins = fit_answers(encoder, banks, read)
+    for factor, share in ((1.0, 5), (2.0, 10)):
+        moved = set_by(check, margins, read, 20, factor)
+        shift = (moved.head.bias - check.head.bias)[0]
+        unset = margins - boundary(margins, torch.tensor([reply.answers for reply in read]))
+        assert int((unset[20:] + shift > 0).sum()) == share
+
+
 def test_the_check_of_answers_learns_from_readers() -> None:
     """Planted: readers call a reply that repeats the prompt no answer, which the banks' replies never teach; without them it passes."""
     names = FILLERS[:7]
@@ -232,14 +275,15 @@ def test_the_check_of_answers_learns_from_readers() -> None:
     echo = [ReadReply((f"{one} {other}", f"{one} {other}"), False, True) for one in names for other in names if one != other]
     answer = [ReadReply((f"{one} {other}", "sing"), True, True) for one in names for other in names if one != other]
     shown = [(f"{names[0]} {names[1]}", f"{names[0]} {names[1]}")]
-    taught, plain = fit_answers(tiny_encoder(), banks, [*echo, *answer]), fit_answers(tiny_encoder(), banks, [])
+    (taught, margins), (plain, none) = fit_answers(tiny_encoder(), banks, [*echo, *answer]), fit_answers(tiny_encoder(), banks, [])
+    assert len(margins) == len(echo) + len(answer) and not len(none)
     assert taught.probabilities(shown)[0] < 0.5 < plain.probabilities(shown)[0]
 
 
 def test_both_checks_are_set_beside_their_readers_by_method() -> None:
     encoder, names = tiny_encoder(), FILLERS[:7]
     banks = [Answered(f"{one} we {other}", f"{one} {other}", "anger") for one in names for other in names if one != other]
-    check = fit_answers(encoder, banks, [])
+    check, _ = fit_answers(encoder, banks, [])
     n = 1 + len(FAULTS)
     whole = LinearHead((SOUND, *FAULTS), torch.zeros(FEATURES), torch.ones(FEATURES), torch.zeros(n, FEATURES), torch.eye(n)[0] * 9)
     heads = SoundnessHeads(whole, content(FEATURES))
@@ -250,6 +294,7 @@ def test_both_checks_are_set_beside_their_readers_by_method() -> None:
     assert answers["accuracy"] == pytest.approx(sum(given == (i < 4) for i, given in enumerate(passed)) / 6, abs=1e-4)
     recalls = sum(passed[:4]) / 4, 1 - sum(passed[4:]) / 2
     assert answers["balanced_accuracy"] == pytest.approx(sum(recalls) / 2, abs=1e-4)
+    assert found["both"]["by_method"]["all"] == {"n": 6, "readers": 0.6667, "check": round(sum(passed) / 6, 4)}
     assert answers["by_method"]["circuit"] == {"n": 3, "readers": 0.6667, "check": round(sum(passed[1::2]) / 3, 4)}
     assert sound["by_method"] == {
         "all": {"n": 6, "readers": 0.8333, "check": 1.0},

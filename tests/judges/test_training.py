@@ -295,7 +295,7 @@ def test_every_judge_is_fitted_on_its_sources_and_measured_on_what_it_never_saw(
     assert {name: card["left_out"][name]["n"] for name in names} == counts and card["emotions"]["linear"]["bank"]["n"] == 54
     assert card["emotions"]["linear"]["film"]["accuracy"] > 0.8, "planted words are found"
     faults = {SOUND, "order", "repetition", "symbols", "language"}
-    assert {*faults, *(f"{how}: {word}" for how in ("read", "strictly") for word in ("sound", "unsound"))} == card[
+    assert {*faults, "factor", *(f"{how}: {word}" for how in ("read", "strictly") for word in ("sound", "unsound"))} == card[
         "soundness"
     ].keys() and card["answers"]["right"]["n"] == 4
     held = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from emosteer.circuits.methods import CIRCUIT, NONE, RESIDUAL
 from emosteer.generation.decoding import DRAWN_TEMPERATURE, DRAWN_TOP_P, Decoding
@@ -21,22 +19,10 @@ from emosteer.writing.best_of import Asked, beginnings, candidate_key, chooser_f
 from emosteer.writing.contest_writer import Cell
 from emosteer.writing.jobs import Job, felt_in, said_in
 from emosteer.writing.writer import Writer
+from tests.helpers.choosing import ByRule
 from tests.helpers.contest_setup import EMOTIONS, WORD, contest, groups, parts
 
 DECODING = Decoding(max_new_tokens=10, best_of=5, seed=3)
-
-
-@dataclass
-class ByRule:
-    """Chooses by a rule of the text; notes what it was shown."""
-
-    rule: Any
-    key: str = "by rule"
-    shown: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
-
-    def chances(self, pairs: Sequence[tuple[str, str]], wanted: Sequence[Collection[str]]) -> torch.Tensor:
-        self.shown += [(said, reply, tuple(names)) for (said, reply), names in zip(pairs, wanted, strict=True)]
-        return torch.tensor([float(self.rule(reply)) for _, reply in pairs])
 
 
 def requests(model: Model, count: int = 3) -> list[Request]:
