@@ -156,7 +156,7 @@ def test_the_results_in_the_readme_are_those_that_were_measured() -> None:
     """The short table repeats the long one."""
     measured = {row[0]: row for row in table_rows(ROOT / "docs" / "RESULTS.md") if len(row) == 16}
     names = {"unsteered": "none", "residual steering": "residual", "learned residual vectors": "learned-residual", "circuit": "circuit"}
-    names |= {"best prompt in the test (`examples`)": "prompt-examples"}
+    names |= {"best prompt in the test (`stimulus`)": "prompt-stimulus"}
     short = {row[0]: row for row in table_rows(ROOT / "README.md") if row and row[0] in names}
     assert short.keys() == names.keys()
     for name, row in short.items():

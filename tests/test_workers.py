@@ -38,6 +38,7 @@ from emosteer.directions.settings import Settings
 from emosteer.generation.decoding import Decoding
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import EMOTIONS
+from emosteer.writing import best_of as best_module
 from emosteer.writing import writer as writing
 from emosteer.writing.contest_writer import ContestWriter, cells_of
 from emosteer.writing.jobs import Job
@@ -349,8 +350,8 @@ def test_replies_by_several_processes_are_the_same_bytes_also_after_a_death(mode
         part(share, 1).write_bytes(b"".join(lines[20:]))
         asked: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            real = writing.generate
-            patch.setattr(writing, "generate", lambda *a, real=real, asked=asked, **o: (asked.append(len(a[1])), real(*a, **o))[1])
+            real = best_module.generate
+            patch.setattr(best_module, "generate", lambda *a, real=real, asked=asked, **o: (asked.append(len(a[1])), real(*a, **o))[1])
             assert together(count, lambda crew: written(models[crew.rank], out, crew)) == [rows] * count
         assert out.read_bytes() == one.read_bytes() and sorted(asked) == [5, 5]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "out.jsonl"]

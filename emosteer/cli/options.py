@@ -11,7 +11,7 @@ import typer
 from emosteer.base.errors import UsageError
 from emosteer.circuits.dial import check_intensity
 from emosteer.circuits.places import DEFAULT_MODEL as DEFAULT_MODEL
-from emosteer.generation.decoding import DRAWN_TEMPERATURE
+from emosteer.generation.decoding import DRAWN_TEMPERATURE, MAX_CANDIDATES
 from emosteer.judges.registry import JUDGE_FORMS
 from emosteer.scenarios.emotions import EMOTIONS
 from emosteer.scenarios.prompt_sets import KINDS
@@ -74,6 +74,7 @@ BestOfOption = Annotated[
     int,
     typer.Option(
         "--best-of",
+        max=MAX_CANDIDATES,
         help=f"Candidates that each reply is chosen from, drawn at temperature {DRAWN_TEMPERATURE:g} unless told otherwise, each as it is "
         "or ended after one of its sentences; 1 is none, and faster.",
         metavar="N",

@@ -139,9 +139,13 @@ def left_out_margins(
     head, margins = fit(torch.ones(len(features), dtype=torch.bool)), torch.zeros(read)
     for fold in sorted({*folds}):
         inside = parts == fold
-        share = fit(~inside).probabilities(features[inside])[:, head.labels.index(label)]
-        margins[inside[made:]] = share.clamp(1e-6, 1 - 1e-6).logit()
+        margins[inside[made:]] = margins_of(fit(~inside), features[inside], label)
     return head, margins
+
+
+def margins_of(head: LinearHead, features: Tensor, label: str) -> Tensor:
+    """Log odds of a label. Shape [text]."""
+    return head.probabilities(features)[:, head.labels.index(label)].clamp(1e-6, 1 - 1e-6).logit()
 
 
 def folds_of(read: Sequence[ReadReply]) -> list[int]:
@@ -162,14 +166,16 @@ def fit_soundness(
     strictly: Read,
     replies: Sequence[str] = (),
     answering: Mapping[Pair, float] | None = None,
+    also: Sequence[ReadReply] = (),
 ) -> tuple[SoundnessHeads, dict[str, Any]]:
     """Both heads of the check, and what it does on texts that were held out.
 
     Args:
         texts: sound ones; foreign: in other languages; read, strictly: as `read_replies` gives them; what makes sense is learned from the
             second alone, where there are any: readers agree on what that is where they were told to be strict, and hardly where not.
-            replies: further texts that make sense, of the reply banks. answering: margins of the check of answers for the second, left
-            out: both checks are then set together, by the factor that is measured (`factor_together`).
+            replies: further texts that make sense, of the reply banks. answering: margins of the check of answers for the second and for
+            `also`, left out: both checks are then set together, by the factor that is measured (`factor_together`). also: replies that the
+            check is set by beside the second, and not fitted on.
     """
     names = (SOUND, *FAULTS)
     made = {
@@ -184,19 +190,23 @@ def fit_soundness(
     sound = [row for row, (label, _) in zip(shown, made[False], strict=True) if label == SOUND]
     sensible = [text for text in replies if not held_out(text)]
     more = encoder.features([*sensible, *still_sound(sensible, random.Random(0))]) if sensible else shown[:0]
-    sense, factor = fit_sense(encoder, drawn([*sound, *more], SENSIBLE), strictly[False] or read[False], answering)
+    sense, factor = fit_sense(encoder, drawn([*sound, *more], SENSIBLE), strictly[False] or read[False], answering, also)
     heads = SoundnessHeads(fit_head(shown, places, names), sense)
     apart = [(SOUND, text) for text in replies if held_out(text)]
     return heads, {**measure_soundness(heads, encoder, [*made[True], *apart], read[True], strictly[True]), FACTOR: factor}
 
 
 def fit_sense(
-    encoder: SentenceEncoder, sensible: Sequence[Tensor], read: Sequence[ReadReply], answering: Mapping[Pair, float] | None = None
+    encoder: SentenceEncoder,
+    sensible: Sequence[Tensor],
+    read: Sequence[ReadReply],
+    answering: Mapping[Pair, float] | None = None,
+    also: Sequence[ReadReply] = (),
 ) -> tuple[LinearHead, float]:
     """The head that tells sense from no sense, as strict as the readers, and the factor that it passes more.
 
     Args:
-        sensible: features of texts that make sense, [feature] each; answering: as for `fit_soundness`.
+        sensible: features of texts that make sense, [feature] each; answering, also: as for `fit_soundness`.
     """
     labels = SOUND, SENSE
     if not read:
@@ -210,10 +220,12 @@ def fit_sense(
         return fit_head(shown[rows], places[rows], labels, SENSE_RIDGE, counts=counts[rows])
 
     head, margins = left_out_margins(fit, shown, SOUND, folds_of(read), len(read))
-    factor = 1.0
+    told, factor = [*read, *also], 1.0
+    if also:
+        margins = torch.cat([margins, margins_of(head, encoder.features([reply.pair[1] for reply in also]), SOUND)])
     if answering is not None:
-        factor = factor_together(margins, torch.tensor([answering[reply.pair] for reply in read]), read)
-    return as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in read]), 1 - THRESHOLD, factor), factor
+        factor = factor_together(margins, torch.tensor([answering[reply.pair] for reply in told]), told)
+    return as_strict(head, SOUND, margins, torch.tensor([reply.sound for reply in told]), 1 - THRESHOLD, factor), factor
 
 
 def _content(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,11 +260,13 @@ def measure_soundness(
 # ---- answers -----------------------------------------------------------------------------------------------------------------------
 
 
-def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Sequence[ReadReply]) -> tuple[AnswerCheck, Tensor]:
-    """The check of answers, as strict as the readers, and its margins for what they read, each left out [read].
+def fit_answers(
+    encoder: SentenceEncoder, answered: Sequence[Answered], read: Sequence[ReadReply], also: Sequence[ReadReply] = ()
+) -> tuple[AnswerCheck, Tensor]:
+    """The check of answers, as strict as the readers, and its margins for what they read, each left out [read, then also].
 
     Args:
-        answered: replies of the banks with their prompts; read: models' replies.
+        answered: replies of the banks with their prompts; read: models' replies; also: further ones, to prompts that nothing is fitted on.
     """
     made = drawn(labelled_pairs(answered, 1, 0))
     pairs = [*made, *((reply.pair, ANSWERS if reply.answers else NOT) for reply in read)]
@@ -263,17 +277,23 @@ def fit_answers(encoder: SentenceEncoder, answered: Sequence[Answered], read: Se
         return fit_head(shown[rows], places[rows], PAIR_LABELS, ANSWER_RIDGE, weights, counts[rows])
 
     head, margins = left_out_margins(fit, shown, ANSWERS, folds_of(read), len(read))
-    return AnswerCheck(encoder, as_strict(head, ANSWERS, margins, torch.tensor([reply.answers for reply in read]), ANSWERED)), margins
+    check = AnswerCheck(encoder, as_strict(head, ANSWERS, margins, torch.tensor([reply.answers for reply in read]), ANSWERED))
+    if also:
+        margins = torch.cat([margins, margins_of(head, pair_features([reply.pair for reply in also], encoder), ANSWERS)])
+    return check, margins
 
 
-def set_by(check: AnswerCheck, margins: Tensor, read: Sequence[ReadReply], last: int, factor: float) -> AnswerCheck:
-    """A check of answers that was set by all readers, set by the last of them alone, and by a factor less strict.
+def set_by(
+    check: AnswerCheck, margins: Tensor, read: Sequence[ReadReply], also: Sequence[ReadReply], last: int, factor: float
+) -> AnswerCheck:
+    """A check of answers that was set by all readers of `read`, set by the last of them and by those of `also`, and a factor less strict.
 
     Args:
-        margins: [reply], as `fit_answers` gives them; read: what it was fitted on; last: how many replies, at the end, the check is set by.
+        margins: [reply], as `fit_answers` gives them; last: how many replies at the end of `read` the check is set by.
     """
-    told = torch.tensor([reply.answers for reply in read])
-    moved = boundary(margins, told) - boundary(margins[-last:], told[-last:], factor)
+    told = torch.tensor([reply.answers for reply in [*read, *also]])
+    last += len(also)
+    moved = boundary(margins[: len(read)], told[: len(read)]) - boundary(margins[-last:], told[-last:], factor)
     bias = check.head.bias.clone()
     bias[check.head.labels.index(ANSWERS)] += moved
     return replace(check, head=replace(check.head, bias=bias.half().float()))

@@ -47,7 +47,8 @@ CHECKED = ("judge/checked_replies.jsonl", "judge/read_replies.jsonl")
 #: checks learn from all of them, the judges of emotions from the first.
 STRICTLY = "judge/strictly_read.jsonl"
 ALSO_STRICTLY = ("judge/greedy_read.jsonl", "judge/sampled_read.jsonl")
-#: Replies to development prompts that strict readers read: fitted on by nothing.
+#: Replies to development prompts that other strict readers read, who accept more as an answer: the checks are set by both kinds of readers
+#: and fitted on none of these.
 UNSEEN = "judge/examples_read.jsonl"
 #: Whom the checks are set beside, in the card: those of `READ` and `CHECKED`, of the strict files, and of `UNSEEN`.
 BESIDE = ("readers", "strict readers", "strict readers of development prompts")
@@ -278,13 +279,13 @@ def fit_checks(
     foreign = [str(row["text"]) for _, row in read_jsonl(data_path(FOREIGN), "texts in other languages")]
     note("fitting the check of answers")
     learned, strict = [*read[False], *strictly[False]], len(strictly[False])
-    check, margins = fit_answers(encoder, answered, learned)
+    also = unseen * max(1, round(strict / max(1, len(unseen))))  # two generations of strict readers, who count alike
+    check, margins = fit_answers(encoder, answered, learned, also)
     note("fitting the check of soundness")
     replies = [text for text, _ in some_of(banks.get(SENSIBLE_BANK, ()), SENSIBLE_REPLIES)]
-    answering = {reply.pair: margin for reply, margin in zip(learned, margins.tolist(), strict=True)}
-    soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies, answering)
-    if strict:
-        check = set_by(check, margins, learned, strict, measured_soundness[FACTOR])
+    answering = {reply.pair: margin for reply, margin in zip([*learned, *also], margins.tolist(), strict=True)}
+    soundness, measured_soundness = fit_soundness(encoder, plain, foreign, read, strictly, replies, answering, also)
+    check = set_by(check, margins, learned, also, strict, measured_soundness[FACTOR])
     pairs = [row for _, row in read_jsonl(data_path(PAIRS), "answer pairs")]
     card = {
         "soundness": measured_soundness,

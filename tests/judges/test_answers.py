@@ -195,10 +195,9 @@ def test_the_shipped_check_follows_its_readers_and_tells_hand_made_pairs_apart()
     called = {relation: row["called_answer"] for relation, row in rows.items()}
     assert called["read: answers"] > 2 * called["read: does not"]
     assert called["right"] > max(called["rambling"], 2 * called["other-event"]) and called["other-scenario"] < 0.05
-    yes, no = rows["read: answers"]["n"], rows["read: does not"]["n"]
-    passed = (yes * called["read: answers"] + no * called["read: does not"]) / (yes + no)
-    assert passed == pytest.approx(yes / (yes + no), abs=0.08), "it passes about as many as the readers"
-    assert beside["balanced_accuracy"] > 0.6
-    assert all(row["check"] == pytest.approx(row["readers"], abs=0.05) for row in strictly["by_method"].values() if row["n"] >= 60)
+    assert beside["balanced_accuracy"] > 0.65
+    wide, other = strictly["by_method"]["all"], card_of()["strict readers of development prompts"]["both"]["by_method"]["all"]
+    assert wide["readers"] < wide["check"] < wide["readers"] + 0.1, "between the two kinds of strict readers that it is set by"
+    assert other["readers"] - 0.1 < other["check"] < other["readers"]
     many = [row for row in beside["by_method"].values() if row["n"] >= 60]
-    assert len(many) >= 4 and all(row["check"] == pytest.approx(row["readers"], abs=0.12) for row in many)
+    assert len(many) >= 3 and all(row["check"] == pytest.approx(row["readers"], abs=0.2) for row in many)

@@ -77,7 +77,7 @@ EVERYDAY = {
     tuple(phrase.split())
     for phrase in (
         *("do i need to check", "what do i need to", "what you think of it", "is it all right to", "how do i get a"),
-        *("how long does it take", "the flight was cancelled and", "give me a title for", "a short message to my"),
+        *("how long does it take", "the flight was cancelled and", "give me a title for", "a short message to my", "i was just about to"),
         "a note for the lift",  # of a training prompt that is close to a test prompt (data/README.md)
     )
 }

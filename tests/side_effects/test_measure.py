@@ -292,9 +292,9 @@ def test_a_run_that_was_ended_goes_on_without_writing_again(
     def run() -> SideEffects:
         return effects(tiny, circuit, "c" * 64, small_battery(), SETTINGS, tmp_path, read_by_words, batch_size=8)
 
-    from emosteer.writing import contest_writer
+    from emosteer.writing import best_of
 
-    generate, batches = contest_writer.generate, list[int]()
+    generate, batches = best_of.generate, list[int]()
 
     def ended(*arguments: Any) -> Any:
         batches.append(len(arguments[1]))
@@ -302,14 +302,14 @@ def test_a_run_that_was_ended_goes_on_without_writing_again(
             raise KeyboardInterrupt
         return generate(*arguments)
 
-    monkeypatch.setattr(contest_writer, "generate", ended)
+    monkeypatch.setattr(best_of, "generate", ended)
     with pytest.raises(KeyboardInterrupt):
         run()
     resumed = run()
     resumed.save(tmp_path / "resumed")
     whole[0].save(tmp_path / "whole")
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
-    monkeypatch.setattr(contest_writer, "generate", None)
+    monkeypatch.setattr(best_of, "generate", None)
     monkeypatch.setattr("emosteer.side_effects.neutral.text_nll", None)
     run().save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
