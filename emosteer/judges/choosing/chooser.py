@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,7 @@ class Chooser:
         if steered is not None and steered.sha256 == found.provenance.model_sha256:
             model = steered
         else:
-            note(f"replies are chosen by {READER}, which reads them")
-            device = "auto" if steered is None else str(steered.device)
-            model = Model.load(READER, device=device)
+            model = _packaged("auto" if steered is None else str(steered.device))
             artifacts.require_model(found.provenance, model.sha256, model.name, "this chooser")
         size = feature_count(model)
         for name, head in heads.items():
@@ -95,6 +93,13 @@ class Chooser:
                 voiced[row] = emotion[row, places].sum()
         chances[written] = sense * answer * voiced
         return chances
+
+
+@lru_cache(maxsize=1)
+def _packaged(device: str) -> Model:
+    """The packaged reader; it stays in memory for the next call."""
+    note(f"replies are chosen by {READER}, which reads them")
+    return Model.load(READER, device=device)
 
 
 def heads_of(found: artifacts.Artifact) -> dict[str, LinearHead]:
