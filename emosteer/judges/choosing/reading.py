@@ -1,9 +1,9 @@
 """What a small model makes of a reply to a prompt: its states while it reads the reply, and how far each token surprised it.
 
-A sentence encoder knows what a text is about and little of whether it makes sense; a language model has learned to expect sense. So a
-reply is read once more, unsteered, behind nothing but what was said: in a few layers of the middle the mean over its tokens and the state
-at its last one are kept, and of its tokens' surprise some figures. Linear heads on these (`chooser`) agree with people who read the same
-replies far better than heads on an encoder do (docs/CIRCUITS.md, "The best of several").
+A language model has learned to expect sense. So a reply is read once more, unsteered, behind nothing but what was said: in a few layers of
+the middle the mean over its tokens and the state at its last one are kept, and of its tokens' surprise some figures. Linear heads on these
+(`chooser`) agree with readers a little better than heads on the judges' encoder do (docs/CIRCUITS.md, "The best of several"), and share
+nothing with these, who judge what was chosen.
 """
 
 from __future__ import annotations
