@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from emosteer.base import artifacts
 from emosteer.base.artifacts import Provenance
 from emosteer.base.errors import ArtifactError
@@ -20,7 +22,7 @@ def save_judges(
     path: Path, heads: Mapping[str, LinearHead], adapters: Mapping[str, Adapter], card: Mapping[str, Any], provenance: Provenance
 ) -> None:
     """Writes heads, adapters and their card to one file."""
-    tensors = {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in _HEAD}
+    tensors = tensors_of(heads)
     tensors = {name: value.half() if name.endswith(("weight", "bias")) else value for name, value in tensors.items()}
     tensors |= {f"{name}:{part}": value for name, adapter in adapters.items() for part, value in adapter.tensors().items()}
     fields = {
@@ -38,10 +40,19 @@ def load_heads(path: Path) -> dict[str, LinearHead]:
     Raises:
         ArtifactError: if it is not a judge's file, is damaged, or was made for another encoder.
     """
-    artifact = _checked(path)
+    return heads_in(_checked(path))
+
+
+def tensors_of(heads: Mapping[str, LinearHead]) -> dict[str, Tensor]:
+    """Heads as a file holds them."""
+    return {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in _HEAD}
+
+
+def heads_in(found: artifacts.Artifact) -> dict[str, LinearHead]:
+    """Back from that, of a file that is checked (`schema.check`): name -> head."""
     return {
-        name: LinearHead(tuple(labels), *(artifact.tensors[f"{name}.{part}"].float() for part in _HEAD))
-        for name, labels in artifact.fields["labels"].items()
+        name: LinearHead(tuple(labels), *(found.tensors[f"{name}.{part}"].float() for part in _HEAD))
+        for name, labels in found.fields["labels"].items()
     }
 
 

@@ -382,11 +382,17 @@ def main() -> None:
         raise SystemExit(f"emosteer: {error}") from error
     if card is None:
         print(f"parts are kept in {parts}; a run without --only fits what is missing and puts them together")
-    elif options.json:
+    else:
+        tell(card, options.json, options.out, print_card)
+
+
+def tell(card: dict[str, Any], as_json: bool, out: Path, shown: Callable[[dict[str, Any]], None]) -> None:
+    """Prints what was measured, and where it was written."""
+    if as_json:
         print(json.dumps(card, indent=2))
     else:
-        print_card(card)
-        print(f"wrote {options.out} ({sha256_file(options.out)})")
+        shown(card)
+        print(f"wrote {out} ({sha256_file(out)})")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,6 @@ from emosteer.side_effects.battery import evenly
 Made = TypeVar("Made")
 #: Tokens that a trial of writing goes on for, beside the first two.
 STEPS = 8
-#: Sentences after which a candidate may end, about.
-SENTENCES = 2
 #: Seconds beside which what comes with a first time is little.
 LONG = 1.0
 #: Texts that a trial of judging reads.
@@ -159,7 +157,7 @@ def writing(
     seconds = each * (short + step * (decoding.max_new_tokens - few.max_new_tokens))
     if chooser is not None:
         read = timed(lambda: chooser.chances([(text, text) for text in texts], [()] * size))
-        seconds += (times(each * SENTENCES * decoding.max_new_tokens / some.max_new_tokens, read)) or 0.0
+        seconds += times(each * decoding.max_new_tokens / some.max_new_tokens, read) or 0.0
     if judged:
         seconds += times(decoding.max_new_tokens / some.max_new_tokens, timed(lambda: reply_nll(model, texts))) or 0.0
     return seconds / size

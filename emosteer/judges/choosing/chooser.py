@@ -24,6 +24,7 @@ from emosteer.base.progress import note
 from emosteer.judges import schema
 from emosteer.judges.choosing.reading import Pair, feature_count, read_replies
 from emosteer.judges.embedded import LinearHead
+from emosteer.judges.storage import heads_in, tensors_of
 from emosteer.models.model import Model
 
 KIND = "chooser"
@@ -33,7 +34,6 @@ READER = "smollm2-135m"
 #: The heads, and what the first two tell apart.
 SENSE, ANSWER, EMOTION = "sense", "answer", "emotion"
 YES, NO = "yes", "no"
-_PARTS = ("mean", "scale", "weight", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +115,10 @@ def heads_of(found: artifacts.Artifact) -> dict[str, LinearHead]:
     for name in (SENSE, ANSWER):
         if set(fields.labels[name]) != {YES, NO}:
             raise ArtifactError(f"{found.path}: expected the labels of '{name}' to be {YES} and {NO}; run `make chooser`")
-    tensors = found.tensors
-    return {name: LinearHead(tuple(fields.labels[name]), *(tensors[f"{name}.{p}"].float() for p in _PARTS)) for name in fields.labels}
+    return heads_in(found)
 
 
 def save_chooser(path: Path, heads: Mapping[str, LinearHead], card: Mapping[str, Any], provenance: Provenance) -> None:
     """Writes heads and card to one file."""
-    tensors = {f"{name}.{part}": getattr(head, part) for name, head in heads.items() for part in _PARTS}
     fields = {"labels": {name: list(head.labels) for name, head in heads.items()}, "encoder": READER, "card": dict(card)}
-    artifacts.save(path, KIND, fields, tensors, provenance)
+    artifacts.save(path, KIND, fields, tensors_of(heads), provenance)

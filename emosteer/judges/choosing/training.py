@@ -7,7 +7,6 @@ that is held out (`judges.sources`), and all of `HELD`, whose prompts are the de
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from emosteer.judges.choosing.chooser import ANSWER, ASSET, EMOTION, NO, READER,
 from emosteer.judges.choosing.reading import DEPTHS, feature_weights, read_replies
 from emosteer.judges.embedded import LinearHead, fit_head
 from emosteer.judges.protocol import LABELS
+from emosteer.judges.training import ALSO_STRICTLY, CHECKED, READ, STRICTLY, UNSEEN, tell
 from emosteer.models.model import Model
 from emosteer.scenarios.scenarios import data_path
 
 #: Replies whose readers were strict about sense; further ones; and those that nothing is fitted on.
-STRICT = ("judge/strictly_read.jsonl", "judge/greedy_read.jsonl", "judge/sampled_read.jsonl")
-FURTHER = ("judge/model_replies.jsonl", "judge/checked_replies.jsonl", "judge/read_replies.jsonl")
-HELD = "judge/examples_read.jsonl"
+STRICT, FURTHER, HELD = (STRICTLY, *ALSO_STRICTLY), (READ, *CHECKED), UNSEEN
 #: How far the heads are held back: of sense and of answers, and of emotions, which have more to learn from.
 RIDGE, EMOTION_RIDGE = 3e-4, 1e-4
 #: Replies that are read between two steps of the bar.
@@ -162,11 +160,7 @@ def main() -> None:
         card = train(options.out, options.dtype)
     except EmosteerError as error:
         raise SystemExit(f"emosteer: {error}") from error
-    if options.json:
-        print(json.dumps(card, indent=2))
-    else:
-        print_card(card)
-        print(f"wrote {options.out} ({sha256_file(options.out)})")
+    tell(card, options.json, options.out, print_card)
 
 
 if __name__ == "__main__":
